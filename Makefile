@@ -1,0 +1,22 @@
+# Two commands from a fresh clone: `make demo` and `make test`. Both make .venv and install into it if need be.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint
+
+$(BIN)/psr: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(BIN)/psr
+
+demo: $(BIN)/psr
+	$(BIN)/psr demo $(ARGS)
+
+test: $(BIN)/psr
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(BIN)/psr
+	$(BIN)/ruff check .
+	$(BIN)/mypy

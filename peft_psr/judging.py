@@ -1,0 +1,29 @@
+"""What a judge is: anything that scores completions for a trait and for coherence, both 0-100."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+Message = dict[str, str]
+"""One turn of a conversation in the chat format: `{"role": "system" | "user" | "assistant", "content": str}`."""
+
+
+class JudgeScores(NamedTuple):
+    """The two scores of one completion, each 0-100, or `None` where the judge could not tell."""
+
+    trait: float | None
+    coherence: float | None
+
+
+class Judge(Protocol):
+    """Scores completions in batches.
+
+    A judge is shown the *bare* prompt x (without the instruction that elicits the trait), so that the prompted and the
+    steered model are judged alike.
+    """
+
+    def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[JudgeScores]:
+        """Score `completions[i]` as an answer to `prompts[i]`; one `JudgeScores` per completion, in order."""
+        ...

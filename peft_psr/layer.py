@@ -1,0 +1,155 @@
+"""The edit of one decoder layer, for every adapter on it. For layer output h (batch, seq, d) and rank r:
+
+    lambda = ReLU(h @ w + b)                            gate values (batch, seq, r)
+    h  <-  h + (alpha + b_m) * m * (lambda @ z)         m: position mask (batch, seq)
+
+Source: "Steer Like the LLM", arXiv 2605.03907. The gate reads the layer's own output, which in the all-layer variant
+already carries the edits of earlier layers. Several active adapters read the same h and their edits add up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .config import PSRConfig
+from .decoder import hidden_of
+from .state import SteeringState, Strength
+
+
+class PSRUnit(nn.Module):
+    """One adapter's weights at one layer, float32 whatever the model's dtype.
+
+    Attributes:
+        gate_weight: w, (r, d); absent with a constant gate.
+        gate_bias: b, (r,); absent with a constant gate.
+        direction: z, (r, d).
+    """
+
+    gate_weight: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+
+    def __init__(self, width: int, r: int, gate: str, init_weights: bool) -> None:
+        """Make the weights for a stream of `width` features and initialise them as `PSRConfig.init_weights` says."""
+        super().__init__()
+        self.direction = nn.Parameter(torch.empty(r, width, dtype=torch.float32))
+        gated = gate == "relu"
+        self.gate_weight = nn.Parameter(torch.empty(r, width, dtype=torch.float32)) if gated else None
+        self.gate_bias = nn.Parameter(torch.empty(r, dtype=torch.float32)) if gated else None
+        self.reset_parameters(init_weights)
+
+    @torch.no_grad()
+    def reset_parameters(self, init_weights: bool) -> None:
+        """A no-op with open gates (`True`), or uniform within +-1/sqrt(d) as a linear layer starts (`False`)."""
+        if not init_weights:
+            for parameter in self.parameters():
+                bound = self.direction.shape[1] ** -0.5
+                parameter.uniform_(-bound, bound)
+            return
+        self.direction.zero_()
+        if self.gate_weight is not None and self.gate_bias is not None:
+            self.gate_weight.zero_()
+            self.gate_bias.fill_(1.0)
+
+    def gate(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Gate values lambda (..., r) >= 0, float32, of hidden states (..., d)."""
+        if self.gate_weight is None:
+            return hidden.new_ones(*hidden.shape[:-1], self.direction.shape[0], dtype=torch.float32)
+        return F.relu(F.linear(hidden.float(), self.gate_weight, self.gate_bias))
+
+    def forward(self, hidden: torch.Tensor, strength: Strength) -> tuple[torch.Tensor, torch.Tensor]:
+        """The edit (..., d) and the gate values (..., r), float32; `strength` broadcasts over (..., r)."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            gates = self.gate(hidden)
+            return (strength * gates) @ self.direction, gates
+
+    def _apply(self, fn, recurse: bool = True):
+        """Follow the model to another device, but not to another dtype: the edit is computed in float32."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if tensor.is_meta or moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
+
+class PSRLayer(nn.Module, BaseTunerLayer):
+    """Child module `psr` of a decoder layer; holds all adapters' units and edits the layer's output in a hook.
+
+    Args:
+        name: The decoder layer's name in the model.
+        width: d, last dimension of the layer's output.
+        device: Where the decoder layer lives, or `None` if it has no parameters.
+        state: What the current forward call is to do, shared by the model's PSR layers.
+    """
+
+    adapter_layer_names = ("psr_unit",)
+    other_param_names = ("config",)
+
+    def __init__(self, name: str, width: int, device: torch.device | None, state: SteeringState) -> None:
+        super().__init__()
+        self.name, self.width, self.state = name, width, state
+        self.base_device = device
+        self.psr_unit = nn.ModuleDict()
+        self.config: dict[str, PSRConfig] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    # PEFT looks for these on the module that a tuner layer wraps; a decoder layer has neither.
+    weight = None  # type: ignore[assignment]
+    bias = None  # type: ignore[assignment]
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, None]:
+        return self.base_device, None
+
+    def update_layer(self, adapter_name: str, config: PSRConfig, inference_mode: bool = False) -> None:
+        """Add the adapter `adapter_name`, or make it anew."""
+        self.psr_unit[adapter_name] = PSRUnit(self.width, config.r, config.gate, config.init_weights)
+        self.config[adapter_name] = config
+        self.state.positions.add(config.positions)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def reset_psr_parameters(self, adapter_name: str) -> None:
+        """Initialise the adapter's weights again, as its configuration says."""
+        if adapter_name in self.psr_unit:
+            self.psr_unit[adapter_name].reset_parameters(self.config[adapter_name].init_weights)
+
+    def strength(self, adapter_name: str, hidden: torch.Tensor) -> Strength:
+        """`scale * (alpha + b_m) * m`: a number, or a float32 tensor that broadcasts over (batch, seq, r)."""
+        config, state = self.config[adapter_name], self.state
+        alpha = config.alpha if state.alpha is None else state.alpha
+        strength: Strength = state.scale * (alpha + config.coefficient_bias)
+        mask = state.masks.get(config.positions)
+        if mask is None or mask.shape != hidden.shape[:-1]:
+            return strength
+        return strength * mask.to(hidden.device, torch.float32).unsqueeze(-1)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The edited stream (batch, seq, d), in the dtype of `hidden`; `hidden` itself where nothing is to be done."""
+        active = [name for name in self.active_adapters if name in self.psr_unit]
+        if self.disable_adapters or not active:
+            return hidden
+        total = None
+        for name in active:
+            edit, gates = self.psr_unit[name](hidden, self.strength(name, hidden))
+            total = edit if total is None else total + edit
+            if self.state.gates is not None:
+                self.state.gates[self.name, name] = gates
+        return (hidden.float() + total).to(hidden.dtype)
+
+    def extra_repr(self) -> str:
+        """Name and width, for printing."""
+        return f"{self.name}, width={self.width}"
+
+
+def edit_output(module: nn.Module, args: tuple, output: Any) -> Any:
+    """Forward hook of a decoder layer, first in line, so that every later hook sees the edited stream."""
+    layer: PSRLayer = module.psr  # type: ignore[assignment]
+    hidden = layer(hidden_of(output, layer.name))
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -1,0 +1,225 @@
+"""`PSRModel`: where PSR layers go in a model, and what a caller can ask of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import nn
+
+from .config import PSRConfig, check_strength
+from .decoder import decoder_layer_names, layer_index, output_width
+from .layer import PSRLayer, edit_output
+from .state import Generation, attach_state, check_mask, detach_state
+
+
+class PSRModel(BaseTuner):
+    """PEFT's tuner for Prompt Steering Replacement; `get_peft_model(model, PSRConfig(...))` makes one.
+
+    A small module `psr` becomes a child of every edited decoder layer and a forward hook applies it, so the model keeps
+    its classes and its keys. The model's own forward then takes two more keyword arguments:
+
+    - `steering_mask`, (batch, seq) of 0/1: the tokens to edit. Without it `PSRConfig.positions` decides.
+    - `alpha`: strength for this call in place of the adapters' own; a number, or one per row.
+    """
+
+    prefix = "psr_"
+    tuner_layer_cls = PSRLayer
+
+    def _prepare_adapter_config(self, peft_config: PSRConfig, model_config: dict) -> PSRConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: PSRConfig, model: nn.Module) -> None:
+        """Find the decoder layers to edit; nothing is touched yet, so errors leave the model as it was."""
+        self._layer_names: set[str] = set()
+        if peft_config.target_modules is not None:
+            return
+        names = decoder_layer_names(model, peft_config.layers_pattern)
+        wanted = peft_config.layers_to_transform
+        layers = range(len(names)) if wanted is None else [wanted] if isinstance(wanted, int) else wanted
+        for layer in layers:
+            if layer >= len(names):
+                raise ValueError(
+                    f"layers_to_transform asks for layer {layer}, but {type(model).__name__} has {len(names)} decoder "
+                    f"layers: 0 to {len(names) - 1}."
+                )
+        self._layer_names = {names[layer] for layer in layers}
+
+    def _check_target_module_exists(self, peft_config: PSRConfig, key: str):  # type: ignore[override]
+        if peft_config.target_modules is not None:
+            return check_target_module_exists(peft_config, key)
+        if key not in self._layer_names:
+            return False
+        # PEFT's own matching for `exclude_modules` and `modules_to_save`, with this layer as the only target
+        return check_target_module_exists(_ExactTarget(peft_config, key), key)
+
+    def _create_and_replace(
+        self,
+        peft_config: PSRConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = getattr(target, "psr", None)
+        if not isinstance(layer, PSRLayer):
+            if isinstance(target, BaseTunerLayer):
+                raise ValueError(
+                    f"{current_key!r} is already a tuner layer of another PEFT method ({type(target).__name__}). "
+                    "Edit the decoder layer around it instead."
+                )
+            device = next((parameter.device for parameter in target.parameters()), None)
+            width = output_width(target, current_key, self.model)
+            layer = PSRLayer(current_key, width, device, attach_state(self.model))
+            target.add_module("psr", layer)
+            layer.hook = target.register_forward_hook(edit_output, prepend=True)  # type: ignore[assignment]
+        active = adapter_name in self.active_adapters
+        layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode or not active)
+
+    def inject_adapter(self, model, adapter_name, *args, state_dict=None, **kwargs) -> None:
+        """Add an adapter; PEFT takes the edited layers from the keys of `state_dict` where one is given."""
+        if state_dict is not None:
+            # PEFT cuts a key before ".psr_" to find the layer's name; our child module stands between the two
+            state_dict = {key.replace(".psr.psr_", ".psr_"): value for key, value in state_dict.items()}
+        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+
+    @classmethod
+    def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, torch.Tensor]:
+        # another tuner's adapter of the same name may sit in the same model; only ours goes into our file
+        return {k: v for k, v in super()._get_adapter_state_dict(*args, **kwargs).items() if ".psr.psr_unit." in k}
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(
+            "A PSR adapter can't be merged into the base weights: its edit depends on each token's activations. "
+            "Keep it as an adapter, or remove it with `unload()`."
+        )
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
+        if merge:
+            self._check_merge_allowed()
+        for module in list(self.model.modules()):
+            layer = getattr(module, "psr", None)
+            if isinstance(layer, PSRLayer):
+                layer.hook.remove()
+                del module.psr
+        detach_state(self.model)
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+
+    def psr_layers(self) -> dict[int | str, PSRLayer]:
+        """The model's PSR layers by number of the decoder layer (or by name, for other modules), in model order."""
+        layers = [module for module in self.model.modules() if isinstance(module, PSRLayer)]
+        return {layer_index(layer.name): layer for layer in layers}
+
+    def _adapter(self, adapter_name: str | None) -> str:
+        if adapter_name is None:
+            if len(self.active_adapters) != 1:
+                raise ValueError(f"Name one adapter: {', '.join(self.active_adapters) or 'none'} are active.")
+            adapter_name = self.active_adapters[0]
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"No adapter {adapter_name!r}; there are: {', '.join(sorted(self.peft_config))}.")
+        return adapter_name
+
+    def set_alpha(self, alpha: float, adapter_name: str | None = None) -> None:
+        """Set the strength of an adapter (the active one by default); it is saved with the adapter.
+
+        Args:
+            alpha: A finite number; 1.0 is the strength in training, 0.0 no edit, negative values steer away.
+            adapter_name: The adapter's name.
+
+        Raises:
+            TypeError: alpha is not a number.
+            ValueError: alpha is not finite, there is no such adapter, or several are active and none is named.
+        """
+        self.peft_config[self._adapter(adapter_name)].alpha = check_strength(alpha, "alpha")
+
+    @contextmanager
+    def alpha_scale(self, scale: float) -> Iterator[None]:
+        """Multiply every strength by `scale` inside the context: 0.0 is the base model."""
+        state = attach_state(self.model)
+        before, state.scale = state.scale, check_strength(scale, "scale")
+        try:
+            yield
+        finally:
+            state.scale = before
+
+    @contextmanager
+    def record_gates(self) -> Iterator[dict[tuple[str, str], torch.Tensor]]:
+        """Collect gate values in every forward call inside the context, with their graph.
+
+        Yields:
+            A dict that each call fills anew: (layer name, adapter name) -> (batch, seq, r) float32.
+        """
+        state = attach_state(self.model)
+        before, state.gates = state.gates, {}
+        try:
+            yield state.gates
+        finally:
+            state.gates = before
+
+    @torch.no_grad()
+    def gate_values(
+        self, input_ids: torch.Tensor, adapter_name: str | None = None, **kwargs: Any
+    ) -> dict[int | str, torch.Tensor]:
+        """How open an active adapter's gates are at each token, edited or not.
+
+        Args:
+            input_ids: (batch, seq).
+            adapter_name: The adapter; may be left out while just one is active.
+            **kwargs: For the model's forward: `attention_mask`, `steering_mask`, `alpha`, ...
+
+        Returns:
+            {layer: lambda (batch, seq, r) >= 0, float32}, in model order.
+        """
+        name = self._adapter(adapter_name)
+        with self.record_gates() as gates:
+            self.model(input_ids=input_ids, **kwargs)
+        return {layer_index(layer): values for (layer, adapter), values in gates.items() if adapter == name}
+
+    def generate(self, *args: Any, steering_mask: torch.Tensor | None = None, alpha: Any = None, **kwargs: Any):
+        """`generate()` of the base model, steered from the prompt on.
+
+        Args:
+            *args: For the base model's `generate`.
+            steering_mask: (batch, prompt) of 0/1: prompt tokens to edit. Without it `PSRConfig.positions` decides
+                (`peft_psr.positions.encode_chat` builds masks from conversations). Generated tokens are all edited.
+            alpha: Strength in place of the adapters' own: a number, or one per row.
+            **kwargs: For the base model's `generate`.
+
+        Raises:
+            ValueError: `steering_mask` or `alpha` does not fit the prompt.
+        """
+        state = attach_state(self.model)
+        prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if prompt is None:
+            prompt = kwargs.get("inputs_embeds")
+        if isinstance(prompt, torch.Tensor):
+            batch, length = prompt.shape[:2]
+            mask = None if steering_mask is None else check_mask(steering_mask, batch, length)
+            attention_mask = kwargs.get("attention_mask")
+            if attention_mask is None:
+                attention_mask = torch.ones(batch, length, dtype=torch.long, device=prompt.device)
+            state.generation = Generation(attention_mask, mask)
+        elif steering_mask is not None:
+            raise ValueError("steering_mask was given without a prompt; pass `input_ids`.")
+        state.generation_alpha = alpha
+        try:
+            return self.model.generate(*args, **kwargs)
+        finally:
+            state.generation = state.generation_alpha = None
+
+
+class _ExactTarget:
+    """A view of a config for PEFT's matching in which one module is the target, whatever its index."""
+
+    layers_to_transform = None
+    target_parameters = None
+
+    def __init__(self, config: PSRConfig, key: str) -> None:
+        self.target_modules = {key}
+        self.exclude_modules = config.exclude_modules
+        self.modules_to_save = config.modules_to_save

@@ -1,0 +1,167 @@
+"""Which tokens are edited: 0/1 masks of shape (batch, seq), at training, in plain forward calls and while generating.
+
+- `response`: from the last prompt token, included, to the end.
+- `question_and_response`: from the last token of the system turn, included, to the end.
+- `all`: every token that is not padding.
+
+Source: METHOD of arXiv 2605.03907 as reported by reimplementers; leaving out the last prompt token makes training and
+generation disagree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jinja2 import TemplateError
+
+from .chat import encode_prompt, render_prompt
+from .config import POSITIONS
+from .judging import Message
+
+
+# Stands for a system turn's text when looking for its end; no template's default system turn ends in it.
+_SENTINEL = "zq"
+
+
+def last_token_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """1 at the last token of each row that is not padding, whichever side the padding is on.
+
+    Args:
+        attention_mask: (batch, seq), 0 on padding.
+
+    Returns:
+        (batch, seq) bool.
+    """
+    seen = attention_mask.long().cumsum(dim=-1)
+    return (seen == seen[:, -1:]) & attention_mask.bool()
+
+
+def response_mask(labels: torch.Tensor) -> torch.Tensor:
+    """The response, which is where `labels` are not -100, plus the token before it; (batch, seq) bool."""
+    response = labels != -100
+    mask = response.clone()
+    mask[:, :-1] |= response[:, 1:]
+    return mask
+
+
+def default_mask(
+    positions: str, attention_mask: torch.Tensor, labels: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mask of a call that was given none.
+
+    With `labels` the response is known; without, the input is taken for a prompt. Where the question starts can't be
+    told from ids alone, so `question_and_response` counts every token that is not padding as question:
+    `encode_chat` builds the exact mask.
+
+    Args:
+        positions: One of `POSITIONS`.
+        attention_mask: (batch, seq), 0 on padding.
+        labels: (batch, seq) with -100 outside the response, or `None`.
+
+    Returns:
+        (batch, seq) bool.
+    """
+    if positions != "response":
+        return attention_mask.bool()
+    return last_token_mask(attention_mask) if labels is None else response_mask(labels)
+
+
+def common_suffix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many last items `a` and `b` share."""
+    length = 0
+    while length < min(len(a), len(b)) and a[-1 - length] == b[-1 - length]:
+        length += 1
+    return length
+
+
+def question_start(processing_class, messages: Sequence[Message]) -> int:
+    """Index of the first edited token for `question_and_response`: the last token of the system turn.
+
+    The user's part is what the rendered prompt shares, from the right, with the same prompt under another system text.
+    Where a template adds a system turn of its own, the tokens that close that turn count as its end too. 0 where
+    nothing comes before the user's part: no system turn, or a template without that role.
+    """
+    ids = encode_prompt(processing_class, messages)
+    turns = [message for message in messages if message["role"] != "system"]
+    bare = encode_prompt(processing_class, turns)
+    try:
+        other = encode_prompt(processing_class, [{"role": "system", "content": _SENTINEL}, *turns])
+    except TemplateError:  # how a template says that it has no system role
+        return 0
+    shared = common_suffix_length(ids, bare if len(turns) < len(messages) else other)
+    before_user_part = len(bare) - common_suffix_length(bare, other)
+    has_default_system_turn = before_user_part > 1  # more than a BOS token
+    return max(0, len(ids) - shared - (0 if has_default_system_turn else 1))
+
+
+def chat_mask(processing_class, messages: Sequence[Message], positions: str = "response") -> list[int]:
+    """Which tokens of a conversation, rendered with a generation prompt, are edited: one 0/1 a token.
+
+    Earlier assistant turns get the edits they had when they were generated: the token before the turn and the turn's
+    own tokens, without the one that closes it.
+
+    Raises:
+        ValueError: `positions` is unknown, or the template rewrites earlier turns as the conversation goes on, so that
+            what was generated can't be found again.
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, got {positions!r}.")
+    ids = encode_prompt(processing_class, messages)
+    if positions == "all":
+        return [1] * len(ids)
+    if positions == "question_and_response":
+        start = question_start(processing_class, messages)
+        return [0] * start + [1] * (len(ids) - start)
+    mask = [0] * len(ids)
+    mask[-1] = 1
+    text = render_prompt(processing_class, messages)
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = render_prompt(processing_class, messages[:index])
+        if not text.startswith(before + message["content"]):
+            raise ValueError(
+                f"The chat template changes turn {index} ({message['content'][:40]!r}) once the conversation goes on, "
+                "so its tokens can't be found. Pass a `steering_mask` of your own."
+            )
+        first = len(processing_class(before, add_special_tokens=False)["input_ids"])
+        last = len(processing_class(before + message["content"], add_special_tokens=False)["input_ids"])
+        mask[first - 1 : last] = [1] * (last - first + 1)
+    return mask
+
+
+def encode_chat(
+    processing_class,
+    conversations: Sequence[Sequence[Message]],
+    positions: str = "response",
+    device: torch.device | str | None = None,
+) -> dict[str, torch.Tensor]:
+    """A batch of conversations, padded on the left and ready for `model.generate(**batch)`, with its steering mask.
+
+    Args:
+        processing_class: A tokenizer with a chat template and a padding token.
+        conversations: Each a list of messages that ends before the assistant's answer.
+        positions: One of "response", "question_and_response", "all"; give the adapter's own (`PSRConfig.positions`).
+        device: Where the tensors go.
+
+    Returns:
+        `input_ids`, `attention_mask` and `steering_mask`, each (batch, seq) int64.
+    """
+    ids = [encode_prompt(processing_class, conversation) for conversation in conversations]
+    masks = [chat_mask(processing_class, conversation, positions) for conversation in conversations]
+    return {
+        "input_ids": pad_rows(ids, processing_class.pad_token_id, device),
+        "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, device),
+        "steering_mask": pad_rows(masks, 0, device),
+    }
+
+
+def pad_rows(
+    rows: Sequence[Sequence[int]], value: int, device: torch.device | str | None = None, side: str = "left"
+) -> torch.Tensor:
+    """Rows of unequal length as one (batch, longest) int64 tensor, filled with `value` on the given side."""
+    width = max(map(len, rows))
+    fill = [[value] * (width - len(row)) for row in rows]
+    padded = [[*pad, *row] if side == "left" else [*row, *pad] for row, pad in zip(rows, fill, strict=True)]
+    return torch.tensor(padded, dtype=torch.long, device=device)

@@ -1,0 +1,181 @@
+"""What one forward call is to do: its masks and strengths, worked out once at the model's door for all its layers.
+
+A pre-hook on the model sees every call, whichever way it comes (`PeftModel.forward`, `generate`, a pipeline), takes
+`steering_mask` and `alpha` off the arguments, and leaves the result here, where the layers read it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .config import check_strength
+from .positions import default_mask
+
+
+Strength = float | torch.Tensor
+"""One strength for all rows, or a tensor (batch,) with one for each."""
+
+
+@dataclass
+class Generation:
+    """The prompt of a `generate()` call in progress: known ahead, so that no step has to guess what it sees.
+
+    Attributes:
+        attention_mask: (batch, prompt) of the prompt, 0 on padding.
+        steering_mask: (batch, prompt) as the caller gave it, or `None`.
+        seen: Prompt tokens that earlier steps have put into the cache.
+        decoding: The whole prompt is in the cache; every further token is edited.
+    """
+
+    attention_mask: torch.Tensor
+    steering_mask: torch.Tensor | None
+    seen: int = 0
+    decoding: bool = False
+
+
+@dataclass
+class SteeringState:
+    """Shared by a model's PSR layers. Set by `begin_call`, kept until the next call (checkpointing runs layers twice).
+
+    Attributes:
+        argument_names: Names of the positional arguments of the model's forward.
+        positions: Kinds of positions that the model's adapters use.
+        scale: Factor on every strength, set by `alpha_scale`.
+        alpha: Strength for this call in place of the adapters' own: a float, (batch, 1, 1), or `None`.
+        masks: For each kind of positions (batch, seq) bool, or `None` to edit every token.
+        gates: Where layers leave their gate values, {(layer name, adapter): (batch, seq, r)}, while someone looks.
+        generation: The `generate()` call in progress.
+        generation_alpha: That call's strength.
+        handle: Removes the pre-hook.
+    """
+
+    argument_names: list[str] = field(default_factory=list)
+    positions: set[str] = field(default_factory=set)
+    scale: float = 1.0
+    alpha: Strength | None = None
+    masks: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    gates: dict[tuple[str, str], torch.Tensor] | None = None
+    generation: Generation | None = None
+    generation_alpha: Any = None
+    handle: RemovableHandle | None = None
+
+    def begin_call(self, arguments: dict[str, Any]) -> None:
+        """Work out masks and strength from the arguments of the model's forward call."""
+        steering_mask, alpha = arguments.pop("steering_mask", None), arguments.pop("alpha", None)
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments.get("inputs_embeds")
+        self.masks = dict.fromkeys(self.positions)
+        self.alpha = None
+        if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
+            return
+        batch, length = tokens.shape[:2]
+        self.alpha = prepare_alpha(self.generation_alpha if alpha is None else alpha, batch, tokens.device)
+        if self.generation is not None:
+            self._continue_generation(self.generation, batch, length, arguments, tokens.device)
+            return
+        past = cache_length(arguments)
+        if steering_mask is not None:
+            mask = check_mask(steering_mask, batch, length).to(tokens.device)
+            self.masks = dict.fromkeys(self.positions, mask)
+        elif past == 0 or length > 1:
+            attention_mask = token_mask(arguments.get("attention_mask"), batch, length, tokens.device)
+            labels = arguments.get("labels")
+            self.masks = {kind: default_mask(kind, attention_mask, labels) for kind in self.positions}
+
+    def _continue_generation(
+        self, generation: Generation, batch: int, length: int, arguments: dict[str, Any], device: torch.device
+    ) -> None:
+        if generation.decoding:
+            return
+        prompt = generation.attention_mask.shape[1]
+        cached = arguments.get("past_key_values") is not None
+        start = max(generation.seen, cache_length(arguments)) if cached else 0
+        if cached:
+            generation.seen = start + length
+            generation.decoding = generation.seen >= prompt
+        for kind in self.positions:
+            mask = generation.steering_mask
+            if mask is None:
+                mask = default_mask(kind, generation.attention_mask)
+            # beams and several return sequences a prompt: every prompt's rows stand together
+            mask = mask.to(device).bool().repeat_interleave(batch // mask.shape[0], dim=0)
+            new = mask.new_ones(batch, max(0, start + length - prompt))
+            self.masks[kind] = torch.cat([mask, new], dim=1)[:, start : start + length]
+
+
+def prepare_alpha(alpha: Any, batch: int, device: torch.device) -> Strength | None:
+    """A strength that broadcasts over (batch, seq, r): a float, or one number a row as (batch, 1, 1) float32.
+
+    Raises:
+        TypeError: not a number nor a sequence of numbers.
+        ValueError: not finite, or not as many as there are rows.
+    """
+    if alpha is None:
+        return None
+    if isinstance(alpha, list | tuple):
+        alpha = torch.tensor([check_strength(value, "alpha") for value in alpha])
+    if not isinstance(alpha, torch.Tensor):
+        return check_strength(alpha, "alpha")
+    if alpha.dim() == 0:
+        return alpha.float().to(device)
+    if alpha.dim() != 1 or batch % alpha.shape[0]:
+        raise ValueError(f"alpha must be one number or one per row ({batch} rows), got shape {tuple(alpha.shape)}.")
+    return alpha.float().to(device).repeat_interleave(batch // alpha.shape[0]).view(batch, 1, 1)
+
+
+def check_mask(mask: Any, batch: int, length: int) -> torch.Tensor:
+    """The caller's `steering_mask` as (batch, length) bool.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: another shape.
+    """
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"steering_mask must be a tensor of 0/1, shape (batch, seq), got {type(mask).__name__}.")
+    if tuple(mask.shape) != (batch, length):
+        raise ValueError(f"steering_mask must have the shape of input_ids, {(batch, length)}; got {tuple(mask.shape)}.")
+    return mask.bool()
+
+
+def token_mask(attention_mask: Any, batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """The part of a (batch, past + seq) attention mask that covers this call's tokens; all ones without one."""
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return attention_mask[:, -length:].to(device)
+    return torch.ones(batch, length, dtype=torch.long, device=device)
+
+
+def cache_length(arguments: dict[str, Any]) -> int:
+    """Tokens already in the key/value cache of this call."""
+    cache = arguments.get("past_key_values")
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+
+
+def begin_steered_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Forward pre-hook (with keyword arguments) of a model with PSR layers."""
+    state: SteeringState = model._psr_state
+    state.begin_call({**dict(zip(state.argument_names, args, strict=False)), **kwargs})
+    return args, {name: value for name, value in kwargs.items() if name not in ("steering_mask", "alpha")}
+
+
+def attach_state(model: nn.Module) -> SteeringState:
+    """The state shared by the model's PSR layers; made, with its pre-hook, when the first adapter is added."""
+    state = getattr(model, "_psr_state", None)
+    if state is None:
+        state = SteeringState(argument_names=list(inspect.signature(type(model).forward).parameters)[1:])
+        state.handle = model.register_forward_pre_hook(begin_steered_call, with_kwargs=True)
+        model._psr_state = state  # type: ignore[assignment]
+    return state
+
+
+def detach_state(model: nn.Module) -> None:
+    """Undo `attach_state`."""
+    state = model.__dict__.pop("_psr_state", None)
+    if state is not None:
+        state.handle.remove()
