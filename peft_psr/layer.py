@@ -1,4 +1,6 @@
-"""The edit of one decoder layer, for every adapter on it. For layer output h (batch, seq, d) and rank r:
+"""The edit of one decoder layer, for every adapter on it.
+
+For layer output h (batch, seq, d) and rank r:
 
     lambda = ReLU(h @ w + b)                            gate values (batch, seq, r)
     h  <-  h + (alpha + b_m) * m * (lambda @ z)         m: position mask (batch, seq)

@@ -19,8 +19,8 @@ from .state import Generation, attach_state, check_mask, detach_state
 class PSRModel(BaseTuner):
     """PEFT's tuner for Prompt Steering Replacement; `get_peft_model(model, PSRConfig(...))` makes one.
 
-    A small module `psr` becomes a child of every edited decoder layer and a forward hook applies it, so the model keeps
-    its classes and its keys. The model's own forward then takes two more keyword arguments:
+    A small module `psr` becomes a child of every edited decoder layer and a forward hook applies it, so the
+    model keeps its classes and its keys. The model's own forward then takes two more keyword arguments:
 
     - `steering_mask`, (batch, seq) of 0/1: the tokens to edit. Without it `PSRConfig.positions` decides.
     - `alpha`: strength for this call in place of the adapters' own; a number, or one per row.

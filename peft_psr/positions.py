@@ -45,9 +45,7 @@ def response_mask(labels: torch.Tensor) -> torch.Tensor:
     return mask
 
 
-def default_mask(
-    positions: str, attention_mask: torch.Tensor, labels: torch.Tensor | None = None
-) -> torch.Tensor:
+def default_mask(positions: str, attention_mask: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
     """The mask of a call that was given none.
 
     With `labels` the response is known; without, the input is taken for a prompt. Where the question starts can't be

@@ -18,8 +18,8 @@ def register() -> None:
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PSRPeftType.PSR)  # type: ignore[call-overload]
     if "PSR" in PeftType.__members__ or (registered is not None and registered.__name__ != PSRConfig.__name__):
         raise RuntimeError(
-            "PEFT already has an adapter type 'PSR' that is not peft-psr's. Upgrade peft-psr, or use a version of PEFT "
-            "that both agree on."
+            "PEFT already has an adapter type 'PSR' that is not peft-psr's. Upgrade peft-psr, or use a version of "
+            "PEFT that both agree on."
         )
     PEFT_TYPE_TO_CONFIG_MAPPING[PSRPeftType.PSR] = PSRConfig  # type: ignore[index]
     PEFT_TYPE_TO_TUNER_MAPPING[PSRPeftType.PSR] = PSRModel  # type: ignore[index]

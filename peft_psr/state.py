@@ -140,7 +140,9 @@ def check_mask(mask: Any, batch: int, length: int) -> torch.Tensor:
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"steering_mask must be a tensor of 0/1, shape (batch, seq), got {type(mask).__name__}.")
     if tuple(mask.shape) != (batch, length):
-        raise ValueError(f"steering_mask must have the shape of input_ids, {(batch, length)}; got {tuple(mask.shape)}.")
+        raise ValueError(
+            f"steering_mask must have the shape of input_ids, {(batch, length)}, got {tuple(mask.shape)}."
+        )
     return mask.bool()
 
 

@@ -66,9 +66,7 @@ def expected_mask(positions, row):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_forward_equals_reference(layout, gate, layers, side):
     base = tiny_model(layout)
-    model = steered(
-        copy.deepcopy(base), gate=gate, layers_to_transform=layers, r=2, alpha=0.7, coefficient_bias=-0.2
-    )
+    model = steered(copy.deepcopy(base), gate=gate, layers_to_transform=layers, r=2, alpha=0.7, coefficient_bias=-0.2)
     ids, attention_mask = pad(PROMPTS, side)
     positions = {} if layout == "llama" else {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)}
     with torch.no_grad():
@@ -124,7 +122,11 @@ def test_generation_equals_reference(layout, use_cache):
     model = steered(copy.deepcopy(base), layers_to_transform=[1, 2])
     ids, attention_mask = pad(PROMPTS, "left")
     out = model.generate(
-        input_ids=ids, attention_mask=attention_mask, max_new_tokens=8, do_sample=False, use_cache=use_cache,
+        input_ids=ids,
+        attention_mask=attention_mask,
+        max_new_tokens=8,
+        do_sample=False,
+        use_cache=use_cache,
         eos_token_id=None,
     )
     for row, got in zip(PROMPTS, out[:, ids.shape[1] :].tolist(), strict=True):
@@ -154,7 +156,10 @@ def test_several_sequences_and_beams_repeat_the_mask():
     )
     for i, row in enumerate(PROMPTS):
         alone = model.generate(
-            input_ids=torch.tensor([row]), steering_mask=mask[i : i + 1, -len(row) :], num_return_sequences=2, **settings
+            input_ids=torch.tensor([row]),
+            steering_mask=mask[i : i + 1, -len(row) :],
+            num_return_sequences=2,
+            **settings,
         )
         assert torch.equal(batched[2 * i : 2 * i + 2, -5:], alone[:, -5:])
 
@@ -172,7 +177,9 @@ def test_alpha_of_a_call_and_of_each_row():
     with model.alpha_scale(0.0):
         assert torch.equal(model(ids).logits, base)
     out = model.generate(input_ids=ids, alpha=[0.0, 2.0], max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert torch.equal(out[1:], model.generate(input_ids=ids[1:], max_new_tokens=6, do_sample=False, eos_token_id=None))
+    assert torch.equal(
+        out[1:], model.generate(input_ids=ids[1:], max_new_tokens=6, do_sample=False, eos_token_id=None)
+    )
     with model.disable_adapter():
         plain = model.generate(input_ids=ids[:1], max_new_tokens=6, do_sample=False, eos_token_id=None)
     assert torch.equal(out[:1], plain)

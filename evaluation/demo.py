@@ -1,0 +1,297 @@
+"""`psr demo`: the whole way once, on the embedded model, for one trait after another."""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_psr.positions import encode_chat
+from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions
+from peft_psr.training import add_instruction, sample_completions
+
+from .experiment import Experiment, Outcome, Sizes, Task, as_row, write_json
+from .faithfulness import intervention_strength, relative_rmse
+from .methods import METHODS
+from .plots import rmse_by_layer, strength_by_token, trait_against_coherence
+
+
+MAX_NEW_TOKENS = 96
+QUICK = Sizes(train_prompts=12, train_draws=1, held_out_draws=1, score_draws=2, curve=(1.0, 2.0, 4.0),
+              calibration_steps=5)  # fmt: skip
+
+
+def tiny_task(trait: str) -> Task:
+    """A trait of the embedded model, with its grammar as judge.
+
+    Raises:
+        ValueError: no such trait.
+    """
+    return Task(
+        name=trait,
+        judge=GrammarJudge(trait),
+        train_instructions=instructions(trait, "train"),
+        test_instructions=instructions(trait, "test"),
+        train_prompts=[prompt_messages(question.text) for question in questions("train")],
+        test_prompts=[prompt_messages(question.text) for question in questions("test")],
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+
+
+def run_demo(
+    traits: list[str],
+    model_path: str,
+    output: Path,
+    seed: int = 0,
+    quick: bool = False,
+    console: Console | None = None,
+) -> dict[str, dict]:
+    """Train, save, reload and measure every method on every trait.
+
+    Writes, for each trait, `<output>/<trait>/` (or `<output>/` for a single one) with `adapter/` (the best adapter),
+    `results.json` and three figures.
+
+    Args:
+        traits: Names of traits of the embedded model.
+        model_path: Folder of the embedded model, or of one rebuilt by `scripts/build_tiny_chat.py`.
+        output: An empty folder, or one to be made.
+        seed: Makes the run repeatable on the same machine.
+        quick: Fewer samples, rougher numbers.
+        console: Where to print.
+
+    Returns:
+        {trait: what its `results.json` holds}.
+
+    Raises:
+        FileExistsError: `output` is not empty.
+        ValueError: an unknown trait, or a model that does not know the grammar's words.
+    """
+    console = console or Console()
+    for trait in traits:
+        if trait not in TRAITS:
+            raise ValueError(f"No trait {trait!r}; there are: {', '.join(TRAITS)}, or 'all'.")
+    check_output(output)
+    processing_class = AutoTokenizer.from_pretrained(model_path)
+    check_vocabulary(processing_class, model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    output.mkdir(parents=True, exist_ok=True)
+    sizes = QUICK if quick else Sizes()
+    results = {}
+    for trait in traits:
+        folder = output if len(traits) == 1 else output / trait
+        folder.mkdir(exist_ok=True)
+        results[trait] = _run_trait(trait, model, processing_class, model_path, folder, seed, sizes, console)
+    if quick:
+        console.print("[yellow]--quick: few samples, so these numbers are rough (several points either way).[/]")
+    return results
+
+
+def check_output(output: Path) -> None:
+    """Raise `FileExistsError` if there is something in the folder already, or `NotADirectoryError` if it is none."""
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"--output {output} is a file; name a folder.")
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"--output {output} is not empty; name another folder or empty it.")
+
+
+def check_vocabulary(processing_class, model_path: str) -> None:
+    """Raise `ValueError` if the tokenizer does not know the grammar's words."""
+    unknown = processing_class.unk_token_id
+    for question in questions("all"):
+        ids = processing_class(question.text, add_special_tokens=False)["input_ids"]
+        if unknown is None or unknown in ids:
+            raise ValueError(
+                f"The tokenizer at {model_path!r} does not know the words of {question.text!r}. `psr demo` needs the "
+                "embedded model (leave --model out) or one made by scripts/build_tiny_chat.py."
+            )
+
+
+def _run_trait(trait: str, model, processing_class, model_path: str, folder: Path, seed: int, sizes: Sizes,
+               console: Console) -> dict:  # fmt: skip
+    start = time.perf_counter()
+    console.rule(f"[bold]{trait}")
+    experiment = Experiment(model, processing_class, tiny_task(trait), sizes, seed)
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    best: Outcome | None = None
+    outcomes: list[Outcome] = []
+    with Progress(*columns, console=console, transient=True) as progress:
+        overall = progress.add_task("triplets and references", total=len(METHODS) + 1)
+        outcomes += experiment.prepare()
+        progress.advance(overall)
+        console.print(
+            f"{len(experiment.triplets)} triplets to train on, {len(experiment.held_out)} held out; "
+            f"single-layer methods edit layer {experiment.layer}"
+        )
+        for method in METHODS:
+            progress.update(overall, description="all methods")
+            step = progress.add_task(f"training {method.name}", total=None)
+
+            def on_step(done: int, total: int, step=step) -> None:
+                progress.update(step, completed=done, total=total)
+
+            steered, outcome = experiment.train(method, on_step)
+            progress.update(step, description=f"measuring {method.name}")
+            outcome = experiment.measure(steered, outcome)
+            outcomes.append(outcome)
+            if best is None or _merit(outcome) > _merit(best):
+                best = outcome
+                _save(steered, outcome, folder / "adapter", model_path)
+            steered.unload()
+            progress.remove_task(step)
+            progress.advance(overall)
+    assert best is not None
+    console.print(_table(trait, outcomes))
+    for outcome in outcomes:
+        if outcome.dead_gates:
+            console.print(f"[yellow]{outcome.method}: dead gates: {', '.join(outcome.dead_gates)}[/]")
+
+    steered = PeftModel.from_pretrained(model, folder / "adapter").eval()
+    _show_answers(experiment, steered, best, console)
+    _draw(experiment, steered, outcomes, best, folder)
+    steered.unload()
+    result = {
+        "schema": 1,
+        "model": "tiny_chat" if Path(model_path).parent.name == "tiny_chat" else model_path,
+        "trait": trait,
+        "seed": seed,
+        "versions": {name: version(name) for name in ("peft-psr", "peft", "transformers", "torch")}
+        | {"python": platform.python_version()},
+        "sizes": {"triplets": len(experiment.triplets), "held_out": len(experiment.held_out),
+                  "answers_per_score": len(experiment.task.test_prompts) * sizes.score_draws},
+        "single_layer": experiment.layer,
+        "best": best.method,
+        "rows": [as_row(outcome) for outcome in outcomes],
+    }  # fmt: skip
+    write_json(result, folder / "results.json")
+    console.print(_how_to_load(folder, model_path, best))
+    console.print(f"{trait}: {time.perf_counter() - start:.0f} s; results and figures in {folder}")
+    return result
+
+
+def _merit(outcome: Outcome) -> tuple[float, float]:
+    """What makes an adapter the best: trait at the prompt's own coherence, then prompt recovery."""
+    trait = outcome.cp.trait if outcome.cp is not None and outcome.cp.trait is not None else -1.0
+    return trait, outcome.recovery or 0.0
+
+
+def _save(model: PeftModel, outcome: Outcome, folder: Path, model_path: str) -> None:
+    alpha = outcome.cp.alpha if outcome.cp is not None and outcome.cp.alpha is not None else 1.0
+    trained = model.active_peft_config.alpha
+    model.set_alpha(round(alpha, 4))
+    model.active_peft_config.base_model_name_or_path = model_path
+    model.save_pretrained(folder)
+    model.set_alpha(trained)
+
+
+def _table(trait: str, outcomes: list[Outcome]) -> Table:
+    table = Table(title=f"{trait}: held-out questions, topics and instructions", title_justify="left")
+    table.add_column("method")
+    for column in ("trait", "coher.", "TA@C80", "TA@Cp", "alpha C80", "alpha Cp", "recovery", "train s", "bytes"):
+        table.add_column(column, justify="right")
+
+    def number(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
+
+    for outcome in outcomes:
+        c80, cp = outcome.c80, outcome.cp
+        table.add_row(
+            outcome.method,
+            number(outcome.alpha1.trait, 1),
+            number(outcome.alpha1.coherence, 1),
+            number(c80.trait if c80 else None, 1),
+            number(cp.trait if cp else None, 1),
+            number(c80.alpha if c80 else None, 2),
+            number(cp.alpha if cp else None, 2),
+            number(outcome.recovery, 2),
+            number(outcome.train_seconds, 1),
+            number(outcome.adapter_bytes, 0),
+            end_section=outcome.method == "prompt",
+        )
+    table.caption = (
+        "trait and coherence at alpha 1; TA@C80 / TA@Cp: trait where coherence is 80 / the prompt's; '-': see `why` in "
+        "results.json"
+    )
+    return table
+
+
+def _show_answers(experiment: Experiment, steered: PeftModel, best: Outcome, console: Console) -> None:
+    task, tokenizer, seed = experiment.task, experiment.processing_class, experiment.seed
+    prompt = task.test_prompts[seed % len(task.test_prompts)]
+    settings = {"max_new_tokens": task.max_new_tokens, "seed": seed}
+    with steered.disable_adapter():
+        plain = sample_completions(steered, tokenizer, [prompt], **settings)[0].text
+        with_prompt = sample_completions(
+            steered, tokenizer, [add_instruction(prompt, task.test_instructions[0])], **settings
+        )[0].text
+    answer = sample_completions(steered, tokenizer, [prompt], **settings)[0].text
+    console.print(f"\n[bold]{prompt[-1]['content']}")
+    console.print("[dim]plain   [/]", plain, soft_wrap=True)
+    console.print(f"[dim]prompted[/] [dim]({task.test_instructions[0]})[/]", with_prompt, soft_wrap=True)
+    console.print(f"[dim]steered [/] [dim]({best.method}, no prompt; darker: gates open wider)[/]", soft_wrap=True)
+    console.print(shaded_answer(steered, tokenizer, prompt, answer), "\n", soft_wrap=True)
+
+
+def shaded_answer(model: PeftModel, processing_class, prompt: list, answer: str) -> Text:
+    """The answer with each token shaded by how far the gates are open where it was chosen (mean over layers)."""
+    batch = encode_chat(processing_class, [prompt])
+    ids = processing_class(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    start = batch["input_ids"].shape[1]
+    tokens = torch.cat([batch["input_ids"], ids], dim=1)
+    mask = torch.cat([batch["steering_mask"], torch.ones_like(ids)], dim=1)
+    gates = model.gate_values(tokens, steering_mask=mask)
+    # the token at position i was chosen at position i - 1
+    openness = torch.stack([g[0, start - 1 : -1].sum(-1) / g[0, start - 1 : -1].sum(-1).max().clamp(min=1e-9)
+                            for g in gates.values()]).mean(dim=0)  # fmt: skip
+    text = Text()
+    pieces = [processing_class.decode(ids[0, : i + 1]) for i in range(ids.shape[1])]
+    for i, strength in enumerate((openness / openness.max().clamp(min=1e-9)).tolist()):
+        piece = pieces[i][len(pieces[i - 1]) if i else 0 :]
+        shade = 255 - int(175 * strength)
+        text.append(piece, style=f"black on rgb(255,{shade},{shade})")
+    return text
+
+
+def _draw(experiment: Experiment, steered: PeftModel, outcomes: list[Outcome], best: Outcome, folder: Path) -> None:
+    plain, prompted, *methods = outcomes
+    trait = experiment.task.name
+    curves = {outcome.method: outcome.curve for outcome in methods}
+    figures = {"trait_coherence.png": trait_against_coherence(curves, plain.alpha1, prompted.alpha1, trait)}
+    other = experiment.task.test_instructions
+    swap = dict(zip(other, [*other[1:], other[0]], strict=True))
+    reworded = [
+        add_instruction(triplet["prompt"], swap[triplet["steered_prompt"][0]["content"]])  # type: ignore[index, arg-type]
+        for triplet in experiment.held_out
+    ]
+    rmse = {outcome.method: outcome.rmse for outcome in methods}
+    rmse["reworded prompt"] = relative_rmse(
+        steered, experiment.held_out, experiment.processing_class, reworded_prompts=reworded
+    )
+    figures["rmse_by_layer.png"] = rmse_by_layer(rmse, trait)
+    example = next((t for t in experiment.held_out if (t.get("trait_score") or 0) >= 99), experiment.held_out[0])
+    tokens, by_prompt, by_adapter = intervention_strength(
+        steered, example, experiment.processing_class, alpha=steered.active_peft_config.alpha
+    )
+    figures["strength_by_token.png"] = strength_by_token(tokens, by_prompt, by_adapter, best.method)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=130)
+
+
+def _how_to_load(folder: Path, model_path: str, best: Outcome) -> str:
+    return (
+        f"\n[bold]Load the best adapter ({best.method}):[/]\n\n"
+        "  import peft_psr\n"
+        "  from peft import AutoPeftModelForCausalLM\n"
+        "  from transformers import AutoTokenizer\n"
+        f"  model = AutoPeftModelForCausalLM.from_pretrained({str(folder / 'adapter')!r}).eval()\n"
+        f"  tokenizer = AutoTokenizer.from_pretrained({model_path!r})\n"
+    )

@@ -1,0 +1,462 @@
+"""Triplets, both branches, objectives against numbers worked out by hand, the Trainer, the starts."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from peft import get_peft_model
+from tiny_models import WIDTH, tiny_model, tiny_tokenizer
+from transformers import PrinterCallback, ProgressCallback
+
+from peft_psr import PSRConfig
+from peft_psr.judging import JudgeScores
+from peft_psr.training import (
+    PSRTrainer,
+    PSRTrainingArguments,
+    TripletCollator,
+    add_instruction,
+    filter_triplets,
+    generate_triplets,
+    initialize_psr_weights,
+    read_triplets,
+    sample_completions,
+    write_triplets,
+)
+from peft_psr.training.branches import layers_downstream, run_branch
+from peft_psr.training.objectives import gate_regularizer, likelihood_loss, mse_by_layer, token_weights
+
+
+USER = {"role": "user", "content": "what is tea"}
+COMPLETIONS = ["tea is good", "a b c d e", "dogs are good now", "yes"]
+
+
+def triplets(instruction="be brief", completions=COMPLETIONS, **fields):
+    return [
+        {
+            "prompt": [USER],
+            "steered_prompt": add_instruction([USER], instruction),
+            "completion": completion,
+            "trait_score": 80.0,
+            "coherence_score": 90.0,
+            **fields,
+        }
+        for completion in completions
+    ]
+
+
+def trainer(model, tmp_path, data=None, callbacks=None, **settings):
+    settings = {"save_strategy": "no", "logging_steps": 1, "use_cpu": True, **settings}
+    arguments = PSRTrainingArguments(output_dir=str(tmp_path / "out"), **settings)
+    made = PSRTrainer(model, arguments, triplets() if data is None else data, processing_class=tiny_tokenizer())
+    made.remove_callback(PrinterCallback)
+    made.remove_callback(ProgressCallback)
+    return made
+
+
+def randomized(model, scale=0.3):
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "psr_unit" in name:
+                parameter.normal_(std=scale)
+    return model
+
+
+# ---------------------------------------------------------------- branches
+
+
+@pytest.mark.parametrize("positions", ["response", "question_and_response"])
+def test_both_masks_name_the_same_tokens(positions):
+    batch = TripletCollator(tiny_tokenizer(), positions)(triplets())
+    student = batch["input_ids"][batch["steering_mask"].bool()]
+    teacher = batch["teacher_input_ids"][batch["teacher_mask"].bool()]
+    if positions == "question_and_response":  # the first masked token closes the system turn, if there is one
+        first = (batch["steering_mask"].cumsum(1) == 1) & batch["steering_mask"].bool()
+        keep = ~first[batch["steering_mask"].bool()]
+        student, teacher = student[keep], teacher[keep]
+    assert torch.equal(student, teacher)
+    tokenizer = tiny_tokenizer()
+    labels = batch["labels"][0][batch["labels"][0] != -100]
+    assert tokenizer.convert_ids_to_tokens(labels) == ["tea", "is", "good", "</t>"]
+    assert torch.allclose(batch["alpha"], torch.tensor(0.8))
+
+
+@pytest.mark.parametrize("positions", ["response", "question_and_response"])
+def test_empty_instruction_gives_exactly_zero_difference(positions):
+    model = get_peft_model(tiny_model(), PSRConfig(positions=positions))
+    batch = TripletCollator(tiny_tokenizer(), positions)(triplets(instruction=""))
+    layers = layers_downstream(model)
+    teacher, base = (run_branch(model, batch, layers, branch).hidden for branch in ("teacher", "base"))
+    assert all(torch.equal(teacher[name], base[name]) for name in layers)
+    changed = TripletCollator(tiny_tokenizer(), positions)(triplets())
+    teacher, base = (run_branch(model, changed, layers, branch).hidden for branch in ("teacher", "base"))
+    assert not any(torch.equal(teacher[name], base[name]) for name in layers)
+
+
+def test_branches_equal_unpadded_runs_of_the_plain_model():
+    base = tiny_model()
+    model = randomized(get_peft_model(copy.deepcopy(base), PSRConfig()))
+    collator = TripletCollator(tiny_tokenizer())
+    batch = collator(triplets())
+    layers = layers_downstream(model)
+    teacher = run_branch(model, batch, layers, "teacher").hidden[layers[1]]
+    expected = []
+    for triplet in triplets():
+        row = collator.encode(triplet)
+        hidden = base(torch.tensor([row["teacher_input_ids"]]), output_hidden_states=True).hidden_states[2][0]
+        expected.append(hidden[-row["mask_length"] :])
+    torch.testing.assert_close(teacher, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    assert not teacher.requires_grad
+
+
+def test_last_layer_is_taken_before_the_final_norm():
+    model = get_peft_model(tiny_model(), PSRConfig())
+    batch = TripletCollator(tiny_tokenizer())(triplets(completions=["yes"]))
+    layers = layers_downstream(model)
+    seen = []
+    handle = model.get_base_model().model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hidden = run_branch(model, batch, layers, "base").hidden[layers[-1]]
+    handle.remove()
+    assert torch.equal(hidden, seen[0][batch["steering_mask"].bool()])
+
+
+def test_single_layer_loss_covers_that_layer_and_all_below_the_output():
+    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=2))
+    assert [name.rsplit(".", 1)[1] for name in layers_downstream(model)] == ["2", "3"]
+
+
+# ---------------------------------------------------------------- objectives
+
+
+def test_mse_worked_out_by_hand():
+    mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    student = {"a": torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 0.0]])}
+    teacher = {"a": torch.tensor([[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]])}
+    # per token: (1+1)/2 = 1, 4/2 = 2, 4/2 = 2; row 0: 1.5, row 1: 2; mean 1.75
+    assert mse_by_layer(student, teacher, token_weights(mask))["a"].item() == pytest.approx(1.75)
+
+
+def test_likelihood_worked_out_by_hand_and_its_first_target():
+    logits = torch.zeros(1, 4, 3)
+    logits[0, 1, 2] = math.log(2.0)  # at the last prompt token: p = (1/4, 1/4, 1/2)
+    labels = torch.tensor([[-100, -100, 2, 0]])
+    expected = (math.log(2.0) + math.log(3.0)) / 2
+    assert likelihood_loss(logits, labels).item() == pytest.approx(expected)
+
+
+def test_likelihood_gradient_reaches_the_last_prompt_token_and_no_earlier_one():
+    logits = torch.zeros(1, 5, 3, requires_grad=True)
+    likelihood_loss(logits, torch.tensor([[-100, -100, -100, 1, 2]])).backward()
+    assert logits.grad.abs().sum(-1).ne(0).tolist() == [[False, False, True, True, False]]
+
+
+def test_regularizer_worked_out_by_hand():
+    mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
+    gates = {("a", "x"): torch.tensor([[0.25], [0.5], [3.0]]), ("b", "x"): torch.zeros(3, 1)}
+    # layer a: max(0, 1 - .75) = .25 and 0, mean .125; layer b: 1 and 1, mean 1
+    assert gate_regularizer(gates, mask).item() == pytest.approx(1.125)
+
+
+def test_trainer_loss_is_the_formula(tmp_path):
+    base = tiny_model()
+    model = randomized(get_peft_model(copy.deepcopy(base), PSRConfig(alpha=0.5)))
+    made = trainer(model, tmp_path, regularizer=0.1)
+    batch = made.data_collator(triplets())
+    loss = made.compute_loss(model, batch).item()
+
+    expected = 0.0
+    collator = TripletCollator(tiny_tokenizer())
+    for triplet in triplets():
+        row = collator.encode(triplet)
+        n = row["mask_length"]
+        teacher = base(torch.tensor([row["teacher_input_ids"]]), output_hidden_states=True)
+        last = []
+        handle = model.get_base_model().model.norm.register_forward_pre_hook(lambda m, a, last=last: last.append(a[0]))
+        ids = torch.tensor([row["input_ids"]])
+        mask = torch.zeros_like(ids)
+        mask[0, -n:] = 1
+        student = model(ids, steering_mask=mask, alpha=0.8, output_hidden_states=True)
+        handle.remove()
+        handle = base.model.norm.register_forward_pre_hook(lambda m, a, last=last: last.append(a[0]))
+        base(torch.tensor([row["teacher_input_ids"]]))
+        handle.remove()
+        pairs = list(zip(student.hidden_states[1:-1], teacher.hidden_states[1:-1], strict=True)) + [tuple(last)]
+        for ours, theirs in pairs:
+            expected += (ours[0, -n:] - theirs[0, -n:]).square().mean().item() / 4
+        for gates in model.gate_values(ids, steering_mask=mask, alpha=0.8).values():
+            expected += 0.1 * max(0.0, 1.0 - gates[0, -n:].sum().item()) / 4
+    assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("normalize", ["global", "layer"])
+def test_normalized_loss_is_one_without_an_edit(tmp_path, normalize):
+    model = get_peft_model(tiny_model(), PSRConfig())  # starts as a no-op
+    made = trainer(model, tmp_path, normalize_loss=normalize, per_device_train_batch_size=4)
+    made.normalizer = made._untrained_loss()
+    assert made.compute_loss(model, made.data_collator(triplets())).item() == pytest.approx(1.0, rel=1e-5)
+
+
+# ---------------------------------------------------------------- the Trainer
+
+
+@pytest.mark.parametrize("objective", ["mse", "ll", {"mse": 1.0, "ll": 0.1}])
+@pytest.mark.parametrize("layers", [None, 1])
+def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path, objective, layers):
+    base = tiny_model()
+    frozen = copy.deepcopy(base.state_dict())
+    settings = {"objective": objective, "num_train_epochs": 12, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    made = trainer(get_peft_model(base, PSRConfig(layers_to_transform=layers)), tmp_path, **settings)
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert sum(losses[-2:]) < 0.97 * sum(losses[:2])
+    after = made.model.unload().state_dict()
+    assert all(torch.equal(after[name], value) for name, value in frozen.items())
+
+
+def test_reported_settings_are_the_defaults(tmp_path):
+    made = PSRTrainingArguments(output_dir=str(tmp_path))
+    assert (made.learning_rate, made.weight_decay, made.per_device_train_batch_size) == (1e-3, 1e-6, 1)
+    assert (made.num_train_epochs, made.data_seed, made.lr_scheduler_type, made.warmup_steps) == (15, 123, "linear", 0)
+    assert PSRTrainingArguments(output_dir=str(tmp_path), objective="ll").num_train_epochs == 7
+    assert made.report_to in ([], "none", ["none"])
+
+
+def test_logs_show_layers_and_live_gates(tmp_path):
+    made = trainer(get_peft_model(tiny_model(), PSRConfig(layers_to_transform=2)), tmp_path, num_train_epochs=1)
+    made.train()
+    log = next(entry for entry in made.state.log_history if "loss" in entry)
+    assert log["live_gates"] == 1.0
+    assert {"mse", "mse/layer_2", "mse/layer_3"} <= set(log) and "mse/layer_1" not in log
+    assert log["mse/layer_2"] + log["mse/layer_3"] == pytest.approx(log["loss"], rel=1e-3)
+    assert made.dead_gates == []
+
+
+def test_a_dead_gate_is_reported(tmp_path, caplog):
+    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=[0, 2]))
+    with torch.no_grad():
+        model.psr_layers()[2].psr_unit["default"].gate_bias.fill_(-1e4)
+    made = trainer(model, tmp_path, num_train_epochs=1)
+    made.train()
+    assert made.dead_gates == ["layer 2, gate 0"]
+    assert "layer 2, gate 0" in caplog.text
+    assert next(entry for entry in made.state.log_history if "loss" in entry)["live_gates"] == 0.5
+
+
+def test_evaluation_loss(tmp_path):
+    model = get_peft_model(tiny_model(), PSRConfig())
+    arguments = PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_eval_batch_size=4)
+    made = PSRTrainer(model, arguments, triplets(), eval_dataset=triplets(), processing_class=tiny_tokenizer())
+    loss = made.compute_loss(model, made.data_collator(triplets())).item()
+    assert made.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_datasets_and_peft_config_as_in_trl(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    arguments = PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_strategy="no", max_steps=2)
+    made = PSRTrainer(
+        tiny_model(),
+        arguments,
+        datasets.Dataset.from_list(triplets()),
+        processing_class=tiny_tokenizer(),
+        peft_config=PSRConfig(r=2),
+    )
+    made.train()
+    assert made.model.peft_config["default"].r == 2
+
+
+def test_an_instruction_without_effect_is_an_error_when_normalizing(tmp_path):
+    made = trainer(get_peft_model(tiny_model(), PSRConfig()), tmp_path, triplets(""), normalize_loss="global")
+    with pytest.raises(ValueError, match="changes nothing"):
+        made.train()
+
+
+# ---------------------------------------------------------------- starts
+
+
+def test_mean_difference_is_the_mean_local_difference():
+    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=[0, 2]))
+    initialize_psr_weights(model, triplets(), "mean_difference", processing_class=tiny_tokenizer(), progress=False)
+    batch = TripletCollator(tiny_tokenizer())(triplets())
+    layers = layers_downstream(model)
+    teacher, base = (run_branch(model, batch, layers, branch).hidden for branch in ("teacher", "base"))
+    delta = {name: teacher[name] - base[name] for name in layers}
+    units = {name: layer.psr_unit["default"] for name, layer in model.psr_layers().items()}
+    torch.testing.assert_close(units[0].direction[0], delta[layers[0]].mean(0), atol=1e-5, rtol=1e-4)
+    local = (delta[layers[2]] - delta[layers[0]]).mean(0)
+    torch.testing.assert_close(units[2].direction[0], local, atol=1e-5, rtol=1e-4)
+    assert units[2].gate_weight.abs().max() == 0 and units[2].gate_bias.item() == 1
+
+
+def test_ridge_is_the_ridge_regression_on_the_differences():
+    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=1))
+    initialize_psr_weights(model, triplets(), "ridge", tiny_tokenizer(), ridge_strength=0.1, progress=False)
+    batch = TripletCollator(tiny_tokenizer())(triplets())
+    name = layers_downstream(model)[0]
+    teacher, base = (run_branch(model, batch, [name], branch).hidden[name] for branch in ("teacher", "base"))
+    z = (teacher - base).mean(0)
+    c = ((teacher - base) @ z / z.square().sum()).double()
+    strength = 0.1 * base.double().square().sum(0).mean()
+    centred, target = (base - base.mean(0)).double(), c - c.mean()
+    w = torch.linalg.solve(centred.T @ centred + strength * torch.eye(WIDTH, dtype=torch.float64), centred.T @ target)
+    unit = model.psr_layers()[1].psr_unit["default"]
+    torch.testing.assert_close(unit.direction[0], z, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(unit.gate_weight[0].double(), w, atol=1e-4, rtol=1e-3)
+    expected_bias = c.mean() - base.double().mean(0) @ w
+    torch.testing.assert_close(unit.gate_bias[0].double(), expected_bias, atol=1e-4, rtol=1e-3)
+
+
+def test_ridge_starts_nearer_than_nothing_and_more_ranks_nearer_still(tmp_path):
+    losses = {}
+    for r in (1, 4):
+        model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=1, r=r))
+        before = trainer(model, tmp_path, alpha=1.0)
+        batch = before.data_collator(triplets())
+        losses[0] = before.compute_loss(model, batch).item()
+        initialize_psr_weights(model, triplets(), processing_class=tiny_tokenizer(), progress=False)
+        losses[r] = before.compute_loss(model, batch).item()
+    assert losses[4] < losses[1] < losses[0]
+
+
+def test_start_errors():
+    model = get_peft_model(tiny_model(), PSRConfig())
+    with pytest.raises(ValueError, match="'ridge', 'mean_difference'"):
+        initialize_psr_weights(model, triplets(), "svd", tiny_tokenizer())
+    with pytest.raises(ValueError, match="dataset is empty"):
+        initialize_psr_weights(model, [], processing_class=tiny_tokenizer())
+    with pytest.raises(ValueError, match="changes nothing at"):
+        initialize_psr_weights(model, triplets(""), processing_class=tiny_tokenizer(), progress=False)
+    with pytest.raises(TypeError, match="PEFT model with a PSR adapter"):
+        initialize_psr_weights(tiny_model(), triplets(), processing_class=tiny_tokenizer())
+
+
+# ---------------------------------------------------------------- triplets
+
+
+class LengthJudge:
+    """Trait: 100 for an even number of words; no verdict on an empty completion."""
+
+    def __init__(self):
+        self.prompts = []
+
+    def __call__(self, prompts, completions):
+        self.prompts += prompts
+        return [
+            JudgeScores(None, None) if not text else JudgeScores(100.0 * (len(text.split()) % 2 == 0), 100.0)
+            for text in completions
+        ]
+
+
+def test_generate_triplets():
+    model, tokenizer, judge = tiny_model(), tiny_tokenizer("what is tea be brief now " + " ".join(map(str, range(51)))), LengthJudge()
+    settings = {"num_draws": 3, "max_new_tokens": 6, "batch_size": 4, "progress": False}
+    made = generate_triplets(model, tokenizer, ["be brief", "now"], [[USER]], judge, seed=1, **settings)
+    assert len(made) == 6
+    assert made[0]["prompt"] == [USER] and made[-1]["steered_prompt"][0] == {"role": "system", "content": "now"}
+    assert all(prompt == [USER] for prompt in judge.prompts)  # judged against the bare prompt
+    state = torch.get_rng_state()
+    assert made == generate_triplets(model, tokenizer, ["be brief", "now"], [[USER]], judge, seed=1, **settings)
+    assert torch.equal(state, torch.get_rng_state())
+    assert made != generate_triplets(model, tokenizer, ["be brief", "now"], [[USER]], judge, seed=2, **settings)
+
+
+def test_sampling_stops_at_the_end_of_the_turn_and_keeps_order():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = [[USER], add_instruction([USER], "be brief"), [USER]]
+    together = sample_completions(model, tokenizer, prompts, max_new_tokens=5, temperature=0, batch_size=2)
+    for prompt, completion in zip(prompts, together, strict=True):
+        assert completion == sample_completions(model, tokenizer, [prompt], max_new_tokens=5, temperature=0)[0]
+    assert together[0] == together[2]
+
+
+def test_filter():
+    def row(trait, coherence, completion="yes"):
+        return {"prompt": [USER], "steered_prompt": [USER], "completion": completion, "trait_score": trait,
+                "coherence_score": coherence}  # fmt: skip
+
+    rows = [row(90, 90), row(49, 90), row(90, 49), row(None, 90), row(90, None), row(50, 50), row(90, 90, "")]
+    assert filter_triplets(rows) == [rows[0], rows[5]]
+    assert filter_triplets(rows, keep_negatives=True) == [rows[0], rows[1], rows[5]]
+    with pytest.raises(ValueError, match="None of 1 triplets"):
+        filter_triplets([row(0, 0)])
+    with pytest.raises(ValueError, match="between 0 and 100, got 150"):
+        filter_triplets(rows, min_trait_score=150)
+
+
+def test_files(tmp_path):
+    path = tmp_path / "triplets.jsonl"
+    write_triplets(triplets(), path)
+    assert read_triplets(path) == triplets() and list(tmp_path.iterdir()) == [path]
+    path.write_text("")
+    with pytest.raises(ValueError, match="holds no triplets"):
+        read_triplets(path)
+    path.write_text('{"prompt": "a", "steered_prompt": "b", "completion": "c"}\n{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match="line 2: steered_prompt, completion missing"):
+        read_triplets(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="line 1 is not JSON"):
+        read_triplets(path)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_empty_dataset(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        trainer(get_peft_model(tiny_model(), PSRConfig()), tmp_path, data=[])
+
+
+def test_model_without_adapter(tmp_path):
+    with pytest.raises(TypeError, match="PEFT model with a PSR adapter, got LlamaForCausalLM"):
+        trainer(tiny_model(), tmp_path)
+
+
+def test_completion_that_tokenises_differently_is_named(tmp_path):
+    tokenizer = tiny_tokenizer("what is tea be brief teais tea")
+    plain, steered = "what is tea ", "be brief what is tea"
+    bad = {"prompt": plain, "steered_prompt": steered, "completion": "is tea", "trait_score": 90}
+    with pytest.raises(ValueError, match=r"train_dataset\[1\].*token boundary"):
+        model = get_peft_model(tiny_model(), PSRConfig())
+        good = {**bad, "steered_prompt": steered + " "}
+        PSRTrainer(model, PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True), [good, bad],
+                   processing_class=tokenizer)  # fmt: skip
+
+
+def test_completion_with_other_tokens_in_each_branch():
+    class Moody:
+        """Tokenizes the last word by the number of words before it, as a merging tokenizer may."""
+
+        chat_template, pad_token_id, eos_token_id, name_or_path = None, 0, None, "moody"
+
+        def __call__(self, text, add_special_tokens=True):
+            words = text.split()
+            return {"input_ids": [5] * (len(words) - 1) + ([len(words)] if text[-1] != " " else [5])}
+
+    triplet = {"prompt": "a ", "steered_prompt": "a b ", "completion": "c", "trait_score": 90}
+    with pytest.raises(ValueError, match="tokenises differently"):
+        TripletCollator(Moody()).encode(triplet)
+
+
+def test_missing_score_and_bad_arguments(tmp_path):
+    with pytest.raises(ValueError, match="no trait_score"):
+        TripletCollator(tiny_tokenizer()).encode(triplets(trait_score=None)[0])
+    assert TripletCollator(tiny_tokenizer(), alpha=1.0).encode(triplets(trait_score=None)[0])["alpha"] == 1.0
+    for settings, message in [
+        ({"objective": "mae"}, "mse, ll"),
+        ({"objective": {"mse": -1.0}}, "must be >= 0"),
+        ({"normalize_loss": "batch"}, "'global' or 'layer'"),
+        ({"regularizer": -0.1}, "regularizer must be >= 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            PSRTrainingArguments(output_dir=str(tmp_path), **settings)
+    with pytest.raises(TypeError, match="alpha must be a number"):
+        PSRTrainingArguments(output_dir=str(tmp_path), alpha="strong")
+
+
+def test_question_that_differs_between_branches_is_refused():
+    triplet = {**triplets()[0], "steered_prompt": [{"role": "user", "content": "be brief what is dogs"}]}
+    with pytest.raises(ValueError, match="question's tokens differ"):
+        TripletCollator(tiny_tokenizer(), "question_and_response").encode(triplet)
+    TripletCollator(tiny_tokenizer(), "response").encode(triplet)

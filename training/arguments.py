@@ -1,0 +1,74 @@
+"""`PSRTrainingArguments`: transformers' arguments with the reported settings as defaults, and PSR's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from peft_psr.config import check_strength
+
+
+OBJECTIVES = ("mse", "ll")
+NORMALIZERS = (None, "global", "layer")
+REPORTED_EPOCHS = {"mse": 15.0, "ll": 7.0}
+
+
+@dataclass
+class PSRTrainingArguments(TrainingArguments):
+    """Arguments of `PSRTrainer`.
+
+    Defaults that differ from `TrainingArguments` are those of the reported runs (METHOD 4, agreed on by two or more
+    reimplementers): AdamW at 1e-3 with weight decay 1e-6, linear to zero without warm-up, batch 1, shuffle seed 123,
+    15 epochs for MSE and 7 for LL. `report_to` is "none": nothing phones home unless asked to.
+
+    Args:
+        objective: "mse", "ll", or weights for a sum of them such as `{"mse": 1.0, "ll": 0.1}`.
+        normalize_loss: How the MSE is scaled. `None`: not at all; "global": by its value without any edit, averaged
+            over the training set, so that 1 means "nothing done"; "layer": each layer by its own such value, then averaged
+            over layers, so that late layers with large norms do not dominate.
+        regularizer: Weight c of the gate regulariser, >= 0. Reported runs use 0.1 together with
+            `normalize_loss="global"` (personas), or neither (IFEval).
+        alpha: Strength while training: "trait_score", the judge's score / 100 as a soft label, or a number for all.
+        num_train_epochs: `None` for the reported number.
+
+    Raises:
+        ValueError: an unknown objective or normaliser, a negative weight.
+    """
+
+    objective: str | dict = field(
+        default="mse", metadata={"help": "'mse', 'll', or weights such as {\"mse\": 1.0, \"ll\": 0.1}."}
+    )
+    normalize_loss: str | None = field(default=None, metadata={"help": "None, 'global' or 'layer'."})
+    regularizer: float = field(default=0.0, metadata={"help": "Weight of the gate regulariser, >= 0."})
+    alpha: str | float = field(default="trait_score", metadata={"help": "'trait_score' or a number."})
+    num_train_epochs: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Passes over the triplets; None: 15 for MSE, 7 for LL."}
+    )
+    learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW."})
+    weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of AdamW."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Triplets a step and device."})
+    data_seed: int | None = field(default=123, metadata={"help": "Seed of the shuffling."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to report, if anywhere."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Triplets have columns of their own."})
+
+    def __post_init__(self) -> None:
+        """Check PSR's own arguments and fill in the number of epochs."""
+        weights = self.objective if isinstance(self.objective, Mapping) else {self.objective: 1.0}
+        unknown = [name for name in weights if name not in OBJECTIVES]
+        if unknown or not weights:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} or weights for them; got {unknown!r}.")
+        self.objective_weights = {name: check_strength(weight, f"objective[{name!r}]") for name, weight in
+                                  weights.items()}  # fmt: skip
+        if min(self.objective_weights.values()) < 0 or max(self.objective_weights.values()) == 0:
+            raise ValueError(f"objective weights must be >= 0 and not all 0, got {self.objective_weights}.")
+        if self.normalize_loss not in NORMALIZERS:
+            raise ValueError(f"normalize_loss must be None, 'global' or 'layer', got {self.normalize_loss!r}.")
+        if self.regularizer < 0:
+            raise ValueError(f"regularizer must be >= 0, got {self.regularizer}.")
+        if self.alpha != "trait_score":
+            self.alpha = check_strength(self.alpha, "alpha")
+        if self.num_train_epochs is None:
+            self.num_train_epochs = max(REPORTED_EPOCHS[name] for name in self.objective_weights)
+        super().__post_init__()

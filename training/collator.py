@@ -1,0 +1,131 @@
+"""Both branches of a triplet as one batch: the student reads x y', the teacher x' y'.
+
+The same token of y' stands at different positions in the two, so everything is aligned from the right end. The mask is
+one and the same for the edit and for the loss (METHOD 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from peft_psr.chat import encode_completion, encode_prompt
+from peft_psr.config import POSITIONS, check_strength
+from peft_psr.positions import common_suffix_length, pad_rows, question_start
+
+from .triplets import check_triplet
+
+
+class TripletCollator:
+    """Turns triplets into the batches that `PSRTrainer` and the measures work on.
+
+    A batch holds, padded on the right, for the student `input_ids`, `attention_mask`, `labels` (-100 outside y')
+    and `steering_mask`, all (batch, seq); for the teacher `teacher_input_ids`, `teacher_attention_mask` and `teacher_mask`,
+    all (batch, teacher seq); and `alpha` (batch,) float32. Both masks name the same tokens in the same order.
+
+    Args:
+        processing_class: A tokenizer.
+        positions: "response": from the last prompt token on; "question_and_response": from the last token of the
+            system turn on; "all": likewise, the tokens that both branches share.
+        alpha: "trait_score" to weigh each triplet's edit by the judge's trait score (divided by 100), or one number.
+
+    Raises:
+        TypeError: alpha is neither.
+        ValueError: `positions` is unknown.
+    """
+
+    def __init__(self, processing_class, positions: str = "response", alpha: str | float = "trait_score") -> None:
+        if positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, got {positions!r}.")
+        self.processing_class = processing_class
+        self.positions = positions
+        self.alpha = alpha if alpha == "trait_score" else check_strength(alpha, "alpha")
+
+    def encode(self, triplet: Mapping[str, Any], where: str = "triplet") -> dict[str, Any]:
+        """Token ids of both branches of one triplet, checked.
+
+        Returns:
+            `input_ids`, `teacher_input_ids` (lists of ints), `prompt_length` of the student, `mask_length` (how many
+            last tokens are edited and enter the loss, in either branch) and `alpha`.
+
+        Raises:
+            ValueError: a field is missing, the completion's tokens differ between the branches, or, where the question
+                is edited, the question's do; the message names `where`.
+        """
+        check_triplet(triplet, where)
+        tokenizer, prompt, steered = self.processing_class, triplet["prompt"], triplet["steered_prompt"]
+        truncated = bool(triplet.get("truncated"))
+        try:
+            completion = encode_completion(tokenizer, prompt, triplet["completion"], truncated)
+            teacher_completion = encode_completion(tokenizer, steered, triplet["completion"], truncated)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if completion != teacher_completion:
+            raise ValueError(
+                f"{where}: the completion tokenises differently after `prompt` ({completion[:8]}...) and after "
+                f"`steered_prompt` ({teacher_completion[:8]}...), so the branches can't be aligned. Make both prompts "
+                "end alike."
+            )
+        if not completion:
+            raise ValueError(f"{where}: the completion {triplet['completion']!r} has no tokens.")
+        prompt_ids, steered_ids = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, steered)
+        return {
+            "input_ids": prompt_ids + completion,
+            "teacher_input_ids": steered_ids + completion,
+            "prompt_length": len(prompt_ids),
+            "mask_length": len(completion) + self._prompt_tokens(prompt, prompt_ids, steered, steered_ids, where),
+            "alpha": self._alpha(triplet, where),
+        }
+
+    def _prompt_tokens(self, prompt, prompt_ids: list[int], steered, steered_ids: list[int], where: str) -> int:
+        """Count of the last prompt tokens that are edited."""
+        if self.positions == "response":
+            return 1
+        if isinstance(prompt, str) or isinstance(steered, str):
+            return max(1, common_suffix_length(prompt_ids, steered_ids))
+        count = min(
+            len(prompt_ids) - question_start(self.processing_class, prompt),
+            len(steered_ids) - question_start(self.processing_class, steered),
+        )
+        # the first of them closes the system turn, and need not be the same token in both branches
+        if common_suffix_length(prompt_ids, steered_ids) < count - 1:
+            raise ValueError(
+                f"{where}: the question's tokens differ between `prompt` and `steered_prompt`, so they can't be "
+                "trained on. Put the instruction in the system turn, or use positions='response'."
+            )
+        return count
+
+    def _alpha(self, triplet: Mapping[str, Any], where: str) -> float:
+        if isinstance(self.alpha, float):
+            return self.alpha
+        score = triplet.get("trait_score")
+        if score is None:
+            raise ValueError(f"{where} has no trait_score to take alpha from. Score it, or give alpha as a number.")
+        return score / 100
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """A batch from triplets, or from what `encode` made of them."""
+        rows = [f if "mask_length" in f else self.encode(f, f"triplet {i}") for i, f in enumerate(features)]
+        pad = self.processing_class.pad_token_id
+        pad = self.processing_class.eos_token_id if pad is None else pad
+
+        def mask(name: str) -> torch.Tensor:
+            return pad_rows([_last(len(r[name]), r["mask_length"]) for r in rows], 0, side="right")
+
+        labels = [[-100] * r["prompt_length"] + r["input_ids"][r["prompt_length"] :] for r in rows]
+        return {
+            "input_ids": pad_rows([r["input_ids"] for r in rows], pad, side="right"),
+            "attention_mask": pad_rows([[1] * len(r["input_ids"]) for r in rows], 0, side="right"),
+            "labels": pad_rows(labels, -100, side="right"),
+            "steering_mask": mask("input_ids"),
+            "teacher_input_ids": pad_rows([r["teacher_input_ids"] for r in rows], pad, side="right"),
+            "teacher_attention_mask": pad_rows([[1] * len(r["teacher_input_ids"]) for r in rows], 0, side="right"),
+            "teacher_mask": mask("teacher_input_ids"),
+            "alpha": torch.tensor([r["alpha"] for r in rows], dtype=torch.float32),
+        }
+
+
+def _last(length: int, count: int) -> list[int]:
+    return [0] * (length - count) + [1] * count

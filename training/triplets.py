@@ -1,0 +1,201 @@
+"""Triplets (x, x', y'): a plain prompt, the same prompt with a trait-eliciting instruction, a completion of the latter.
+
+One JSON object a line, in TRL's conversational format with two more fields for the scores; see `Triplet`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from transformers import PreTrainedModel
+
+from peft_psr.chat import Prompt
+from peft_psr.judging import Judge, Message
+
+from .sampling import sample_completions
+
+
+class _Required(TypedDict):
+    prompt: Prompt
+    steered_prompt: Prompt
+    completion: str
+
+
+class Triplet(_Required, total=False):
+    """One training example.
+
+    Attributes:
+        prompt: x, messages up to the assistant's turn (or plain text for a model without a chat template).
+        steered_prompt: x', the same with the instruction.
+        completion: y', sampled on x'.
+        trait_score: How strongly y' shows the trait, 0-100, or `None` if the judge could not tell.
+        coherence_score: How coherent y' is as an answer to x, 0-100, or `None`.
+        truncated: y' was cut off at the token limit, so no end of turn follows it.
+    """
+
+    trait_score: float | None
+    coherence_score: float | None
+    truncated: bool
+
+
+def add_instruction(prompt: Sequence[Message], instruction: str) -> list[Message]:
+    """Make x' from x: the instruction goes first in the system turn; an empty one changes nothing."""
+    if not instruction:
+        return list(prompt)
+    if prompt and prompt[0]["role"] == "system":
+        content = f"{instruction}\n\n{prompt[0]['content']}"
+        return [{"role": "system", "content": content}, *prompt[1:]]
+    return [{"role": "system", "content": instruction}, *prompt]
+
+
+def generate_triplets(
+    model: PreTrainedModel,
+    processing_class,
+    instructions: Sequence[str],
+    prompts: Sequence[Sequence[Message]],
+    judge: Judge,
+    num_draws: int = 10,
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Triplet]:
+    """Sample and judge completions for every instruction x prompt x draw; nothing is filtered.
+
+    The judge sees the bare prompt, as METHOD asks, so that prompted and steered models are judged alike.
+
+    Args:
+        model: Any causal language model; its adapters, if it has any, stay on.
+        processing_class: Its tokenizer.
+        instructions: System texts that elicit the trait.
+        prompts: Conversations without the instruction.
+        judge: Scores the completions.
+        num_draws: Completions for each pair of instruction and prompt.
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Of the sampling.
+        batch_size: Completions sampled together.
+        seed: Same seed, same machine, same batch size: same triplets.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: no instructions, no prompts, or `num_draws` below 1.
+    """
+    for name, value in {"instructions": instructions, "prompts": prompts}.items():
+        if len(value) == 0:
+            raise ValueError(f"generate_triplets needs at least one of its `{name}`, got none.")
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
+    pairs = [(list(p), add_instruction(p, i)) for i in instructions for p in prompts for _ in range(num_draws)]
+    samples = sample_completions(
+        model,
+        processing_class,
+        [steered for _, steered in pairs],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=seed,
+        progress="sampling triplets" if progress else None,
+    )
+    scores = judge([prompt for prompt, _ in pairs], [sample.text for sample in samples])
+    return [
+        Triplet(
+            prompt=prompt,
+            steered_prompt=steered,
+            completion=sample.text,
+            trait_score=score.trait,
+            coherence_score=score.coherence,
+            truncated=sample.truncated,
+        )
+        for (prompt, steered), sample, score in zip(pairs, samples, scores, strict=True)
+    ]
+
+
+def filter_triplets(
+    triplets: Iterable[Triplet],
+    min_trait_score: float = 50.0,
+    min_coherence_score: float = 50.0,
+    keep_negatives: bool = False,
+) -> list[Triplet]:
+    """Keep coherent completions that show the trait (METHOD 5: both scores at least 50 of 100).
+
+    A completion without a score is dropped: nobody knows whether it belongs.
+
+    Args:
+        triplets: Scored triplets.
+        min_trait_score: 0-100.
+        min_coherence_score: 0-100.
+        keep_negatives: Keep coherent completions without the trait too, for training with negative strength.
+
+    Raises:
+        ValueError: a threshold outside 0-100, or nothing is left.
+    """
+    for name, value in {"min_trait_score": min_trait_score, "min_coherence_score": min_coherence_score}.items():
+        if not 0 <= value <= 100:
+            raise ValueError(f"{name} must be between 0 and 100, got {value}.")
+    triplets = list(triplets)
+    kept = []
+    for triplet in triplets:
+        trait, coherence = triplet.get("trait_score"), triplet.get("coherence_score")
+        if trait is None or coherence is None or coherence < min_coherence_score or not triplet["completion"]:
+            continue
+        if keep_negatives or trait >= min_trait_score:
+            kept.append(triplet)
+    if not kept:
+        raise ValueError(
+            f"None of {len(triplets)} triplets has trait_score >= {min_trait_score} and coherence_score >= "
+            f"{min_coherence_score}. Look at a few completions: the instruction may not elicit the trait."
+        )
+    return kept
+
+
+def write_triplets(triplets: Iterable[Triplet], path: str | os.PathLike) -> None:
+    """Write triplets as JSONL: to a temporary name first, so that the file is whole or not there."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        for triplet in triplets:
+            file.write(json.dumps(triplet, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def read_triplets(path: str | os.PathLike) -> list[Triplet]:
+    """Read triplets from JSONL.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is empty, or a line is no JSON object with `prompt`, `steered_prompt` and `completion`;
+            the message names the line.
+    """
+    triplets: list[Triplet] = []
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                triplet = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+            check_triplet(triplet, f"{path}, line {number}")
+            triplets.append(triplet)
+    if not triplets:
+        raise ValueError(f"{path} holds no triplets. Write some with `generate_triplets` and `write_triplets`.")
+    return triplets
+
+
+def check_triplet(triplet: object, where: str) -> None:
+    """Raise `ValueError`, naming `where`, unless `triplet` has all that training needs."""
+    if not isinstance(triplet, dict):
+        raise ValueError(f"{where}: a triplet is an object, got {type(triplet).__name__}.")
+    missing = [name for name in ("prompt", "steered_prompt", "completion") if not triplet.get(name)]
+    if missing:
+        raise ValueError(f"{where}: {', '.join(missing)} missing or empty; a triplet has prompt, steered_prompt and "
+                         "completion.")  # fmt: skip
+    for name in ("trait_score", "coherence_score"):
+        score = triplet.get(name)
+        if score is not None and not (isinstance(score, int | float) and 0 <= score <= 100):
+            raise ValueError(f"{where}: {name} must be 0-100 or null, got {score!r}.")
