@@ -1,0 +1,37 @@
+"""A toy chat model with its own grammar, on which everything in this project runs offline."""
+
+from pathlib import Path
+
+from peft_psr.tiny_chat.grammar import (
+    TOPICS,
+    TRAITS,
+    Question,
+    instructions,
+    neutral_instructions,
+    prompt_messages,
+    questions,
+    sample_answer,
+    sample_conversation,
+)
+from peft_psr.tiny_chat.judge import FAILURES, GrammarJudge
+
+
+def tiny_chat_path() -> str:
+    """The folder of the embedded chat model, for `from_pretrained`."""
+    return str(Path(__file__).parent / "model")
+
+
+__all__ = [
+    "FAILURES",
+    "TOPICS",
+    "TRAITS",
+    "GrammarJudge",
+    "Question",
+    "instructions",
+    "neutral_instructions",
+    "prompt_messages",
+    "questions",
+    "sample_answer",
+    "sample_conversation",
+    "tiny_chat_path",
+]
