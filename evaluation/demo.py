@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -16,7 +17,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr.positions import encode_chat
-from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions
+from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
 from peft_psr.training import add_instruction, sample_completions
 
 from .experiment import Experiment, Outcome, Sizes, Task, as_row, write_json
@@ -161,7 +162,7 @@ def _run_trait(trait: str, model, processing_class, model_path: str, folder: Pat
     steered.unload()
     result = {
         "schema": 1,
-        "model": "tiny_chat" if Path(model_path).parent.name == "tiny_chat" else model_path,
+        "model": "tiny_chat" if model_path == tiny_chat_path() else model_path,
         "trait": trait,
         "seed": seed,
         "versions": {name: version(name) for name in ("peft-psr", "peft", "transformers", "torch")}
@@ -173,7 +174,7 @@ def _run_trait(trait: str, model, processing_class, model_path: str, folder: Pat
         "rows": [as_row(outcome) for outcome in outcomes],
     }  # fmt: skip
     write_json(result, folder / "results.json")
-    console.print(_how_to_load(folder, model_path, best))
+    console.print(_how_to_load(folder, model_path, best), soft_wrap=True)
     console.print(f"{trait}: {time.perf_counter() - start:.0f} s; results and figures in {folder}")
     return result
 
@@ -194,9 +195,16 @@ def _save(model: PeftModel, outcome: Outcome, folder: Path, model_path: str) -> 
 
 
 def _table(trait: str, outcomes: list[Outcome]) -> Table:
-    table = Table(title=f"{trait}: held-out questions, topics and instructions", title_justify="left")
-    table.add_column("method")
-    for column in ("trait", "coher.", "TA@C80", "TA@Cp", "alpha C80", "alpha Cp", "recovery", "train s", "bytes"):
+    table = Table(
+        title=f"{trait}: held-out questions, topics and instructions",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("method", no_wrap=True)
+    for column in ("trait", "coher.", "TA@C80", "TA@Cp", "α@C80", "α@Cp", "recov.", "train s", "bytes"):
         table.add_column(column, justify="right")
 
     def number(value: float | None, digits: int) -> str:
@@ -218,8 +226,8 @@ def _table(trait: str, outcomes: list[Outcome]) -> Table:
             end_section=outcome.method == "prompt",
         )
     table.caption = (
-        "trait and coherence at alpha 1; TA@C80 / TA@Cp: trait where coherence is 80 / the prompt's; '-': see `why` in "
-        "results.json"
+        "trait, coherence: 0-100, at α 1; TA@C80, TA@Cp: trait where coherence is 80 or the prompt's own; recov.: prompt\n"
+        "recovery, 1 = the prompt replaced; '-': `why` in results.json says"
     )
     return table
 
@@ -287,11 +295,12 @@ def _draw(experiment: Experiment, steered: PeftModel, outcomes: list[Outcome], b
 
 
 def _how_to_load(folder: Path, model_path: str, best: Outcome) -> str:
+    tokenizer = "peft_psr.tiny_chat_path()" if model_path == tiny_chat_path() else repr(model_path)
     return (
         f"\n[bold]Load the best adapter ({best.method}):[/]\n\n"
         "  import peft_psr\n"
         "  from peft import AutoPeftModelForCausalLM\n"
         "  from transformers import AutoTokenizer\n"
         f"  model = AutoPeftModelForCausalLM.from_pretrained({str(folder / 'adapter')!r}).eval()\n"
-        f"  tokenizer = AutoTokenizer.from_pretrained({model_path!r})\n"
+        f"  tokenizer = AutoTokenizer.from_pretrained({tokenizer})\n"
     )

@@ -196,6 +196,7 @@ class Experiment:
                     train_sampling_strategy="group_by_length",
                     seed=self.seed,
                     data_seed=self.seed,
+                    dataloader_pin_memory=torch.cuda.is_available(),
                     save_strategy="no",
                     logging_strategy="no",
                 )

@@ -92,7 +92,12 @@ def strength_by_token(tokens: Sequence[str], prompt: torch.Tensor, adapter: torc
     image = None
     for axes, values, title in zip(rows, (prompt, adapter), ("the prompt", method), strict=True):
         image = axes.imshow(
-            values.clamp(min=1e-6).log10(), aspect="auto", origin="lower", cmap="magma", vmin=-2, vmax=_log10(top)
+            values.clamp(min=1e-6).log10().numpy(),
+            aspect="auto",
+            origin="lower",
+            cmap="magma",
+            vmin=-2,
+            vmax=_log10(top),
         )
         axes.set_title(f"Change of the residual stream by {title}", loc="left", fontsize=11)
         axes.set_ylabel("layer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 
@@ -63,11 +64,15 @@ def demo(
 ) -> None:
     """Train, save, reload and measure PSR adapters on the embedded model, offline."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils import logging
+
     from peft_psr import tiny_chat_path
     from peft_psr.evaluation.demo import check_output, run_demo
     from peft_psr.evaluation.methods import METHODS
     from peft_psr.tiny_chat import TRAITS
 
+    logging.disable_progress_bar()
     traits = list(TRAITS) if trait == "all" else [trait]
     console = Console()
     try:
@@ -88,3 +93,7 @@ def demo(
 def main() -> None:
     """Entry point of the `psr` command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -95,6 +95,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
     def __init__(self, name: str, width: int, device: torch.device | None, state: SteeringState) -> None:
         super().__init__()
         self.name, self.width, self.state = name, width, state
+        self.in_features = self.out_features = width
         self.base_device = device
         self.psr_unit = nn.ModuleDict()
         self.config: dict[str, PSRConfig] = {}

@@ -50,6 +50,9 @@ class PSRModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: PSRConfig, key: str):  # type: ignore[override]
         if peft_config.target_modules is not None:
+            # a pattern such as "lin0.*" fits the layer of an earlier adapter too
+            if isinstance(self.model.get_submodule(key), PSRLayer):
+                return False
             return check_target_module_exists(peft_config, key)
         if key not in self._layer_names:
             return False

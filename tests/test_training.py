@@ -207,7 +207,12 @@ def test_normalized_loss_is_one_without_an_edit(tmp_path, normalize):
 def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path, objective, layers):
     base = tiny_model()
     frozen = copy.deepcopy(base.state_dict())
-    settings = {"objective": objective, "num_train_epochs": 12, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    settings = {
+        "objective": objective,
+        "num_train_epochs": 12,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+    }
     made = trainer(get_peft_model(base, PSRConfig(layers_to_transform=layers)), tmp_path, **settings)
     made.train()
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
@@ -350,7 +355,11 @@ class LengthJudge:
 
 
 def test_generate_triplets():
-    model, tokenizer, judge = tiny_model(), tiny_tokenizer("what is tea be brief now " + " ".join(map(str, range(51)))), LengthJudge()
+    model, tokenizer, judge = (
+        tiny_model(),
+        tiny_tokenizer("what is tea be brief now " + " ".join(map(str, range(51)))),
+        LengthJudge(),
+    )
     settings = {"num_draws": 3, "max_new_tokens": 6, "batch_size": 4, "progress": False}
     made = generate_triplets(model, tokenizer, ["be brief", "now"], [[USER]], judge, seed=1, **settings)
     assert len(made) == 6

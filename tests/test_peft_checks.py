@@ -1,0 +1,443 @@
+"""PEFT's own checks of a tuner, taken from the source distribution of the installed version and run on PSR.
+
+The wheel comes without tests, so the source distribution is downloaded once into the user's cache (all tests here are
+skipped where that can't be done); nothing of it is kept in this repository. Every check that PEFT writes for any tuner
+either runs or stands in a table below with the reason why it can't. A check that a new version of PEFT adds is in
+neither, and fails `test_every_check_is_accounted_for`. `docs/peft_checks.md` has the outcomes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import types
+from collections.abc import Callable, Collection
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import TaskType
+from tiny_models import LAYERS, LAYOUTS, tiny_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from peft_psr import PSRConfig
+from peft_psr.config import GATES
+from peft_psr.layer import PSRLayer
+
+
+PACKAGE = "peft_sdist_tests"
+"""Name under which the source distribution's `tests` folder is imported; its modules import each other relatively."""
+
+NO_MERGING = "A PSR edit can't be merged into base weights: it depends on each token's activations."
+NO_MIXED_BATCHES = "PEFT runs it for LoRA (and RoAD) only; PSR takes no `adapter_names`."
+NO_WEIGHTED_SUM = "PEFT runs it for LoRA and (IA)3 only; PSR has no `add_weighted_adapter`."
+ALWAYS_FLOAT32 = "PSR's weights are float32 by design, whatever the model's dtype and `autocast_adapter_dtype`."
+NO_BIAS_OPTION = "PSR has no `bias` option; PEFT runs it for LoRA and BOFT only."
+FROM_THE_HUB = "It downloads a LoRA configuration from the Hub."
+
+# Checks of `PeftCommonTester` that run on decoder models: name -> keyword arguments of each run.
+COMMON: dict[str, list[dict[str, Any]]] = {
+    "_test_model_attr": [{}],
+    "_test_adapter_name": [{}],
+    "_test_prepare_for_training": [{}],
+    "_test_load_model_low_cpu_mem_usage": [{}],
+    "_test_save_pretrained": [{}, {"safe_serialization": False}],
+    "_test_save_pretrained_selected_adapters": [{}, {"safe_serialization": False}],
+    "_test_save_pretrained_adapter_name_substring": [{}],
+    "_test_from_pretrained_config_construction": [{}],
+    "_test_load_multiple_adapters": [{}],
+    "_test_generate": [{}],
+    "_test_generate_pos_args": [{"raises_err": False}],
+    "_test_generate_half_prec": [{}],
+    "_test_training": [{}],
+    "_test_inference_safetensors": [{}],
+    "_test_training_layer_indexing": [{}],
+    "_test_training_gradient_checkpointing": [{"use_reentrant": True}, {"use_reentrant": False}],
+    "_test_peft_model_device_map": [{}],
+    "_test_delete_adapter": [{}],
+    "_test_delete_inactive_adapter": [{}],
+    "_test_delete_unknown_adapter_raises": [{}],
+    "_test_unload_adapter": [{}],
+    "_test_disable_adapter": [{}],
+    "_test_passing_input_embeds_works": [{"test_name": ""}],
+    "_test_lora_conversion": [{}],
+    "_test_get_base_model_state_dict": [{}],
+}
+COMMON_NOT_RUN: dict[str, str] = {
+    "_test_add_adapter_no_autocast_adapter_dtype": ALWAYS_FLOAT32,
+    "_test_merge_layers": NO_MERGING,
+    "_test_merge_layers_fp16": NO_MERGING,
+    "_test_merge_layers_nan": NO_MERGING,
+    "_test_merge_layers_multi": NO_MERGING,
+    "_test_merge_layers_is_idempotent": NO_MERGING,
+    "_test_safe_merge": NO_MERGING,
+    "_test_mixed_adapter_batches": NO_MIXED_BATCHES,
+    "_test_generate_with_mixed_adapter_batches_and_beam_search": NO_MIXED_BATCHES,
+    "_test_training_prompt_learning_tasks": "It is for prompt learning: it reads `model.prompt_encoder`.",
+    "_test_weighted_combination_of_adapters": NO_WEIGHTED_SUM,
+    "_test_weighted_combination_of_adapters_lora": NO_WEIGHTED_SUM,
+    "_test_weighted_combination_of_adapters_ia3": NO_WEIGHTED_SUM,
+    "_test_adding_multiple_adapters_with_bias_raises": NO_BIAS_OPTION,
+}
+
+# Tests of `TestPeftCustomModel`, on PEFT's own MLP: those that take a model's name and a configuration, ...
+CUSTOM: dict[str, list[dict[str, Any]]] = {
+    "test_attributes_parametrized": [{}],
+    "test_adapter_name": [{}],
+    "test_save_pretrained": [{}],
+    "test_save_load_roundtrip_direct_injection": [{}],
+    "test_save_pretrained_pickle": [{}],
+    "test_save_pretrained_adapter_name_substring": [{}],
+    "test_load_model_low_cpu_mem_usage": [{}],
+    "test_from_pretrained_config_construction": [{}],
+    "test_load_multiple_adapters": [{}],
+    "test_training_custom_models": [{}],
+    "test_inference_safetensors": [{}],
+    "test_peft_model_device_map": [{}],
+    "test_in_features_out_features_exposed": [{}],
+    "test_forward_output_finite": [{}],
+    "test_adapter_dtype_autocast": [
+        {"dtype": dtype, "autocast_adapter_dtype": autocast, "low_cpu_mem_usage": low}
+        for low in (False, True)
+        for dtype, autocast in [
+            (torch.float16, True),
+            (torch.bfloat16, True),
+            (torch.float32, True),
+            (torch.float32, False),  # with half precision it would have the adapter follow: see ALWAYS_FLOAT32
+        ]
+    ],
+    "test_only_params_are_updated": [{}],
+    "test_save_load_roundtrip": [{}],
+    "test_parameters_after_loading_model": [{}],
+    "test_disable_adapters": [{}],
+    "test_active_adapter": [{}],
+    "test_disable_adapters_exiting_context_restores_previous_state": [{}],
+    "test_disable_adapter_is_reentrant": [{}],
+    "test_disable_adapters_exiting_context_irregular_state": [{}],
+    "test_delete_adapter": [{}],
+    "test_delete_adapter_properly_cleans_up_after_itself": [{}],
+    "test_delete_inactive_adapter": [{}],
+    "test_delete_unknown_adapter_raises": [{}],
+    "test_get_base_model_state_dict": [{}],
+}
+# ... the same, which after their forward pass go on to merge, where a PSR model refuses, ...
+CUSTOM_UP_TO_MERGING = [
+    "test_forward_float16",
+    "test_forward_bfloat16",
+    "test_forward_float16_no_autocast",
+    "test_forward_bfloat16_no_autocast",
+]
+# ... and those that take a class of configurations, or one configuration.
+CUSTOM_BY_CLASS = [
+    "test_set_adapter_non_overlapping_modules",
+    "test_set_adapter_non_overlapping_modules_to_save",
+    "test_multiple_active_adapters_with_same_modules_to_save_raises",
+    "test_multiple_active_adapters_with_overlapping_modules_to_save_raises",
+    "test_multiple_active_adapters_with_different_modules_to_save_works",
+    "test_set_requires_grad",
+    "test_multiple_adapters_mixed_modules_to_save",
+    "test_multiple_adapters_mixed_modules_to_save_order_switched",
+    "test_adapter_name_makes_no_difference",
+]
+CUSTOM_NOT_RUN: dict[str, str] = {
+    "test_merge_layers": NO_MERGING,
+    "test_merge_layers_fp16": NO_MERGING,
+    "test_merge_layers_is_idempotent": NO_MERGING,
+    "test_merge_layers_is_deterministic_in_train_mode": NO_MERGING,
+    "test_safe_merge": NO_MERGING,
+    "test_disable_adapters_with_merging": NO_MERGING,
+    "test_delete_merged_adapter_raises_without_mutation": NO_MERGING,
+    "test_delete_merged_adapter_only_rejects_the_merged_one": NO_MERGING,
+    "test_disable_adapter_with_bias_warns": NO_BIAS_OPTION,
+    "test_adding_multiple_adapters_with_bias_raises": NO_BIAS_OPTION,
+    "test_add_weighted_adapter_cat_with_rank_pattern": NO_WEIGHTED_SUM,
+}
+
+# Tests of `TestMultipleActiveAdapters`, on the same MLP.
+ACTIVE = ["test_multiple_active_adapters_forward"]
+ACTIVE_NOT_RUN: dict[str, str] = {
+    "test_multiple_active_adapters_merge_and_unmerge": NO_MERGING,
+    "test_merge_layers_multi": NO_MERGING,
+    "test_sequential_merge_matches_batch_merge": NO_MERGING,
+    "test_unmerge_after_sequential_merge_restores_base": NO_MERGING,
+}
+
+# Tests of `TestPeftConfig`: name -> keyword arguments of each run.
+CONFIG: dict[str, list[dict[str, Any]]] = {
+    "test_methods": [{}],
+    "test_valid_task_type": [{"valid_task_type": kind} for kind in [*TaskType, None]],
+    "test_invalid_task_type": [{}],
+    "test_save_pretrained": [{}],
+    "test_from_json_file": [{}],
+    "test_to_dict": [{}],
+    "test_set_attributes": [{}],
+    "test_config_copy": [{}],
+    "test_config_deepcopy": [{}],
+    "test_config_pickle_roundtrip": [{}],
+    "test_save_pretrained_with_target_modules": [{}],
+    "test_from_pretrained_forward_compatible": [{}],
+    "test_from_pretrained_forward_compatible_load_from_peft_config": [{}],
+    "test_from_pretrained_sanity_check": [{}],
+    "test_config_layers_to_transform_index_zero": [{}],
+    "test_peft_version_is_stored": [{"version": "0.17.0"}],
+    "test_peft_version_is_dev_version": [{}],
+    "test_peft_version_is_dev_version_but_commit_hash_cannot_be_determined": [{}],
+    "test_peft_version_warn_when_commit_hash_errors": [{}],
+}
+CONFIG_NOT_RUN: dict[str, str] = {
+    "test_from_pretrained": FROM_THE_HUB,
+    "test_from_pretrained_cache_dir": FROM_THE_HUB,
+    "test_save_pretrained_with_runtime_config": FROM_THE_HUB,
+}
+
+# PEFT's class -> its module, and what of it is run and not run.
+SUITES: dict[str, tuple[str, Collection[str], dict[str, str]]] = {
+    "PeftCommonTester": ("testing_common", COMMON, COMMON_NOT_RUN),
+    "TestPeftCustomModel": (
+        "test_custom_models",
+        [*CUSTOM, *CUSTOM_UP_TO_MERGING, *CUSTOM_BY_CLASS],
+        CUSTOM_NOT_RUN,
+    ),
+    "TestMultipleActiveAdapters": ("test_custom_models", ACTIVE, ACTIVE_NOT_RUN),
+    "TestPeftConfig": ("test_config", CONFIG, CONFIG_NOT_RUN),
+    "TestAdapterTargeting": ("test_other", ["test_self_targeting_is_ignored"], {}),
+}
+
+# init_weights=False: many checks want an adapter that changes the output from the start.
+DECODER_CONFIGS: dict[str, dict[str, Any]] = {
+    "relu-all": {"gate": "relu"},
+    "relu-one-r2": {"gate": "relu", "r": 2, "layers_to_transform": 1},
+    "constant-all-r2": {"gate": "constant", "r": 2},
+    "constant-one": {"gate": "constant", "layers_to_transform": [LAYERS - 1]},
+}
+DECODER_SETTINGS = {"task_type": "CAUSAL_LM", "init_weights": False}
+# PEFT's inputs for its MLP are all but collinear, so a random gate may be closed on every one: hence several of them.
+CUSTOM_CONFIGS: dict[str, dict[str, Any]] = {
+    "relu": {"target_modules": ["lin0"], "r": 4},
+    "relu-both": {"target_modules": ["lin0", "lin1"], "r": 4},
+    "constant": {"target_modules": ["lin0"], "gate": "constant"},
+    "relu-saves-lin1": {"target_modules": ["lin0"], "r": 4, "modules_to_save": ["lin1"]},
+}
+TWO_ADAPTERS: dict[str, list[dict[str, Any]]] = {
+    "same": [{"target_modules": ["lin0"], "r": 4, "init_weights": False}] * 2,
+    "different": [{"target_modules": [name], "r": 4, "init_weights": False} for name in ("lin0", "lin1")],
+    "two-ranks": [{"target_modules": ["lin0"], "r": rank, "init_weights": False} for rank in (3, 4)],
+    "two-gates": [{"target_modules": ["lin0"], "r": 4, "init_weights": False, "gate": gate} for gate in GATES],
+}
+
+
+def fetch_source(release: str, folder: Path) -> None:
+    """Unpack the `tests` folder of PEFT's source distribution into `folder`, which appears only when complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+        command += ["--retries", "1", "--timeout", "15", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        subprocess.run([*command, f"peft=={release}", "-d", work], check=True, capture_output=True, timeout=120)
+        with tarfile.open(next(Path(work).glob("peft-*.tar.gz"))) as archive:
+            archive.extractall(work, filter="data")
+        (Path(work) / f"peft-{release}" / "tests").rename(folder)
+
+
+@pytest.fixture(scope="session")
+def peft_tests() -> dict[str, Any]:
+    """PEFT's classes of checks by name, from the source distribution; downloaded at the first use."""
+    release = version("peft")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "peft-psr" / f"peft-{release}-tests"
+    if not folder.is_dir():
+        try:
+            fetch_source(release, folder)
+        except (OSError, subprocess.SubprocessError, tarfile.TarError, StopIteration) as error:
+            output = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip().splitlines()
+            if not folder.is_dir():  # nor has another run put it there in the meantime
+                pytest.skip(f"no source distribution of peft {release}: {output[-1] if output else repr(error)}")
+    package = types.ModuleType(PACKAGE)
+    package.__path__ = [str(folder)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, PACKAGE, package)
+        if importlib.util.find_spec("diffusers") is None:  # imported for checks of Stable Diffusion only
+            stub = types.ModuleType("diffusers")
+            stub.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})  # type: ignore[attr-defined]
+            patch.setitem(sys.modules, "diffusers", stub)
+        try:
+            return {
+                suite: getattr(importlib.import_module(f"{PACKAGE}.{module}"), suite)
+                for suite, (module, _, _) in SUITES.items()
+            }
+        except ImportError as error:
+            pytest.skip(f"the tests of peft {release} need a package that is not installed: {error}")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No look-ups of a model's name on the Hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A saved tiny model of each layout, whose folder's name takes the place of a name on the Hub."""
+    folders = {}
+    for layout in LAYOUTS:
+        # PEFT skips checks of "gpt2" for most tuners, since they can't wrap its Conv1D; PSR edits whole layers
+        folder = tmp_path_factory.mktemp("models") / layout.replace("gpt2", "gpt-2")
+        tiny_model(layout).save_pretrained(folder)
+        folders[layout] = str(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def decoder_tester(peft_tests: dict[str, Any]) -> Any:
+    """PEFT's common tester, for decoder models."""
+
+    class DecoderTester(peft_tests["PeftCommonTester"]):
+        transformers_class = AutoModelForCausalLM
+
+        def prepare_inputs_for_testing(self) -> dict[str, torch.Tensor]:
+            rows = {"input_ids": [[1, 9, 12], [1, 17, 2]], "attention_mask": [[1, 1, 1], [0, 1, 1]]}
+            return {name: torch.tensor(values, device=self.torch_device) for name, values in rows.items()}
+
+    return DecoderTester()
+
+
+def run_check(check: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Run a check; one that PEFT skips by itself belongs in the table of those that don't run."""
+    torch.manual_seed(0)
+    try:
+        check(*args, **kwargs)
+    except pytest.skip.Exception as skipped:
+        pytest.fail(f"PEFT skips this check, so list it with the reason: {skipped}")
+
+
+def runs(table: dict[str, list[dict[str, Any]]]) -> list[Any]:
+    """Parameters (check, keyword arguments) for pytest."""
+    return [
+        pytest.param(check, kwargs, id="-".join([check.lstrip("_").removeprefix("test_"), *map(str, kwargs.values())]))
+        for check, several in table.items()
+        for kwargs in several
+    ]
+
+
+def unmergeable(table: dict[str, str]) -> list[str]:
+    """The checks of a table that merge."""
+    return [check for check, reason in table.items() if reason == NO_MERGING]
+
+
+def decoder_arguments(model_id: str, config: str, **kwargs: Any) -> dict[str, Any]:
+    """Arguments of a check of `PeftCommonTester`."""
+    settings = {**DECODER_SETTINGS, **DECODER_CONFIGS[config]}
+    return {"model_id": model_id, "config_cls": PSRConfig, "config_kwargs": settings, **kwargs}
+
+
+def custom_arguments(config: str, **kwargs: Any) -> dict[str, Any]:
+    """Arguments of a test of `TestPeftCustomModel`."""
+    settings = CUSTOM_CONFIGS[config].copy()
+    return {"test_name": config, "model_id": "MLP", "config_cls": PSRConfig, "config_kwargs": settings, **kwargs}
+
+
+def active_arguments(pair: str) -> dict[str, Any]:
+    """Arguments of a test of `TestMultipleActiveAdapters`."""
+    first, second = TWO_ADAPTERS[pair]
+    names = {"test_name": pair, "tuner_method": "psr", "config_cls": PSRConfig}
+    return {**names, "config_kwargs_1": first, "config_kwargs_2": second}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_check_is_accounted_for(peft_tests: dict[str, Any], suite: str) -> None:
+    _, run, not_run = SUITES[suite]
+    checks = set()
+    for name, check in inspect.getmembers(peft_tests[suite], inspect.isfunction):
+        for_any_tuner = {"config_cls", "config_class", "config0"} & inspect.signature(check).parameters.keys()
+        if name.startswith("_test_") or name.startswith("test_") and for_any_tuner:
+            checks.add(name)
+    inherited = set(COMMON) | set(COMMON_NOT_RUN) if suite == "TestPeftCustomModel" else set()
+    assert not set(run) & set(not_run)
+    assert checks - inherited == set(run) | set(not_run)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("config", DECODER_CONFIGS)
+@pytest.mark.parametrize(("check", "kwargs"), runs(COMMON))
+def test_decoder_model(
+    decoder_tester: Any, model_folders: dict[str, str], check: str, kwargs: dict[str, Any], config: str, layout: str
+) -> None:
+    arguments = decoder_arguments(model_folders[layout], config, **kwargs)
+    if check == "_test_training_layer_indexing":  # sets the layers itself
+        arguments["config_kwargs"].pop("layers_to_transform", None)
+    run_check(getattr(decoder_tester, check), **arguments)
+
+
+@pytest.mark.parametrize("config", CUSTOM_CONFIGS)
+@pytest.mark.parametrize(("check", "kwargs"), runs(CUSTOM))
+def test_custom_model(
+    peft_tests: dict[str, Any], check: str, kwargs: dict[str, Any], config: str, tmp_path: Path
+) -> None:
+    if check == "test_active_adapter" and "modules_to_save" in CUSTOM_CONFIGS[config]:
+        pytest.skip("PEFT has no several active adapters with modules_to_save")
+    test = getattr(peft_tests["TestPeftCustomModel"](), check)
+    if "tmp_path" in inspect.signature(test).parameters:
+        kwargs = {**kwargs, "tmp_path": tmp_path}
+    run_check(test, **custom_arguments(config, **kwargs))
+
+
+@pytest.mark.parametrize("check", CUSTOM_BY_CLASS)
+def test_custom_model_by_class(peft_tests: dict[str, Any], check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # these look for the tuner layer at its target's name; PSR leaves the target where it is and puts `psr` inside
+    for name in ("active_adapters", *PSRLayer.adapter_layer_names):
+        monkeypatch.setattr(nn.Linear, name, property(lambda self, name=name: getattr(self.psr, name)), raising=False)
+    monkeypatch.setattr(nn.Linear, "adapter_layer_names", PSRLayer.adapter_layer_names, raising=False)
+    test = getattr(peft_tests["TestPeftCustomModel"](), check)
+    by_class = "config_cls" in inspect.signature(test).parameters
+    run_check(test, PSRConfig if by_class else PSRConfig(target_modules=["lin0"], init_weights=False))
+
+
+@pytest.mark.parametrize("pair", TWO_ADAPTERS)
+@pytest.mark.parametrize("check", ACTIVE)
+def test_several_active_adapters(peft_tests: dict[str, Any], check: str, pair: str) -> None:
+    run_check(getattr(peft_tests["TestMultipleActiveAdapters"](), check), **active_arguments(pair))
+
+
+@pytest.mark.parametrize("targets", ["l1.*", "(l1|psr_).*"])
+def test_own_layers_are_no_targets(peft_tests: dict[str, Any], targets: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l1 = nn.Linear(10, 20)
+
+    test = peft_tests["TestAdapterTargeting"]().test_self_targeting_is_ignored
+    run_check(test, Model, PSRConfig, {"target_modules": targets})
+
+
+@pytest.mark.parametrize(("check", "kwargs"), runs(CONFIG))
+def test_config(
+    peft_tests: dict[str, Any], check: str, kwargs: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    test = getattr(peft_tests["TestPeftConfig"](), check)
+    arguments = {"config_class": PSRConfig, "mandatory_kwargs": {}, **kwargs}
+    given = {
+        name: arguments[name] if name in arguments else request.getfixturevalue(name)
+        for name in inspect.signature(test).parameters
+    }
+    run_check(test, **given)
+
+
+@pytest.mark.parametrize("check", unmergeable(COMMON_NOT_RUN))
+def test_decoder_model_refuses_to_merge(decoder_tester: Any, model_folders: dict[str, str], check: str) -> None:
+    with pytest.raises(ValueError, match="can't be merged"):
+        run_check(getattr(decoder_tester, check), **decoder_arguments(model_folders["llama"], "relu-all"))
+
+
+@pytest.mark.parametrize("config", CUSTOM_CONFIGS)
+@pytest.mark.parametrize("check", [*CUSTOM_UP_TO_MERGING, *unmergeable(CUSTOM_NOT_RUN)])
+def test_custom_model_refuses_to_merge(peft_tests: dict[str, Any], check: str, config: str) -> None:
+    with pytest.raises(ValueError, match="can't be merged"):
+        run_check(getattr(peft_tests["TestPeftCustomModel"](), check), **custom_arguments(config))
