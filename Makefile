@@ -17,6 +17,10 @@ demo: $(BIN)/psr
 test: $(BIN)/psr
 	$(BIN)/python -m pytest $(ARGS)
 
+# mypy can't follow the folder mapping of an editable install, so it reads an installed copy
 lint: $(BIN)/psr
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(BIN)/ruff format --check .
+	rm -rf build/typecheck
+	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
+	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/setup.cfg -p peft_psr

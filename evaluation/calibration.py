@@ -1,9 +1,9 @@
 """Finds the strength alpha at which coherence falls to a target: TA@C80, TA@Cp.
 
-Solves coherence(alpha) = target for the largest alpha > 0, where coherence falls on the whole as alpha grows but is noisy
-and need not do so everywhere. From points already seen, the last one that meets the target and the first one beyond it
-that does not are a bracket; without one, alpha doubles up to `max_alpha`. Bisection then halves the bracket until
-coherence is within `tolerance` of the target. Source: METHOD 6 of arXiv 2605.03907.
+Solves coherence(alpha) = target for the largest alpha > 0, where coherence falls on the whole as alpha grows but is
+noisy and need not do so everywhere. From points already seen, the last one that meets the target and the first one
+beyond it that does not are a bracket; without one, alpha doubles up to `max_alpha`. Bisection then halves the bracket
+until coherence is within `tolerance` of the target. Source: arXiv 2605.03907, evaluation of personas.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def calibrate_alpha(
         curve: Measurements already made; they cost nothing more.
 
     Returns:
-        The strength with its scores. If coherence is below the target everywhere, or above it up to `max_alpha`, alpha,
-        trait and coherence are `None` and `why` says so. If the steps ran out first, they belong to the best strength
-        that meets the target and `why` says how far off it is.
+        The strength with its scores. If coherence is below the target everywhere, or above it up to `max_alpha`,
+        alpha, trait and coherence are `None` and `why` says so. If the steps ran out first, they belong to the best
+        strength that meets the target and `why` says how far off it is.
 
     Raises:
         ValueError: a target outside 0-100, a tolerance or a cap that is not positive.
@@ -89,7 +89,7 @@ def calibrate_alpha(
             measure((_alpha(below) + _alpha(above)) / 2 if below is not None else _alpha(above) / 2)
     below, above = _bracket(seen, target_coherence, tolerance)
     if above is None and below is not None and abs(below.coherence - target_coherence) > tolerance:
-        why = (
+        why: str | None = (
             f"coherence stays above {target_coherence:.1f} up to alpha {_alpha(below):g} ({below.coherence:.1f} there)"
         )
         return Calibration(None, None, None, why, seen)

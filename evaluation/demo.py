@@ -6,6 +6,7 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -190,7 +191,7 @@ def _save(model: PeftModel, outcome: Outcome, folder: Path, model_path: str) -> 
     trained = model.active_peft_config.alpha
     model.set_alpha(round(alpha, 4))
     model.active_peft_config.base_model_name_or_path = model_path
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     model.set_alpha(trained)
 
 
@@ -226,8 +227,8 @@ def _table(trait: str, outcomes: list[Outcome]) -> Table:
             end_section=outcome.method == "prompt",
         )
     table.caption = (
-        "trait, coherence: 0-100, at α 1; TA@C80, TA@Cp: trait where coherence is 80 or the prompt's own; recov.: prompt\n"
-        "recovery, 1 = the prompt replaced; '-': `why` in results.json says"
+        "trait, coherence: 0-100, at α 1; TA@C80, TA@Cp: trait where coherence is 80 or the prompt's own; recov.:\n"
+        "prompt recovery, 1 = the prompt replaced; '-': `why` in results.json says"
     )
     return table
 
@@ -235,7 +236,7 @@ def _table(trait: str, outcomes: list[Outcome]) -> Table:
 def _show_answers(experiment: Experiment, steered: PeftModel, best: Outcome, console: Console) -> None:
     task, tokenizer, seed = experiment.task, experiment.processing_class, experiment.seed
     prompt = task.test_prompts[seed % len(task.test_prompts)]
-    settings = {"max_new_tokens": task.max_new_tokens, "seed": seed}
+    settings: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "seed": seed}
     with steered.disable_adapter():
         plain = sample_completions(steered, tokenizer, [prompt], **settings)[0].text
         with_prompt = sample_completions(

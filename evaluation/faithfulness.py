@@ -125,7 +125,7 @@ def relative_rmse(
                 error[name] += (teacher[name].float() - steered[name].float()).square().sum().item()
     if reworded_prompts is not None:
         pairs = zip(triplets, reworded_prompts, strict=True)
-        reworded: list[Triplet] = [{**triplet, "prompt": prompt} for triplet, prompt in pairs]  # type: ignore[typeddict-item]
+        reworded: list[Triplet] = [{**triplet, "prompt": prompt} for triplet, prompt in pairs]
         for batch in _batches(model, reworded, processing_class, batch_size, alpha):
             teacher = run_branch(model, batch, names, "teacher").hidden
             other = run_branch(model, batch, names, "base").hidden

@@ -12,8 +12,8 @@ from torch import nn
 
 def text_config(model: nn.Module):
     """The configuration of the model's language part, or `None` for a model without a transformers configuration."""
-    config = getattr(model, "config", None)
-    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
+    get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
+    return None if get_text_config is None else get_text_config(decoder=True)
 
 
 def decoder_layer_names(model: nn.Module, layers_pattern: str | list[str] | None = None) -> list[str]:
@@ -27,7 +27,8 @@ def decoder_layer_names(model: nn.Module, layers_pattern: str | list[str] | None
     """
     config = text_config(model)
     depth = getattr(config, "num_hidden_layers", None)
-    decoder = model.get_decoder() if layers_pattern is None and hasattr(model, "get_decoder") else model
+    get_decoder = getattr(model, "get_decoder", None) if layers_pattern is None else None
+    decoder: nn.Module = model if get_decoder is None else get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     for name, module in decoder.named_modules(prefix=prefix):
@@ -62,8 +63,9 @@ def output_width(module: nn.Module, name: str, model: nn.Module) -> int:
         width = getattr(module, attribute, None)
         if isinstance(width, int):
             return width
-    if isinstance(getattr(module, "normalized_shape", None), tuple):
-        return module.normalized_shape[-1]
+    shape = getattr(module, "normalized_shape", None)
+    if isinstance(shape, tuple):
+        return shape[-1]
     width = getattr(text_config(model), "hidden_size", None)
     if isinstance(width, int):
         return width

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .config import PSRConfig
 from .decoder import hidden_of
+from .rows import RowAdapters
 from .state import SteeringState, Strength
 
 
@@ -87,10 +89,14 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         width: d, last dimension of the layer's output.
         device: Where the decoder layer lives, or `None` if it has no parameters.
         state: What the current forward call is to do, shared by the model's PSR layers.
+
+    Attributes:
+        hook: Removes the hook on the decoder layer; `PSRModel` sets it.
     """
 
     adapter_layer_names = ("psr_unit",)
     other_param_names = ("config",)
+    hook: RemovableHandle
 
     def __init__(self, name: str, width: int, device: torch.device | None, state: SteeringState) -> None:
         super().__init__()
@@ -98,6 +104,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         self.in_features = self.out_features = width
         self.base_device = device
         self.psr_unit = nn.ModuleDict()
+        self.rows: RowAdapters | None = None
         self.config: dict[str, PSRConfig] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -118,33 +125,63 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def unit(self, adapter_name: str) -> PSRUnit:
+        """The adapter's weights."""
+        return self.psr_unit[adapter_name]  # type: ignore[return-value]
+
     def reset_psr_parameters(self, adapter_name: str) -> None:
         """Initialise the adapter's weights again, as its configuration says."""
         if adapter_name in self.psr_unit:
-            self.psr_unit[adapter_name].reset_parameters(self.config[adapter_name].init_weights)
+            self.unit(adapter_name).reset_parameters(self.config[adapter_name].init_weights)
 
     def strength(self, adapter_name: str, hidden: torch.Tensor) -> Strength:
         """`scale * (alpha + b_m) * m`: a number, or a float32 tensor that broadcasts over (batch, seq, r)."""
         config, state = self.config[adapter_name], self.state
         alpha = config.alpha if state.alpha is None else state.alpha
         strength: Strength = state.scale * (alpha + config.coefficient_bias)
-        mask = state.masks.get(config.positions)
-        if mask is None or mask.shape != hidden.shape[:-1]:
-            return strength
-        return strength * mask.to(hidden.device, torch.float32).unsqueeze(-1)
+        mask = self.mask(config.positions, hidden)
+        return strength if mask is None else strength * mask
+
+    def mask(self, positions: str, hidden: torch.Tensor) -> torch.Tensor | None:
+        """The current call's mask as float32 (batch, seq, 1), or `None` to edit every token."""
+        mask = self.state.masks.get(positions)
+        if mask is None:
+            return None
+        if mask.numel() * hidden.shape[-1] != hidden.numel():
+            raise ValueError(
+                f"{self.name!r} returned {tuple(hidden.shape)} for {tuple(mask.shape)} tokens, so the steering mask "
+                "can't be applied to it. Edit another module, or use positions='all' without padding."
+            )
+        return mask.to(hidden.device, torch.float32).view(*hidden.shape[:-1], 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The edited stream (batch, seq, d), in the dtype of `hidden`; `hidden` itself where nothing is to be done."""
-        active = [name for name in self.active_adapters if name in self.psr_unit]
-        if self.disable_adapters or not active:
+        if self.disable_adapters:
             return hidden
-        total = None
-        for name in active:
-            edit, gates = self.psr_unit[name](hidden, self.strength(name, hidden))
+        if self.state.adapter_names is not None:
+            return hidden if self.rows is None else self._forward_rows(hidden, self.rows)
+        total: torch.Tensor | None = None
+        for name in self.active_adapters:
+            if name not in self.psr_unit:
+                continue
+            edit, gates = self.unit(name)(hidden, self.strength(name, hidden))
             total = edit if total is None else total + edit
             if self.state.gates is not None:
                 self.state.gates[self.name, name] = gates
-        return (hidden.float() + total).to(hidden.dtype)
+        return hidden if total is None else (hidden.float() + total).to(hidden.dtype)
+
+    def _forward_rows(self, hidden: torch.Tensor, rows: RowAdapters) -> torch.Tensor:
+        """Each row edited by its own adapter."""
+        state = self.state
+        rows = rows.repeat(hidden.shape[0] // rows.alpha.shape[0])
+        strength = state.scale * ((rows.alpha if state.alpha is None else state.alpha) + rows.coefficient_bias)
+        masks = {kind: self.mask(kind, hidden) for kind in rows.positions}
+        if any(mask is not None for mask in masks.values()):
+            parts = [using if masks[kind] is None else using * masks[kind] for kind, using in rows.positions.items()]
+            strength = strength * torch.stack(torch.broadcast_tensors(*parts)).sum(dim=0)
+        with torch.autocast(hidden.device.type, enabled=False):
+            edit = torch.bmm(strength * rows.gates(hidden), rows.direction)
+        return (hidden.float() + edit).to(hidden.dtype)
 
     def extra_repr(self) -> str:
         """Name and width, for printing."""

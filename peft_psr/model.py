@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 
+from .composition import combine_units, combined_config
 from .config import PSRConfig, check_strength
 from .decoder import decoder_layer_names, layer_index, output_width
 from .layer import PSRLayer, edit_output
+from .rows import BASE, gather_rows
 from .state import Generation, attach_state, check_mask, detach_state
 
 
@@ -29,10 +31,13 @@ class PSRModel(BaseTuner):
     prefix = "psr_"
     tuner_layer_cls = PSRLayer
 
-    def _prepare_adapter_config(self, peft_config: PSRConfig, model_config: dict) -> PSRConfig:
+    # PEFT declares `PeftConfig` for every tuner, and gives each one its own kind of configuration
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, peft_config: PSRConfig, model_config: dict
+    ) -> PSRConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: PSRConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PSRConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Find the decoder layers to edit; nothing is touched yet, so errors leave the model as it was."""
         self._layer_names: set[str] = set()
         if peft_config.target_modules is not None:
@@ -59,7 +64,7 @@ class PSRModel(BaseTuner):
         # PEFT's own matching for `exclude_modules` and `modules_to_save`, with this layer as the only target
         return check_target_module_exists(_ExactTarget(peft_config, key), key)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: PSRConfig,
         adapter_name: str,
@@ -80,16 +85,24 @@ class PSRModel(BaseTuner):
             width = output_width(target, current_key, self.model)
             layer = PSRLayer(current_key, width, device, attach_state(self.model))
             target.add_module("psr", layer)
-            layer.hook = target.register_forward_hook(edit_output, prepend=True)  # type: ignore[assignment]
+            layer.hook = target.register_forward_hook(edit_output, prepend=True)
         active = adapter_name in self.active_adapters
         layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode or not active)
 
-    def inject_adapter(self, model, adapter_name, *args, state_dict=None, **kwargs) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Add an adapter; PEFT takes the edited layers from the keys of `state_dict` where one is given."""
         if state_dict is not None:
             # PEFT cuts a key before ".psr_" to find the layer's name; our child module stands between the two
             state_dict = {key.replace(".psr.psr_", ".psr_"): value for key, value in state_dict.items()}
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, torch.Tensor]:
@@ -102,7 +115,10 @@ class PSRModel(BaseTuner):
             "Keep it as an adapter, or remove it with `unload()`."
         )
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args, **kwargs) -> nn.Module:
+    # PEFT declares that this returns nothing; it returns the model, which `unload()` hands on
+    def _unload_and_optionally_merge(  # type: ignore[override]
+        self, merge: bool = True, *args: Any, **kwargs: Any
+    ) -> nn.Module:
         if merge:
             self._check_merge_allowed()
         for module in list(self.model.modules()):
@@ -111,7 +127,80 @@ class PSRModel(BaseTuner):
                 layer.hook.remove()
                 del module.psr
         detach_state(self.model)
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)
+        return super()._unload_and_optionally_merge(False, *args, **kwargs)  # type: ignore[return-value]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around `forward` and `generate`; it is where `adapter_names` arrives."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        if isinstance(prompt, torch.Tensor) and prompt.shape[0] != len(names):
+            raise ValueError(
+                f"adapter_names must name one adapter per row: {prompt.shape[0]} rows, {len(names)} names."
+            )
+        for name in names:
+            if name != BASE:
+                self._adapter(name)
+        state = attach_state(self.model)
+        state.adapter_names = list(names)
+        layers = self.psr_layers().values()
+        for layer in layers:
+            layer.rows = gather_rows({name: layer.unit(name) for name in layer.psr_unit}, layer.config, names)
+        try:
+            yield
+        finally:
+            state.adapter_names = None
+            for layer in layers:
+                layer.rows = None
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Combine adapters into a new one, `adapter_name`: exact, an ordinary adapter to save and load.
+
+        At strength 1 it does what the adapters do when active together, each at its own strength times its weight, on
+        all layers that any of them edits. Its rank is the largest sum of ranks on a layer.
+
+        Args:
+            adapters: Names of PSR adapters.
+            weights: One finite number each; a negative one steers away from the trait.
+            adapter_name: Name of the combination; not active until `set_adapter` makes it so.
+            combination_type: "cat" (ranks side by side) is the only one.
+
+        Raises:
+            ValueError: names and weights do not match, a name is unknown or taken, another combination type, or
+                adapters that can't be one (different positions, `modules_to_save`).
+        """
+        if combination_type != "cat":
+            raise ValueError(f"combination_type must be 'cat', got {combination_type!r}.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"Need one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already; delete it or choose another name.")
+        configs = [self._config(name) for name in adapters]
+        factors = [
+            check_strength(weight, "weight") * (config.alpha + config.coefficient_bias)
+            for weight, config in zip(weights, configs, strict=True)
+        ]
+        layers = {
+            layer: [name for name in adapters if name in layer.psr_unit]
+            for layer in self.psr_layers().values()
+            if any(name in layer.psr_unit for name in adapters)
+        }
+        ranks = {layer.name: sum(layer.config[name].r for name in names) for layer, names in layers.items()}
+        numbered = all(config.target_modules is None for config in configs)
+        indices = [int(layer_index(name)) for name in ranks] if numbered else None
+        self.peft_config[adapter_name] = combined_config(configs, ranks, indices, list(ranks))
+        self.inject_adapter(self.model, adapter_name)
+        for layer, names in layers.items():
+            units = [layer.unit(name) for name in names]
+            combine_units(layer.unit(adapter_name), units, [factors[adapters.index(name)] for name in names])
+
+    def _config(self, adapter_name: str) -> PSRConfig:
+        return cast(PSRConfig, self.peft_config[self._adapter(adapter_name)])
 
     def psr_layers(self) -> dict[int | str, PSRLayer]:
         """The model's PSR layers by number of the decoder layer (or by name, for other modules), in model order."""
@@ -123,8 +212,9 @@ class PSRModel(BaseTuner):
             if len(self.active_adapters) != 1:
                 raise ValueError(f"Name one adapter: {', '.join(self.active_adapters) or 'none'} are active.")
             adapter_name = self.active_adapters[0]
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"No adapter {adapter_name!r}; there are: {', '.join(sorted(self.peft_config))}.")
+        ours = sorted(name for name, config in self.peft_config.items() if isinstance(config, PSRConfig))
+        if adapter_name not in ours:
+            raise ValueError(f"No adapter {adapter_name!r}; there are: {', '.join(ours)}.")
         return adapter_name
 
     def set_alpha(self, alpha: float, adapter_name: str | None = None) -> None:
@@ -138,7 +228,8 @@ class PSRModel(BaseTuner):
             TypeError: alpha is not a number.
             ValueError: alpha is not finite, there is no such adapter, or several are active and none is named.
         """
-        self.peft_config[self._adapter(adapter_name)].alpha = check_strength(alpha, "alpha")
+        config = cast(PSRConfig, self.peft_config[self._adapter(adapter_name)])
+        config.alpha = check_strength(alpha, "alpha")
 
     @contextmanager
     def alpha_scale(self, scale: float) -> Iterator[None]:

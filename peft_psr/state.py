@@ -50,6 +50,7 @@ class SteeringState:
         alpha: Strength for this call in place of the adapters' own: a float, (batch, 1, 1), or `None`.
         masks: For each kind of positions (batch, seq) bool, or `None` to edit every token.
         gates: Where layers leave their gate values, {(layer name, adapter): (batch, seq, r)}, while someone looks.
+        adapter_names: One adapter's name for each row, or `None` for the active adapters on all.
         generation: The `generate()` call in progress.
         generation_alpha: That call's strength.
         handle: Removes the pre-hook.
@@ -61,6 +62,7 @@ class SteeringState:
     alpha: Strength | None = None
     masks: dict[str, torch.Tensor | None] = field(default_factory=dict)
     gates: dict[tuple[str, str], torch.Tensor] | None = None
+    adapter_names: list[str] | None = None
     generation: Generation | None = None
     generation_alpha: Any = None
     handle: RemovableHandle | None = None
@@ -155,20 +157,20 @@ def token_mask(attention_mask: Any, batch: int, length: int, device: torch.devic
 
 def cache_length(arguments: dict[str, Any]) -> int:
     """Tokens already in the key/value cache of this call."""
-    cache = arguments.get("past_key_values")
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    get_seq_length = getattr(arguments.get("past_key_values"), "get_seq_length", None)
+    return 0 if get_seq_length is None else int(get_seq_length())
 
 
 def begin_steered_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook (with keyword arguments) of a model with PSR layers."""
-    state: SteeringState = model._psr_state
+    state: SteeringState = model._psr_state  # type: ignore[assignment]
     state.begin_call({**dict(zip(state.argument_names, args, strict=False)), **kwargs})
     return args, {name: value for name, value in kwargs.items() if name not in ("steering_mask", "alpha")}
 
 
 def attach_state(model: nn.Module) -> SteeringState:
     """The state shared by the model's PSR layers; made, with its pre-hook, when the first adapter is added."""
-    state = getattr(model, "_psr_state", None)
+    state: SteeringState | None = getattr(model, "_psr_state", None)
     if state is None:
         state = SteeringState(argument_names=list(inspect.signature(type(model).forward).parameters)[1:])
         state.handle = model.register_forward_pre_hook(begin_steered_call, with_kwargs=True)
@@ -178,6 +180,6 @@ def attach_state(model: nn.Module) -> SteeringState:
 
 def detach_state(model: nn.Module) -> None:
     """Undo `attach_state`."""
-    state = model.__dict__.pop("_psr_state", None)
-    if state is not None:
+    state: SteeringState | None = model.__dict__.pop("_psr_state", None)
+    if state is not None and state.handle is not None:
         state.handle.remove()

@@ -1,9 +1,9 @@
 """How much of training does the ridge start save? Backs docs/results.md, "Starts".
 
-For every trait and seed, A-PSR is trained by MSE for 15 epochs from three starts: linear (the reported runs), live (w = 0,
-b = 1, z = 0: PSRConfig's default) and ridge, each at three learning rates. Held-out loss (1 = no steering) and prompt
-recovery are taken before any step and after 1, 3, 7 and 15 epochs. The learning rate is each start's own best by the
-held-out loss at the end, averaged over traits and seeds.
+For every trait and seed, A-PSR is trained by MSE for 15 epochs from three starts: linear (the reported runs), live
+(w = 0, b = 1, z = 0: PSRConfig's default) and ridge, each at three learning rates. Held-out loss (1 = no steering)
+and prompt recovery are taken before any step and after 1, 3, 7 and 15 epochs. The learning rate is each start's own
+best by the held-out loss at the end, averaged over traits and seeds.
 
     python scripts/study_starts.py --output docs/starts.json
 """
@@ -39,9 +39,11 @@ class Checkpoints(TrainerCallback):
         self.measure, self.points = measure, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Measure the start."""
         self.points[0] = self.measure()
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        """Measure after the chosen epochs."""
         epoch = round(state.epoch)
         if epoch in EPOCHS:
             self.points[epoch] = self.measure()
@@ -92,7 +94,7 @@ def run(experiment: Experiment, start: str, learning_rate: float) -> dict:
 
 
 def table(runs: list[dict]) -> str:
-    """A Markdown table: mean and standard deviation over traits and seeds, each start at its own best learning rate."""
+    """A Markdown table: mean and standard deviation over runs, each start at its own best learning rate."""
     lines = ["| start | learning rate | " + " | ".join(f"{epoch} epochs" for epoch in EPOCHS) + " | dead gates |"]
     lines.append("|---|---|" + "---|" * (len(EPOCHS) + 1))
     for start in STARTS:

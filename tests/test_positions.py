@@ -15,7 +15,7 @@ SYSTEM = {"role": "system", "content": "be brief"}
 ANSWER = {"role": "assistant", "content": "tea is good"}
 AGAIN = {"role": "user", "content": "yes"}
 
-# what real templates do: nothing before the user's turn, a default system turn, no system role, text merged into the user's
+# what some real templates do: add a default system turn; refuse the system role
 QWEN_LIKE = (
     "{% if messages[0]['role'] != 'system' %}{{ '<system> now </t> ' }}{% endif %}"
     "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' </t> ' }}{% endfor %}"

@@ -26,8 +26,8 @@ class PSRTrainingArguments(TrainingArguments):
     Args:
         objective: "mse", "ll", or weights for a sum of them such as `{"mse": 1.0, "ll": 0.1}`.
         normalize_loss: How the MSE is scaled. `None`: not at all; "global": by its value without any edit, averaged
-            over the training set, so that 1 means "nothing done"; "layer": each layer by its own such value, then averaged
-            over layers, so that late layers with large norms do not dominate.
+            over the training set, so that 1 means "nothing done"; "layer": each layer by its own such value, then
+            averaged over layers, so that late layers with large norms do not dominate.
         regularizer: Weight c of the gate regulariser, >= 0. Reported runs use 0.1 together with
             `normalize_loss="global"` (personas), or neither (IFEval).
         alpha: Strength while training: "trait_score", the judge's score / 100 as a soft label, or a number for all.

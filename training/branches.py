@@ -7,9 +7,10 @@ tokens that the mask names, in the same order. Source: arXiv 2605.03907.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -62,10 +63,8 @@ def layers_downstream(model: PeftModel) -> list[str]:
     return names[first:]
 
 
-@contextmanager
-def _recording(model: PeftModel, edited: bool) -> Iterator[dict]:
-    with psr_model(model).record_gates() if edited else nullcontext({}) as gates:
-        yield gates
+def _recording(model: PeftModel, edited: bool) -> AbstractContextManager[dict[tuple[str, str], torch.Tensor]]:
+    return psr_model(model).record_gates() if edited else nullcontext({})
 
 
 def run_branch(
@@ -88,7 +87,7 @@ def run_branch(
     """
     prefix = "teacher_" if branch == "teacher" else ""
     mask = batch["teacher_mask" if branch == "teacher" else "steering_mask"].bool()
-    inputs = {"input_ids": batch[f"{prefix}input_ids"], "attention_mask": batch[f"{prefix}attention_mask"]}
+    inputs: dict[str, Any] = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}
     if not logits and "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
         inputs["logits_to_keep"] = 1
     edited = branch == "student"

@@ -21,9 +21,10 @@ from .triplets import check_triplet
 class TripletCollator:
     """Turns triplets into the batches that `PSRTrainer` and the measures work on.
 
-    A batch holds, padded on the right, for the student `input_ids`, `attention_mask`, `labels` (-100 outside y')
-    and `steering_mask`, all (batch, seq); for the teacher `teacher_input_ids`, `teacher_attention_mask` and `teacher_mask`,
-    all (batch, teacher seq); and `alpha` (batch,) float32. Both masks name the same tokens in the same order.
+    A batch holds, padded on the right, for the student `input_ids`, `attention_mask`, `labels` (-100 outside y') and
+    `steering_mask`, all (batch, seq); for the teacher `teacher_input_ids`, `teacher_attention_mask` and
+    `teacher_mask`, all (batch, teacher seq); and `alpha` (batch,) float32. Both masks name the same tokens in the same
+    order.
 
     Args:
         processing_class: A tokenizer.

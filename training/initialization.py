@@ -9,8 +9,8 @@ and fits the gate to how much of it each token takes:
 
     c = (D @ z) / |z|^2 per token;     w, b = argmin sum (A @ w + b - c)^2 + strength * |w|^2
 
-For r > 1, each further z is the main direction of what is left of D and is predictable from A. A is the stream that the
-gate will read if earlier layers do their part: A_l(x y') + Delta_k.
+For r > 1, each further z is the main direction of what is left of D and is predictable from A. A is the stream that
+the gate will read if earlier layers do their part: A_l(x y') + Delta_k.
 
 Source: docs/results.md of this project; `mean_difference` is the paper's DiM.
 """
@@ -26,6 +26,8 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
+
+from peft_psr.layer import PSRUnit
 
 from .branches import layers_downstream, psr_model, run_branch
 from .collator import TripletCollator
@@ -114,7 +116,7 @@ def initialize_psr_weights(
             before = delta
     model.train(was_training)
     for name in names:
-        unit = layers[name].psr_unit[adapter]
+        unit = layers[name].unit(adapter)
         weights = _mean_difference(moments[name], unit) if method == "mean_difference" else None
         w, b, z = weights or _ridge(moments[name], unit.direction.shape[0], ridge_strength)
         if not z.any():
@@ -124,12 +126,12 @@ def initialize_psr_weights(
             )
         with torch.no_grad():
             unit.direction.copy_(z)
-            if unit.gate_weight is not None:
+            if unit.gate_weight is not None and unit.gate_bias is not None:
                 unit.gate_weight.copy_(w)
                 unit.gate_bias.copy_(b)
 
 
-def _mean_difference(moments: _Moments, unit) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _mean_difference(moments: _Moments, unit: PSRUnit) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     r = unit.direction.shape[0]
     z = torch.zeros(r, moments.width, dtype=torch.float64)
     z[0] = moments.mean_difference

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -22,7 +23,7 @@ class Completion(NamedTuple):
 
 @torch.no_grad()
 def sample_completions(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     processing_class,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
@@ -79,7 +80,7 @@ def sample_completions(
                 if positions == "question_and_response":
                     masks = [chat_mask(processing_class, prompts[i], positions) for i in rows]  # type: ignore[arg-type]
                     batch["steering_mask"] = pad_rows(masks, 0, device)
-                output = model.generate(
+                output = model.generate(  # type: ignore[operator]
                     **batch, **sampling, max_new_tokens=max_new_tokens, pad_token_id=_pad_id(processing_class)
                 )
                 for i, row in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
@@ -94,7 +95,7 @@ def _pad_id(processing_class) -> int:
     return processing_class.eos_token_id if processing_class.pad_token_id is None else processing_class.pad_token_id
 
 
-def _decode(processing_class, model: PreTrainedModel, ids: list[int]) -> Completion:
+def _decode(processing_class, model: PreTrainedModel | PeftModel, ids: list[int]) -> Completion:
     """Text up to the first token that ends a turn; without one, the completion was cut off."""
     ends = model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends]) | {processing_class.eos_token_id}

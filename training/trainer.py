@@ -28,8 +28,8 @@ class PSRTrainer(Trainer):
 
     Everything else is transformers' `Trainer`: devices, checkpoints, callbacks, progress bar. Its logs gain the loss
     of each objective, `mse/layer_<l>` for every layer that the edit can change, `regularizer`, and `live_gates`, the
-    share (0-1) of gates that opened at least once since the last log. Gates that never opened in the last epoch are named in
-    a warning when training ends, and kept in `dead_gates`.
+    share (0-1) of gates that opened at least once since the last log. Gates that never opened in the last epoch are
+    named in a warning when training ends, and kept in `dead_gates`.
 
     Args:
         model: A PEFT model with a PSR adapter, or a plain model together with `peft_config`.
@@ -45,6 +45,8 @@ class PSRTrainer(Trainer):
         ValueError: a data set is empty, or a triplet can't be used; the message names it.
     """
 
+    args: PSRTrainingArguments
+
     def __init__(
         self,
         model: PeftModel | PreTrainedModel,
@@ -56,8 +58,9 @@ class PSRTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)  # type: ignore[arg-type, assignment]
+            model = get_peft_model(model, peft_config)
         psr_model(model)
+        assert isinstance(model, PeftModel)  # which psr_model has just checked
         args = PSRTrainingArguments(output_dir="psr_output") if args is None else args
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
@@ -76,7 +79,7 @@ class PSRTrainer(Trainer):
         self.layers = layers_downstream(model)
         self.normalizer: dict[str, float] | None = None
         self.dead_gates: list[str] = []
-        self._sums: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._count = 0
         self._live: dict[tuple[str, str], torch.Tensor] = {}
         self._live_in_epoch: dict[tuple[str, str], torch.Tensor] = {}
@@ -163,7 +166,7 @@ class PSRTrainer(Trainer):
         """Sum up what the logs will show, without waiting for the device."""
         layers = {f"mse/layer_{layer_index(name)}": loss for name, loss in by_layer.items()}
         for name, value in {**parts, **layers}.items():
-            self._sums[name] = self._sums[name] + value.detach()  # type: ignore[assignment]
+            self._sums[name] = self._sums[name] + value.detach()
         self._count += 1
         if int(self.state.epoch or 0) != self._epoch:
             self._epoch, self._live_in_epoch = int(self.state.epoch or 0), {}

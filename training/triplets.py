@@ -1,4 +1,4 @@
-"""Triplets (x, x', y'): a plain prompt, the same prompt with a trait-eliciting instruction, a completion of the latter.
+"""Triplets (x, x', y'): a plain prompt, the same with a trait-eliciting instruction, a completion of the latter.
 
 One JSON object a line, in TRL's conversational format with two more fields for the scores; see `Triplet`.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_psr.chat import Prompt
@@ -53,7 +54,7 @@ def add_instruction(prompt: Sequence[Message], instruction: str) -> list[Message
 
 
 def generate_triplets(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     processing_class,
     instructions: Sequence[str],
     prompts: Sequence[Sequence[Message]],

@@ -1,0 +1,73 @@
+"""Adapters combined into one, exactly: their ranks are put side by side.
+
+    sum_a weight_a * (alpha_a + b_a) * (lambda_a @ z_a)  =  lambda @ z,   w, b concatenated, z concatenated and scaled
+
+Each gate keeps its own w and b and reads the same stream as before, so the combination equals the adapters active
+together, each at its weight times its strength, on every layer and for any ranks. A constant gate is ReLU(h @ 0 + 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from .config import PSRConfig
+from .layer import PSRUnit
+
+
+def combined_config(
+    configs: Sequence[PSRConfig], ranks: Mapping[str, int], layers: Sequence[int] | None, names: Sequence[str]
+) -> PSRConfig:
+    """Configuration of the combination, at strength 1.
+
+    Args:
+        configs: The adapters' configurations.
+        ranks: {name of an edited layer: sum of the ranks of the adapters on it}.
+        layers: Numbers of the edited decoder layers, or `None` if some adapter edits other modules.
+        names: Names of the edited modules.
+
+    Raises:
+        ValueError: the adapters edit different positions or save further modules, which one adapter can't express.
+    """
+    positions = {config.positions for config in configs}
+    if len(positions) > 1:
+        raise ValueError(f"Adapters that edit different positions ({sorted(positions)}) can't be combined into one.")
+    if any(config.modules_to_save for config in configs):
+        raise ValueError("Adapters with `modules_to_save` can't be combined: those modules have no common value.")
+    return replace(
+        configs[0],
+        r=max(ranks.values()),
+        gate="constant" if all(config.gate == "constant" for config in configs) else "relu",
+        layers_to_transform=None if layers is None else list(layers),
+        target_modules=list(names) if layers is None else None,
+        exclude_modules=None,
+        alpha=1.0,
+        coefficient_bias=0.0,
+        init_weights=True,
+    )
+
+
+@torch.no_grad()
+def combine_units(target: PSRUnit, units: Sequence[PSRUnit], factors: Sequence[float]) -> None:
+    """Write the side-by-side combination of one layer's units into `target`; ranks left over do nothing.
+
+    Args:
+        target: A unit with at least as many ranks as all of `units` together.
+        units: The adapters' units at this layer.
+        factors: weight * (alpha + b_m) of each.
+    """
+    for parameter in target.parameters():
+        parameter.zero_()
+    start = 0
+    for unit, factor in zip(units, factors, strict=True):
+        end = start + unit.direction.shape[0]
+        target.direction[start:end] = factor * unit.direction.to(target.direction.device)
+        if target.gate_weight is not None and target.gate_bias is not None:
+            if unit.gate_weight is not None and unit.gate_bias is not None:
+                target.gate_weight[start:end] = unit.gate_weight.to(target.gate_weight.device)
+                target.gate_bias[start:end] = unit.gate_bias.to(target.gate_bias.device)
+            else:
+                target.gate_bias[start:end] = 1.0
+        start = end
