@@ -175,10 +175,11 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         state = self.state
         rows = rows.repeat(hidden.shape[0] // rows.alpha.shape[0])
         strength = state.scale * ((rows.alpha if state.alpha is None else state.alpha) + rows.coefficient_bias)
-        masks = {kind: self.mask(kind, hidden) for kind in rows.positions}
-        if any(mask is not None for mask in masks.values()):
-            parts = [using if masks[kind] is None else using * masks[kind] for kind, using in rows.positions.items()]
-            strength = strength * torch.stack(torch.broadcast_tensors(*parts)).sum(dim=0)
+        chosen: torch.Tensor | float = 0.0
+        for kind, using in rows.positions.items():
+            mask = self.mask(kind, hidden)
+            chosen = chosen + (using if mask is None else using * mask)
+        strength = strength * chosen
         with torch.autocast(hidden.device.type, enabled=False):
             edit = torch.bmm(strength * rows.gates(hidden), rows.direction)
         return (hidden.float() + edit).to(hidden.dtype)

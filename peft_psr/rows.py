@@ -77,7 +77,9 @@ def gather_rows(
         padded = [F.pad(value, (0, 0, 0, r - value.shape[0])) for value in values]
         return torch.stack([*padded, torch.zeros_like(padded[0])])
 
-    weights, biases, directions = [], [], []
+    weights: list[torch.Tensor] = []
+    biases: list[torch.Tensor] = []
+    directions: list[torch.Tensor] = []
     for name in used:
         unit = units[name]
         if unit.gate_weight is None or unit.gate_bias is None:

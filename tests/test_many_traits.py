@@ -59,7 +59,13 @@ def test_each_row_is_what_its_adapter_does_alone(positions):
 
 def test_rows_with_strengths_beams_and_return_sequences():
     model = many()
-    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "num_beams": 3, "num_return_sequences": 2}
+    settings = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "eos_token_id": None,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+    }
     mixed = model.generate(input_ids=IDS[:2], adapter_names=["b", "a"], alpha=[0.5, 2.0], **settings)
     for row, (name, alpha) in enumerate([("b", 0.5), ("a", 2.0)]):
         model.set_adapter(name)
