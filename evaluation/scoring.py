@@ -36,7 +36,6 @@ def score_model(
     alphas: Sequence[float] | None = None,
     bare_prompts: Sequence[Sequence[Message]] | None = None,
     num_draws: int = 1,
-    positions: str | None = None,
     temperature: float = 1.0,
     batch_size: int = 256,
     seed: int = 0,
@@ -53,7 +52,6 @@ def score_model(
         alphas: Strengths of the PSR adapter; `None` for a model without one.
         bare_prompts: What the judge is shown; `None` if that is the same as `prompts`.
         num_draws: Answers for each prompt and strength.
-        positions: The adapter's, where a mask must be built: see `sample_completions`.
         temperature: Of the sampling.
         batch_size: Answers sampled together.
         seed: Of the sampling.
@@ -79,7 +77,6 @@ def score_model(
         batch_size=batch_size,
         seed=seed,
         alpha=None if alphas is None else [alpha for alpha in alphas for _ in rows],
-        positions=positions,
         progress=progress,
     )
     scores = judge([shown[i] for _ in strengths for i in rows], [completion.text for completion in completions])

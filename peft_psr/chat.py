@@ -43,6 +43,11 @@ def encode_prompt(processing_class, prompt: Prompt) -> list[int]:
     return _without_eos(processing_class, ids) if isinstance(prompt, str) else ids
 
 
+def pad_id(processing_class) -> int:
+    """The padding token, or the EOS token where a tokenizer has none: padding is masked, whatever it is."""
+    return processing_class.eos_token_id if processing_class.pad_token_id is None else processing_class.pad_token_id
+
+
 def turn_end_id(processing_class, prompt: Prompt) -> int | None:
     """The token that closes an assistant's turn: the first one the template puts after it, else the EOS token."""
     if isinstance(prompt, str):
@@ -51,7 +56,8 @@ def turn_end_id(processing_class, prompt: Prompt) -> int | None:
     closed = processing_class.apply_chat_template(
         [*prompt, {"role": "assistant", "content": answer}], tokenize=False, add_generation_prompt=False
     )
-    closing = closed[closed.rfind(answer) + len(answer) :]
+    opened = render_prompt(processing_class, prompt) + answer
+    closing = closed[len(opened) :] if closed.startswith(opened) else ""
     ids = processing_class(closing, add_special_tokens=False)["input_ids"] if closing else []
     return ids[0] if ids else processing_class.eos_token_id
 

@@ -8,6 +8,10 @@ import warnings
 from pathlib import Path
 
 
+# before huggingface_hub is imported, which reads it once: the demo needs no network and is not to wait for one
+if sys.argv[1:2] == ["demo"]:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 try:
     import typer
     import yaml
@@ -40,7 +44,9 @@ def _load_config(context: typer.Context, path: Path | None) -> Path | None:
     except (OSError, yaml.YAMLError) as error:
         raise typer.BadParameter(f"can't read {path}: {error}") from error
     known = {parameter.name for parameter in context.command.params} - {"config"}
-    options = {name.replace("-", "_"): value for name, value in options.items()} if isinstance(options, dict) else None
+    options = (
+        {str(name).replace("-", "_"): value for name, value in options.items()} if isinstance(options, dict) else None
+    )
     if options is None:
         raise typer.BadParameter(f"{path} must hold options such as 'seed: 1'.")
     unknown = sorted(set(options) - known)
@@ -63,7 +69,6 @@ def demo(
     ),
 ) -> None:
     """Train, save, reload and measure PSR adapters on the embedded model, offline."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.simplefilter("ignore", FutureWarning)
     from transformers.utils import logging
 
@@ -80,6 +85,8 @@ def demo(
             if name not in TRAITS:
                 raise ValueError(f"No trait {name!r}; there are: {', '.join(TRAITS)}, or 'all'.")
         check_output(output)
+        if model and not (Path(model) / "config.json").is_file():
+            raise FileNotFoundError(f"--model {model} is no model folder (it has no config.json).")
         if dry_run:
             console.print(f"would train {', '.join(method.name for method in METHODS)}")
             console.print(f"for {', '.join(traits)} with seed {seed}, and write to {output}/")

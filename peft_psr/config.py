@@ -70,7 +70,8 @@ class PSRConfig(PeftConfig):
         modules_to_save: Modules besides the adapter that are trained and saved, as in all of PEFT.
         positions: Edited tokens. `"response"`: from the last prompt token, included, to the end;
             `"question_and_response"`: from the last token of the system turn, included; `"all"`: every token.
-        alpha: Strength at inference, a finite number; 1.0 is what was trained, 0.0 is no edit.
+        alpha: Strength at inference, a finite number; 1.0 is what was trained, 0.0 is no edit
+            (with a coefficient_bias of 0).
         coefficient_bias: `b_m`, added to alpha. 0.0 in every run the paper reports.
         init_weights: `True`: a no-op with open gates (w = 0, b = 1, z = 0). `False`: w, b and z uniform within
             +-1/sqrt(d) as a linear layer would start, which is what the reported runs did.
@@ -115,6 +116,11 @@ class PSRConfig(PeftConfig):
             raise TypeError(f"r must be an int, got {self.r!r} ({type(self.r).__name__}).")
         if self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}.")
+        if not isinstance(self.init_weights, bool):
+            raise TypeError(
+                f"init_weights must be True or False, got {self.init_weights!r}; for a start from data see "
+                "`peft_psr.training.initialize_psr_weights`."
+            )
         _check_choice(self.gate, "gate", GATES)
         _check_choice(self.positions, "positions", POSITIONS)
         if isinstance(self.layers_to_transform, tuple | set | range):

@@ -136,7 +136,7 @@ class PSRModel(BaseTuner):
         if names is None:
             yield
             return
-        prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        prompt = _prompt_of(args, kwargs)
         if isinstance(prompt, torch.Tensor) and prompt.shape[0] != len(names):
             raise ValueError(
                 f"adapter_names must name one adapter per row: {prompt.shape[0]} rows, {len(names)} names."
@@ -203,9 +203,11 @@ class PSRModel(BaseTuner):
         return cast(PSRConfig, self.peft_config[self._adapter(adapter_name)])
 
     def psr_layers(self) -> dict[int | str, PSRLayer]:
-        """The model's PSR layers by number of the decoder layer (or by name, for other modules), in model order."""
+        """The model's PSR layers by number of the decoder layer, or by name where numbers won't do, in model order."""
         layers = [module for module in self.model.modules() if isinstance(module, PSRLayer)]
-        return {layer_index(layer.name): layer for layer in layers}
+        numbers = [layer_index(layer.name) for layer in layers]
+        unique = len(set(numbers)) == len(numbers)
+        return {number if unique else layer.name: layer for number, layer in zip(numbers, layers, strict=True)}
 
     def _adapter(self, adapter_name: str | None) -> str:
         if adapter_name is None:
@@ -270,6 +272,8 @@ class PSRModel(BaseTuner):
             {layer: lambda (batch, seq, r) >= 0, float32}, in model order.
         """
         name = self._adapter(adapter_name)
+        if name not in self.active_adapters or any(layer.disable_adapters for layer in self.psr_layers().values()):
+            raise ValueError(f"Adapter {name!r} is not active, so its gates don't act; `set_adapter({name!r})` first.")
         with self.record_gates() as gates:
             self.model(input_ids=input_ids, **kwargs)
         return {layer_index(layer): values for (layer, adapter), values in gates.items() if adapter == name}
@@ -288,15 +292,15 @@ class PSRModel(BaseTuner):
             ValueError: `steering_mask` or `alpha` does not fit the prompt.
         """
         state = attach_state(self.model)
-        prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        if prompt is None:
-            prompt = kwargs.get("inputs_embeds")
+        prompt = _prompt_of(args, kwargs)
         if isinstance(prompt, torch.Tensor):
             batch, length = prompt.shape[:2]
             mask = None if steering_mask is None else check_mask(steering_mask, batch, length)
             attention_mask = kwargs.get("attention_mask")
             if attention_mask is None:
                 attention_mask = torch.ones(batch, length, dtype=torch.long, device=prompt.device)
+            if mask is not None:  # what a given cache holds already comes before the prompt
+                mask = nn.functional.pad(mask, (attention_mask.shape[1] - length, 0))
             state.generation = Generation(attention_mask, mask)
         elif steering_mask is not None:
             raise ValueError("steering_mask was given without a prompt; pass `input_ids`.")
@@ -305,6 +309,12 @@ class PSRModel(BaseTuner):
             return self.model.generate(*args, **kwargs)
         finally:
             state.generation = state.generation_alpha = None
+
+
+def _prompt_of(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The prompt among the arguments of `forward` or `generate`, ids or embeddings, or `None`."""
+    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    return next((value for value in (*args[:1], *named) if value is not None), None)
 
 
 class _ExactTarget:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from jinja2 import TemplateError
 
-from .chat import encode_prompt, render_prompt
+from .chat import Prompt, encode_prompt, pad_id, render_prompt
 from .config import POSITIONS
 from .judging import Message
 
@@ -74,11 +74,11 @@ def common_suffix_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def question_start(processing_class, messages: Sequence[Message]) -> int:
-    """Index of the first edited token for `question_and_response`: the last token of the system turn.
+    """Index of the first edited token for `question_and_response`: the last token of the system turn, if there is one.
 
     The user's part is what the rendered prompt shares, from the right, with the same prompt under another system text.
-    Where a template adds a system turn of its own, the tokens that close that turn count as its end too. 0 where
-    nothing comes before the user's part: no system turn, or a template without that role.
+    Where a template adds a system turn of its own, the tokens that close that turn count as its end too. Without a
+    system turn it is the first token of the user's part; 0 for a template without that role.
     """
     ids = encode_prompt(processing_class, messages)
     turns = [message for message in messages if message["role"] != "system"]
@@ -90,11 +90,14 @@ def question_start(processing_class, messages: Sequence[Message]) -> int:
     shared = common_suffix_length(ids, bare if len(turns) < len(messages) else other)
     before_user_part = len(bare) - common_suffix_length(bare, other)
     has_default_system_turn = before_user_part > 1  # more than a BOS token
-    return max(0, len(ids) - shared - (0 if has_default_system_turn else 1))
+    ends_system_turn = len(turns) < len(messages) and not has_default_system_turn
+    return len(ids) - shared - (1 if ends_system_turn else 0)
 
 
-def chat_mask(processing_class, messages: Sequence[Message], positions: str = "response") -> list[int]:
+def chat_mask(processing_class, messages: Prompt, positions: str = "response") -> list[int]:
     """Which tokens of a conversation, rendered with a generation prompt, are edited: one 0/1 a token.
+
+    In plain text, which has no turns, every token is question.
 
     Earlier assistant turns get the edits they had when they were generated: the token before the turn and the turn's
     own tokens, without the one that closes it.
@@ -106,13 +109,15 @@ def chat_mask(processing_class, messages: Sequence[Message], positions: str = "r
     if positions not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, got {positions!r}.")
     ids = encode_prompt(processing_class, messages)
-    if positions == "all":
+    if positions == "all" or (positions == "question_and_response" and isinstance(messages, str)):
         return [1] * len(ids)
     if positions == "question_and_response":
         start = question_start(processing_class, messages)
         return [0] * start + [1] * (len(ids) - start)
     mask = [0] * len(ids)
     mask[-1] = 1
+    if isinstance(messages, str):
+        return mask
     text = render_prompt(processing_class, messages)
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -138,7 +143,7 @@ def encode_chat(
     """A batch of conversations, padded on the left and ready for `model.generate(**batch)`, with its steering mask.
 
     Args:
-        processing_class: A tokenizer with a chat template and a padding token.
+        processing_class: A tokenizer with a chat template.
         conversations: Each a list of messages that ends before the assistant's answer.
         positions: One of "response", "question_and_response", "all"; give the adapter's own (`PSRConfig.positions`).
         device: Where the tensors go.
@@ -149,7 +154,7 @@ def encode_chat(
     ids = [encode_prompt(processing_class, conversation) for conversation in conversations]
     masks = [chat_mask(processing_class, conversation, positions) for conversation in conversations]
     return {
-        "input_ids": pad_rows(ids, processing_class.pad_token_id, device),
+        "input_ids": pad_rows(ids, pad_id(processing_class), device),
         "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, device),
         "steering_mask": pad_rows(masks, 0, device),
     }

@@ -78,7 +78,9 @@ class SteeringState:
         if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
             return
         batch, length = tokens.shape[:2]
-        self.alpha = prepare_alpha(self.generation_alpha if alpha is None else alpha, batch, tokens.device)
+        expected = batch if self.generation is None else self.generation.attention_mask.shape[0]
+        alpha = self.generation_alpha if alpha is None else alpha
+        self.alpha = prepare_alpha(alpha, batch, expected, tokens.device)
         if self.generation is not None:
             self._continue_generation(self.generation, batch, length, arguments, tokens.device)
             return
@@ -97,11 +99,11 @@ class SteeringState:
         if generation.decoding:
             return
         prompt = generation.attention_mask.shape[1]
-        cached = arguments.get("past_key_values") is not None
+        # a cache of another kind (Mamba's) shows by itself: the call brings no more tokens than were seen already
+        cached = arguments.get("past_key_values") is not None or 0 < length <= generation.seen
         start = max(generation.seen, cache_length(arguments)) if cached else 0
-        if cached:
-            generation.seen = start + length
-            generation.decoding = generation.seen >= prompt
+        generation.seen = start + length
+        generation.decoding = cached and generation.seen >= prompt
         for kind in self.positions:
             mask = generation.steering_mask
             if mask is None:
@@ -112,8 +114,14 @@ class SteeringState:
             self.masks[kind] = torch.cat([mask, new], dim=1)[:, start : start + length]
 
 
-def prepare_alpha(alpha: Any, batch: int, device: torch.device) -> Strength | None:
-    """A strength that broadcasts over (batch, seq, r): a float, or one number a row as (batch, 1, 1) float32.
+def prepare_alpha(alpha: Any, batch: int, rows: int, device: torch.device) -> Strength | None:
+    """A strength that broadcasts over (batch, seq, r): a number, or one a row as (batch, 1, 1) float32.
+
+    Args:
+        alpha: A number, or a sequence or tensor of `rows` numbers.
+        batch: Rows of this call.
+        rows: Rows the caller gave: fewer than `batch` where beams or return sequences repeat them.
+        device: Where the tensor goes.
 
     Raises:
         TypeError: not a number nor a sequence of numbers.
@@ -125,11 +133,15 @@ def prepare_alpha(alpha: Any, batch: int, device: torch.device) -> Strength | No
         alpha = torch.tensor([check_strength(value, "alpha") for value in alpha])
     if not isinstance(alpha, torch.Tensor):
         return check_strength(alpha, "alpha")
+    if alpha.dtype == torch.bool:
+        raise TypeError("alpha must be numbers, got a tensor of bools; masks go in `steering_mask`.")
+    if not torch.isfinite(alpha).all():
+        raise ValueError(f"alpha must be finite, got {alpha.tolist()}.")
     if alpha.dim() == 0:
         return alpha.float().to(device)
-    if alpha.dim() != 1 or batch % alpha.shape[0]:
-        raise ValueError(f"alpha must be one number or one per row ({batch} rows), got shape {tuple(alpha.shape)}.")
-    return alpha.float().to(device).repeat_interleave(batch // alpha.shape[0]).view(batch, 1, 1)
+    if tuple(alpha.shape) != (rows,):
+        raise ValueError(f"alpha must be one number or one per row ({rows} rows), got shape {tuple(alpha.shape)}.")
+    return alpha.float().to(device).repeat_interleave(batch // rows).view(batch, 1, 1)
 
 
 def check_mask(mask: Any, batch: int, length: int) -> torch.Tensor:

@@ -110,7 +110,9 @@ def table(runs: list[dict]) -> str:
             parts = []
             for k in (0, 1):
                 values = [run["points"][epoch][k] for run in chosen]
-                parts.append(f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}")
+                parts.append(
+                    f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"
+                )
             cells.append(" / ".join(parts))
         dead = sum(len(run["dead"]) for run in chosen)
         lines.append(f"| {start} | {best:g} | " + " | ".join(cells) + f" | {dead} |")

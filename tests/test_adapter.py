@@ -145,6 +145,27 @@ def test_generation_with_mask_agrees_with_and_without_cache_and_with_a_forward_c
     assert not torch.equal(cached, model.generate(input_ids=ids, **settings))
 
 
+def test_generation_takes_the_prompt_by_any_name_and_continues_a_cache():
+    model = steered(tiny_model())
+    ids = torch.tensor([PROMPTS[0]])
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(input_ids=ids, **settings)
+    assert torch.equal(model.generate(ids, use_cache=False, **settings), expected)
+    assert torch.equal(model.generate(inputs=ids, use_cache=False, **settings), expected)
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **settings), expected[:, ids.shape[1] :])
+    cache = model(ids[:, :-2], steering_mask=torch.zeros_like(ids[:, :-2]), use_cache=True).past_key_values
+    assert torch.equal(model.generate(input_ids=ids, past_key_values=cache, **settings), expected)
+
+
+def test_right_padding_edits_the_last_real_token():
+    model = steered(tiny_model())
+    ids, attention_mask = pad(PROMPTS, "right")
+    together = model(input_ids=ids, attention_mask=attention_mask).logits
+    for i, row in enumerate(PROMPTS):
+        torch.testing.assert_close(together[i, : len(row)], model(torch.tensor([row])).logits[0])
+
+
 def test_several_sequences_and_beams_repeat_the_mask():
     model = steered(tiny_model())
     ids, attention_mask = pad(PROMPTS, "left")
@@ -358,6 +379,7 @@ def test_adapter_of_another_method_with_the_same_name_stays_out_of_the_file(tmp_
         ({"positions": "question"}, ValueError, "'question_and_response'"),
         ({"r": 0}, ValueError, "at least 1"),
         ({"r": 1.0}, TypeError, "r must be an int"),
+        ({"init_weights": "ridge"}, TypeError, "initialize_psr_weights"),
     ],
 )
 def test_bad_configuration(settings, error, message):
@@ -377,6 +399,9 @@ def test_layer_beyond_the_model_leaves_it_untouched():
     [
         ({"alpha": "2"}, TypeError, "alpha must be a number"),
         ({"alpha": [1.0, 2.0, 3.0]}, ValueError, "one per row"),
+        ({"alpha": []}, ValueError, "one per row"),
+        ({"alpha": torch.tensor([float("nan")])}, ValueError, "finite"),
+        ({"alpha": torch.tensor([True])}, TypeError, "bools"),
         ({"steering_mask": torch.ones(1, 3)}, ValueError, "shape of input_ids"),
         ({"steering_mask": [1, 0]}, TypeError, "must be a tensor"),
     ],
@@ -389,6 +414,13 @@ def test_bad_call(arguments, error, message):
     with pytest.raises(error, match=message):
         model.generate(input_ids=ids, max_new_tokens=2, **arguments)
     model(ids)
+
+
+def test_gate_values_of_an_adapter_that_is_not_active():
+    model = steered(tiny_model())
+    model.add_adapter("b", PSRConfig())
+    with pytest.raises(ValueError, match="'b' is not active"):
+        model.gate_values(torch.tensor(PROMPTS[:1]), adapter_name="b")
 
 
 def test_unknown_adapter_is_named():

@@ -217,6 +217,8 @@ def test_command_line_mistakes(tmp_path):
     (tmp_path / "full" / "file").touch()
     full = psr("demo", "--output", str(tmp_path / "full"))
     assert full.returncode == 2 and "is not empty" in full.stdout
+    lost = psr("demo", "--model", str(tmp_path / "lost"), "--output", str(tmp_path / "a"), "--dry-run")
+    assert lost.returncode == 2 and "is no model folder" in lost.stdout
     (tmp_path / "options.yaml").write_text("sead: 3\n")
     misspelt = psr("demo", "--config", str(tmp_path / "options.yaml"), "--dry-run")
     assert misspelt.returncode == 2 and "sead" in misspelt.stderr

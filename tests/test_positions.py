@@ -44,7 +44,7 @@ def test_question_starts_at_the_last_token_of_the_system_turn():
     mask = chat_mask(tokenizer, [SYSTEM, USER], "question_and_response")
     assert tokens(tokenizer, [SYSTEM, USER], mask) == ["</t>", "<user>", "what", "is", "tea", "</t>", "<assistant>"]
     mask = chat_mask(tokenizer, [USER], "question_and_response")
-    assert tokens(tokenizer, [USER], mask)[1:] == ["<user>", "what", "is", "tea", "</t>", "<assistant>"]
+    assert tokens(tokenizer, [USER], mask) == ["<user>", "what", "is", "tea", "</t>", "<assistant>"]
 
 
 @pytest.mark.parametrize("messages", [[USER], [SYSTEM, USER]])

@@ -128,6 +128,25 @@ def test_single_layer_loss_covers_that_layer_and_all_below_the_output():
     assert [name.rsplit(".", 1)[1] for name in layers_downstream(model)] == ["2", "3"]
 
 
+def test_only_the_active_adapter_says_where_the_loss_begins():
+    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=0), adapter_name="a")
+    model.add_adapter("b", PSRConfig(layers_to_transform=2))
+    model.set_adapter("b")
+    assert [name.rsplit(".", 1)[1] for name in layers_downstream(model)] == ["2", "3"]
+
+
+def test_dropout_does_not_disturb_the_branches():
+    base = tiny_model("gpt2")
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model = get_peft_model(base, PSRConfig()).train()
+    batch = TripletCollator(tiny_tokenizer())(triplets(instruction=""))
+    layers = layers_downstream(model)
+    teacher, plain = (run_branch(model, batch, layers, branch).hidden for branch in ("teacher", "base"))
+    assert all(torch.equal(teacher[name], plain[name]) for name in layers) and model.training
+
+
 # ---------------------------------------------------------------- objectives
 
 
@@ -191,11 +210,29 @@ def test_trainer_loss_is_the_formula(tmp_path):
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
+def test_objectives_are_weighed(tmp_path):
+    model = randomized(get_peft_model(tiny_model(), PSRConfig()))
+    losses = {}
+    for objective in ("mse", "ll", {"mse": 2.0, "ll": 0.5}):
+        made = trainer(model, tmp_path, objective=objective)
+        losses[str(objective)] = made.compute_loss(model, made.data_collator(triplets())).item()
+    assert losses["{'mse': 2.0, 'll': 0.5}"] == pytest.approx(2 * losses["mse"] + 0.5 * losses["ll"], rel=1e-5)
+
+
+def test_accumulated_gradients_equal_the_larger_batch(tmp_path):
+    weights = []
+    for batch_size, accumulation in ((4, 1), (2, 2)):
+        model = randomized(get_peft_model(tiny_model(), PSRConfig(layers_to_transform=1)))
+        settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        trainer(model, tmp_path, max_steps=3, **settings).train()
+        weights.append(model.psr_layers()[1].unit("default").direction.detach())
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("normalize", ["global", "layer"])
 def test_normalized_loss_is_one_without_an_edit(tmp_path, normalize):
     model = get_peft_model(tiny_model(), PSRConfig())  # starts as a no-op
     made = trainer(model, tmp_path, normalize_loss=normalize, per_device_train_batch_size=4)
-    made.normalizer = made._untrained_loss()
     assert made.compute_loss(model, made.data_collator(triplets())).item() == pytest.approx(1.0, rel=1e-5)
 
 
@@ -281,17 +318,20 @@ def test_an_instruction_without_effect_is_an_error_when_normalizing(tmp_path):
 # ---------------------------------------------------------------- starts
 
 
-def test_mean_difference_is_the_mean_local_difference():
+def test_mean_difference_is_what_is_missing_once_earlier_layers_do_their_part():
     model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=[0, 2]))
     initialize_psr_weights(model, triplets(), "mean_difference", processing_class=tiny_tokenizer(), progress=False)
-    batch = TripletCollator(tiny_tokenizer())(triplets())
+    batch = TripletCollator(tiny_tokenizer(), alpha=1.0)(triplets())
     layers = layers_downstream(model)
+    units = {index: layer.unit("default") for index, layer in model.psr_layers().items()}
+    found = units[2].direction.clone()
     teacher, base = (run_branch(model, batch, layers, branch).hidden for branch in ("teacher", "base"))
-    delta = {name: teacher[name] - base[name] for name in layers}
-    units = {name: layer.psr_unit["default"] for name, layer in model.psr_layers().items()}
-    torch.testing.assert_close(units[0].direction[0], delta[layers[0]].mean(0), atol=1e-5, rtol=1e-4)
-    local = (delta[layers[2]] - delta[layers[0]]).mean(0)
-    torch.testing.assert_close(units[2].direction[0], local, atol=1e-5, rtol=1e-4)
+    first = (teacher[layers[0]] - base[layers[0]]).mean(0)
+    torch.testing.assert_close(units[0].direction[0], first, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        units[2].direction.zero_()
+    student = run_branch(model, batch, layers, "student").hidden
+    torch.testing.assert_close(found[0], (teacher[layers[2]] - student[layers[2]]).mean(0), atol=1e-5, rtol=1e-4)
     assert units[2].gate_weight.abs().max() == 0 and units[2].gate_bias.item() == 1
 
 
@@ -313,10 +353,11 @@ def test_ridge_is_the_ridge_regression_on_the_differences():
     torch.testing.assert_close(unit.gate_bias[0].double(), expected_bias, atol=1e-4, rtol=1e-3)
 
 
-def test_ridge_starts_nearer_than_nothing_and_more_ranks_nearer_still(tmp_path):
+@pytest.mark.parametrize("layers", [1, None])
+def test_ridge_starts_nearer_than_nothing_and_more_ranks_nearer_still(tmp_path, layers):
     losses = {}
     for r in (1, 4):
-        model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=1, r=r))
+        model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=layers, r=r))
         before = trainer(model, tmp_path, alpha=1.0)
         batch = before.data_collator(triplets())
         losses[0] = before.compute_loss(model, batch).item()
@@ -446,6 +487,19 @@ def test_completion_with_other_tokens_in_each_branch():
     triplet = {"prompt": "a ", "steered_prompt": "a b ", "completion": "c", "trait_score": 90}
     with pytest.raises(ValueError, match="tokenises differently"):
         TripletCollator(Moody()).encode(triplet)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"completion": 3}, "completion must be text"),
+        ({"prompt": {"role": "user"}}, "prompt must be text or messages"),
+        ({"trait_score": 101}, "trait_score must be 0-100"),
+    ],
+)
+def test_malformed_triplets_are_named(fields, message):
+    with pytest.raises(ValueError, match=f"row 7: {message}"):
+        TripletCollator(tiny_tokenizer()).encode(triplets(**fields)[0] | fields, "row 7")
 
 
 def test_missing_score_and_bad_arguments(tmp_path):

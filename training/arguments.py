@@ -65,7 +65,7 @@ class PSRTrainingArguments(TrainingArguments):
             raise ValueError(f"objective weights must be >= 0 and not all 0, got {self.objective_weights}.")
         if self.normalize_loss not in NORMALIZERS:
             raise ValueError(f"normalize_loss must be None, 'global' or 'layer', got {self.normalize_loss!r}.")
-        if self.regularizer < 0:
+        if check_strength(self.regularizer, "regularizer") < 0:
             raise ValueError(f"regularizer must be >= 0, got {self.regularizer}.")
         if self.alpha != "trait_score":
             self.alpha = check_strength(self.alpha, "alpha")

@@ -55,7 +55,8 @@ def psr_model(model: torch.nn.Module) -> PSRModel:
 def layers_downstream(model: PeftModel) -> list[str]:
     """Names of the decoder layers from the first edited one on: those that the edit can change."""
     tuner = psr_model(model)
-    edited = {layer.name for layer in tuner.psr_layers().values()}
+    active = tuner.active_adapters
+    edited = {layer.name for layer in tuner.psr_layers().values() if any(name in layer.psr_unit for name in active)}
     names = decoder_layer_names(tuner.model, model.active_peft_config.layers_pattern)
     first = next((i for i, name in enumerate(names) if name in edited), None)
     if first is None:
@@ -93,14 +94,21 @@ def run_branch(
     edited = branch == "student"
     if edited:
         inputs |= {"steering_mask": batch["steering_mask"], "alpha": batch["alpha"]}
+    with_graph = edited and torch.is_grad_enabled()
     off = nullcontext() if edited else model.disable_adapter()
-    with (
-        torch.set_grad_enabled(edited and torch.is_grad_enabled()),
-        off,
-        capture_layer_outputs(model.get_base_model(), layers) as outputs,
-        _recording(model, edited) as gates,
-    ):
-        result = (model if wrapper is None else wrapper)(**inputs, use_cache=False)
+    was_training = model.training
+    if not with_graph:
+        model.eval()  # dropout would make the branches differ by noise
+    try:
+        with (
+            torch.set_grad_enabled(with_graph),
+            off,
+            capture_layer_outputs(model.get_base_model(), layers) as outputs,
+            _recording(model, edited) as gates,
+        ):
+            result = (model if wrapper is None else wrapper)(**inputs, use_cache=False)
+    finally:
+        model.train(was_training)
     return Branch(
         hidden={name: outputs[name][mask.to(outputs[name].device)] for name in layers},
         gates={key: values[mask.to(values.device)] for key, values in gates.items()},

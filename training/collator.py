@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from peft_psr.chat import encode_completion, encode_prompt
+from peft_psr.chat import encode_completion, encode_prompt, pad_id
 from peft_psr.config import POSITIONS, check_strength
 from peft_psr.positions import common_suffix_length, pad_rows, question_start
 
@@ -109,8 +109,7 @@ class TripletCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch from triplets, or from what `encode` made of them."""
         rows = [f if "mask_length" in f else self.encode(f, f"triplet {i}") for i, f in enumerate(features)]
-        pad = self.processing_class.pad_token_id
-        pad = self.processing_class.eos_token_id if pad is None else pad
+        pad = pad_id(self.processing_class)
 
         def mask(name: str) -> torch.Tensor:
             return pad_rows([_last(len(r[name]), r["mask_length"]) for r in rows], 0, side="right")

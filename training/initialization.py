@@ -1,16 +1,17 @@
 """A start made from the data in one pass, without any gradient step.
 
-With A (tokens x d) the unedited stream of the student at the edited tokens, D the local difference of a layer,
+Edited layers are set in order. For each, with A (tokens x d) the student's stream at the edited tokens while the
+layers before it already do their part, and D what is then still missing,
 
-    D_l = Delta_l - Delta_k,   Delta_l = A_l(x' y') - A_l(x y'),   k the edited layer before l (Delta_k = 0 if none),
+    D = A_l(x' y') - A
 
-`mean_difference` sets z = mean(D) with open gates (w = 0, b = 1): DiM, CAA-like, nothing else. `ridge` keeps that z
-and fits the gate to how much of it each token takes:
+`mean_difference` sets z = mean(D) with open gates (w = 0, b = 1): DiM for a single layer, CAA-like. `ridge` keeps that
+z and fits the gate to how much of it each token takes:
 
     c = (D @ z) / |z|^2 per token;     w, b = argmin sum (A @ w + b - c)^2 + strength * |w|^2
 
-For r > 1, each further z is the main direction of what is left of D and is predictable from A. A is the stream that
-the gate will read if earlier layers do their part: A_l(x y') + Delta_k.
+For r > 1, each further z is the main direction of what is left of D and is predictable from A. Measuring D in one pass
+for all layers, as Delta_l - Delta_{l-1}, would count twice what a block makes by itself of an edited stream.
 
 Source: docs/results.md of this project; `mean_difference` is the paper's DiM.
 """
@@ -73,7 +74,7 @@ def initialize_psr_weights(
     batch_size: int = 16,
     progress: bool = True,
 ) -> None:
-    """Set the active adapter's weights from triplets, in place. One pass of the frozen model over the data.
+    """Set the active adapter's weights from triplets, in place. One pass over the data for each edited layer.
 
     A constant gate takes z from either method; so does "mean_difference" with r > 1, in whose further ranks z stays 0.
 
@@ -95,36 +96,36 @@ def initialize_psr_weights(
     tuner = psr_model(model)
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-    collator = TripletCollator(processing_class, model.active_peft_config.positions, alpha=1.0)
+    config = model.active_peft_config
+    # a strength of 1 in all, whatever the bias
+    collator = TripletCollator(processing_class, config.positions, alpha=1.0 - config.coefficient_bias)
     rows = encode_dataset(collator, dataset, "dataset")
     adapter = model.active_adapter
     layers = {layer.name: layer for layer in tuner.psr_layers().values() if adapter in layer.psr_unit}
     names = [name for name in layers_downstream(model) if name in layers]
-    moments = {name: _Moments(layers[name].width) for name in names}
     loader: Any = DataLoader(rows, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    for batch in tqdm(loader, desc=f"{method} start", disable=not progress):
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        teacher = run_branch(model, batch, names, "teacher").hidden
-        base = run_branch(model, batch, names, "base").hidden
-        before: torch.Tensor | float = 0.0
-        for name in names:
-            delta = teacher[name].float() - base[name].float()
-            moments[name].add(base[name].float() + before, delta - before)
-            before = delta
-    model.train(was_training)
     for name in names:
-        unit = layers[name].unit(adapter)
-        weights = _mean_difference(moments[name], unit) if method == "mean_difference" else None
-        w, b, z = weights or _ridge(moments[name], unit.direction.shape[0], ridge_strength)
-        if not z.any():
-            raise ValueError(
-                f"The instruction changes nothing at {name}: its activations are equal with and without it on every "
-                "triplet, so there is no direction to start from."
-            )
-        with torch.no_grad():
+        layers[name].unit(adapter).reset_parameters(init_weights=True)
+    with torch.no_grad(), tqdm(total=len(names) * len(loader), desc=f"{method} start", disable=not progress) as bar:
+        for name in names:
+            moments = _Moments(layers[name].width)
+            for batch in loader:
+                batch = {key: tensor.to(device) for key, tensor in batch.items()}
+                teacher = run_branch(model, batch, [name], "teacher").hidden[name].float()
+                student = run_branch(model, batch, [name], "student").hidden[name].float()
+                moments.add(student, teacher - student)
+                bar.update()
+            unit = layers[name].unit(adapter)
+            if method == "mean_difference":
+                w, b, z = _mean_difference(moments, unit)
+            else:
+                w, b, z = _ridge(moments, unit.direction.shape[0], ridge_strength)
+            if not z.any():
+                raise ValueError(
+                    f"The instruction changes nothing at {name}: its activations are equal with and without it on "
+                    "every triplet, so there is no direction to start from."
+                )
             unit.direction.copy_(z)
             if unit.gate_weight is not None and unit.gate_bias is not None:
                 unit.gate_weight.copy_(w)

@@ -10,7 +10,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from peft_psr.chat import Prompt, encode_prompt
+from peft_psr.chat import Prompt, encode_prompt, pad_id
 from peft_psr.positions import chat_mask, pad_rows
 
 
@@ -31,13 +31,12 @@ def sample_completions(
     batch_size: int = 64,
     seed: int = 0,
     alpha: Sequence[float] | None = None,
-    positions: str | None = None,
     progress: str | None = None,
 ) -> list[Completion]:
     """One completion for each prompt, in the order of the prompts.
 
     Args:
-        model: Any causal language model, steered or not.
+        model: Any causal language model; a PSR adapter edits the positions of its own configuration.
         processing_class: Its tokenizer.
         prompts: Conversations or plain texts.
         max_new_tokens: Longest completion, in tokens.
@@ -45,7 +44,6 @@ def sample_completions(
         batch_size: Prompts a batch; prompts of similar length go together.
         seed: The global random state is left as it was.
         alpha: One strength a prompt, for a model with a PSR adapter.
-        positions: Build the steering mask for these positions; `None` where the model can tell by itself.
         progress: Title of a progress bar, or `None` for none.
 
     Raises:
@@ -62,6 +60,9 @@ def sample_completions(
     ids = [encode_prompt(processing_class, prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     results: list[Completion | None] = [None] * len(ids)
+    # "response" needs no mask: `generate` knows the last prompt token
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    positions = getattr(config, "positions", None)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -72,16 +73,16 @@ def sample_completions(
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
                 batch = {
-                    "input_ids": pad_rows([ids[i] for i in rows], _pad_id(processing_class), device),
+                    "input_ids": pad_rows([ids[i] for i in rows], pad_id(processing_class), device),
                     "attention_mask": pad_rows([[1] * len(ids[i]) for i in rows], 0, device),
                 }
                 if alpha is not None:
                     batch["alpha"] = torch.tensor([alpha[i] for i in rows], device=device)
                 if positions == "question_and_response":
-                    masks = [chat_mask(processing_class, prompts[i], positions) for i in rows]  # type: ignore[arg-type]
+                    masks = [chat_mask(processing_class, prompts[i], positions) for i in rows]
                     batch["steering_mask"] = pad_rows(masks, 0, device)
                 output = model.generate(  # type: ignore[operator]
-                    **batch, **sampling, max_new_tokens=max_new_tokens, pad_token_id=_pad_id(processing_class)
+                    **batch, **sampling, max_new_tokens=max_new_tokens, pad_token_id=pad_id(processing_class)
                 )
                 for i, row in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
                     results[i] = _decode(processing_class, model, row)
@@ -89,10 +90,6 @@ def sample_completions(
     finally:
         model.train(was_training)
     return results  # type: ignore[return-value]
-
-
-def _pad_id(processing_class) -> int:
-    return processing_class.eos_token_id if processing_class.pad_token_id is None else processing_class.pad_token_id
 
 
 def _decode(processing_class, model: PreTrainedModel | PeftModel, ids: list[int]) -> Completion:

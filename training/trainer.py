@@ -28,8 +28,8 @@ class PSRTrainer(Trainer):
 
     Everything else is transformers' `Trainer`: devices, checkpoints, callbacks, progress bar. Its logs gain the loss
     of each objective, `mse/layer_<l>` for every layer that the edit can change, `regularizer`, and `live_gates`, the
-    share (0-1) of gates that opened at least once since the last log. Gates that never opened in the last epoch are
-    named in a warning when training ends, and kept in `dead_gates`.
+    share (0-1) of gates that opened at least once since the last log. Gates that did not open in the last two epochs
+    are named in a warning when training ends, and kept in `dead_gates`.
 
     Args:
         model: A PEFT model with a PSR adapter, or a plain model together with `peft_config`.
@@ -83,17 +83,16 @@ class PSRTrainer(Trainer):
         self._count = 0
         self._live: dict[tuple[str, str], torch.Tensor] = {}
         self._live_in_epoch: dict[tuple[str, str], torch.Tensor] = {}
+        self._live_before: dict[tuple[str, str], torch.Tensor] = {}
         self._epoch = 0
 
     def train(self, *args: Any, **kwargs: Any):
-        """Train; the untrained loss that `normalize_loss` divides by is measured first."""
-        if self.args.normalize_loss is not None and "mse" in self.args.objective_weights:
-            self.normalizer = self._untrained_loss()
+        """Train, then name the gates that are dead."""
         result = super().train(*args, **kwargs)
-        self.dead_gates = _names_of_dead(self._live_in_epoch)
+        self.dead_gates = _names_of_dead(self._live_before, self._live_in_epoch)
         if self.dead_gates:
             logger.warning(
-                "Gates that opened on no token of the last epoch: %s. A dead gate gets no gradient and stays dead; "
+                "Gates that opened on no token lately: %s. A dead gate gets no gradient and stays dead; "
                 "start with `initialize_psr_weights`, or with `PSRConfig(init_weights=True)`.",
                 ", ".join(self.dead_gates),
             )
@@ -104,7 +103,7 @@ class PSRTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         totals: dict[str, float] = defaultdict(float)
         batches = 0
-        for batch in self.get_train_dataloader():
+        for batch in self.get_eval_dataloader(self.train_dataset):
             batch = self._prepare_inputs(batch)
             teacher = run_branch(model, batch, self.layers, "teacher")
             base = run_branch(model, batch, self.layers, "base")
@@ -122,8 +121,10 @@ class PSRTrainer(Trainer):
     def _scaled_mse(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         device = self.args.device
         values = {name: loss.to(device) for name, loss in losses.items()}
-        if self.normalizer is None:
+        if self.args.normalize_loss is None:
             return torch.stack(list(values.values())).sum()
+        if self.normalizer is None:
+            self.normalizer = self._untrained_loss()
         if self.args.normalize_loss == "global":
             return torch.stack(list(values.values())).sum() / sum(self.normalizer.values())
         # a layer where the prompt changes nothing has nothing to say
@@ -137,14 +138,14 @@ class PSRTrainer(Trainer):
         weights, unwrapped = self.args.objective_weights, self.accelerator.unwrap_model(model)
         if not self.args.gradient_checkpointing:  # which works in training mode only
             model.eval()  # dropout would make the branches differ by noise
+        teacher = run_branch(unwrapped, inputs, self.layers, "teacher") if "mse" in weights else None
+        # last, so that what the call left for the layers is still there when checkpoints are computed again
         student = run_branch(unwrapped, inputs, self.layers, "student", logits="ll" in weights, wrapper=model)
         parts: dict[str, torch.Tensor] = {}
-        if "mse" in weights:
-            teacher = run_branch(unwrapped, inputs, self.layers, "teacher")
+        by_layer: dict[str, torch.Tensor] = {}
+        if teacher is not None:
             by_layer = mse_by_layer(student.hidden, teacher.hidden, token_weights(inputs["steering_mask"]))
             parts["mse"] = self._scaled_mse(by_layer)
-        else:
-            by_layer = {}
         if "ll" in weights:
             parts["ll"] = likelihood_loss(student.logits, inputs["labels"])  # type: ignore[arg-type]
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
@@ -169,7 +170,7 @@ class PSRTrainer(Trainer):
             self._sums[name] = self._sums[name] + value.detach()
         self._count += 1
         if int(self.state.epoch or 0) != self._epoch:
-            self._epoch, self._live_in_epoch = int(self.state.epoch or 0), {}
+            self._epoch, self._live_before, self._live_in_epoch = int(self.state.epoch or 0), self._live_in_epoch, {}
         edited = inputs["alpha"][rows_of(inputs["steering_mask"])] != 0
         for key, gates in student.gates.items():
             live = (gates[edited.to(gates.device)] > 0).any(dim=0)
@@ -201,10 +202,11 @@ def encode_dataset(collator: TripletCollator, dataset: Any, name: str) -> list[d
     return [collator.encode(triplet, f"{name}[{i}]") for i, triplet in enumerate(dataset)]
 
 
-def _names_of_dead(live: dict[tuple[str, str], torch.Tensor]) -> list[str]:
+def _names_of_dead(before: dict[tuple[str, str], torch.Tensor], now: dict[tuple[str, str], torch.Tensor]) -> list[str]:
+    """Gates closed on every token of the epoch in progress and of the one before it."""
     return [
-        f"layer {layer_index(name)}, gate {rank}"
-        for (name, _), gates in live.items()
-        for rank, is_live in enumerate(gates.tolist())
+        f"layer {layer_index(key[0])}, gate {rank}"
+        for key, live in now.items()
+        for rank, is_live in enumerate((live | before.get(key, live)).tolist())
         if not is_live
     ]

@@ -196,6 +196,14 @@ def check_triplet(triplet: object, where: str) -> None:
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} missing or empty; a triplet has prompt, steered_prompt and "
                          "completion.")  # fmt: skip
+    if not isinstance(triplet["completion"], str):
+        raise ValueError(f"{where}: completion must be text, got {triplet['completion']!r}.")
+    for name in ("prompt", "steered_prompt"):
+        messages = triplet[name]
+        if not isinstance(messages, str) and not (
+            isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages)
+        ):
+            raise ValueError(f"{where}: {name} must be text or messages with role and content, got {messages!r}.")
     for name in ("trait_score", "coherence_score"):
         score = triplet.get(name)
         if score is not None and not (isinstance(score, int | float) and 0 <= score <= 100):
