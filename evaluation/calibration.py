@@ -3,7 +3,7 @@
 Solves coherence(alpha) = target for the largest alpha > 0, where coherence falls on the whole as alpha grows but is
 noisy and need not do so everywhere. From points already seen, the last one that meets the target and the first one
 beyond it that does not are a bracket; without one, alpha doubles up to `max_alpha`. Bisection then halves the bracket
-until coherence is within `tolerance` of the target. Source: arXiv 2605.03907, evaluation of personas.
+until coherence is within `tolerance` of the target and the bracket is within 10 % of alpha. Source: arXiv 2605.03907, evaluation of personas.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def calibrate_alpha(
         measure(1.0)
     while steps < max_steps:
         below, above = _bracket(seen, target_coherence, tolerance)
-        if below is not None and abs(below.coherence - target_coherence) <= tolerance:
+        # where the curve is flat near the target, a point within tolerance need not be the largest one
+        narrow = above is None or below is None or _alpha(above) <= 1.1 * _alpha(below)
+        if below is not None and abs(below.coherence - target_coherence) <= tolerance and narrow:
             return Calibration(below.alpha, below.trait, below.coherence, None, seen)
         if above is None:
             if _alpha(seen[-1]) >= max_alpha:

@@ -71,10 +71,16 @@ def test_calibration_takes_the_largest_strength_that_meets_the_target():
 
 def test_calibration_uses_what_was_seen():
     curve = Curve(lambda alpha: 100 - 10 * alpha)
-    seen = [curve(alpha) for alpha in (1.0, 2.0, 3.0)]
+    seen = [curve(alpha) for alpha in (1.0, 2.0, 2.1)]
     curve.calls.clear()
     found = calibrate_alpha(curve, 80.0, curve=seen)
     assert found.alpha == 2.0 and curve.calls == []
+
+
+def test_calibration_goes_on_where_the_curve_is_flat_near_the_target():
+    flat = Curve(lambda alpha: 80.5 if alpha < 1.7 else 20.0)
+    found = calibrate_alpha(flat, 80.0, curve=[flat(alpha) for alpha in (0.5, 1.0, 3.0)])
+    assert found.why is None and 1.7 / 1.1 <= found.alpha < 1.7
 
 
 def test_calibration_says_what_it_can_not_do():
