@@ -71,7 +71,7 @@ def test_calibration_takes_the_largest_strength_that_meets_the_target():
 
 def test_calibration_uses_what_was_seen():
     curve = Curve(lambda alpha: 100 - 10 * alpha)
-    seen = [curve(alpha) for alpha in (1.0, 2.0, 2.1)]
+    seen = [curve(alpha) for alpha in (1.0, 2.0, 2.15)]
     curve.calls.clear()
     found = calibrate_alpha(curve, 80.0, curve=seen)
     assert found.alpha == 2.0 and curve.calls == []
