@@ -3,7 +3,9 @@
 Solves coherence(alpha) = target for the largest alpha > 0, where coherence falls on the whole as alpha grows but is
 noisy and need not do so everywhere. From points already seen, the last one that meets the target and the first one
 beyond it that does not are a bracket; without one, alpha doubles up to `max_alpha`. Bisection then halves the bracket
-until coherence is within `tolerance` of the target and the bracket is within 10 % of alpha. Source: arXiv 2605.03907, evaluation of personas.
+until coherence is within `tolerance` of the target and the bracket within 10 % of alpha.
+
+Source: arXiv 2605.03907, evaluation of personas.
 """
 
 from __future__ import annotations

@@ -109,11 +109,11 @@ def chat_mask(processing_class, messages: Prompt, positions: str = "response") -
     if positions not in POSITIONS:
         raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, got {positions!r}.")
     ids = encode_prompt(processing_class, messages)
-    if positions == "all" or (positions == "question_and_response" and isinstance(messages, str)):
-        return [1] * len(ids)
-    if positions == "question_and_response":
+    if positions == "question_and_response" and not isinstance(messages, str):
         start = question_start(processing_class, messages)
         return [0] * start + [1] * (len(ids) - start)
+    if positions != "response":
+        return [1] * len(ids)
     mask = [0] * len(ids)
     mask[-1] = 1
     if isinstance(messages, str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -37,12 +39,12 @@ class PSRTrainingArguments(TrainingArguments):
         ValueError: an unknown objective or normaliser, a negative weight.
     """
 
-    objective: str | dict = field(
+    objective: dict | str | None = field(
         default="mse", metadata={"help": "'mse', 'll', or weights such as {\"mse\": 1.0, \"ll\": 0.1}."}
     )
     normalize_loss: str | None = field(default=None, metadata={"help": "None, 'global' or 'layer'."})
     regularizer: float = field(default=0.0, metadata={"help": "Weight of the gate regulariser, >= 0."})
-    alpha: str | float = field(default="trait_score", metadata={"help": "'trait_score' or a number."})
+    alpha: float | str | None = field(default="trait_score", metadata={"help": "'trait_score' or a number."})
     num_train_epochs: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Passes over the triplets; None: 15 for MSE, 7 for LL."}
     )
@@ -50,12 +52,16 @@ class PSRTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of AdamW."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Triplets a step and device."})
     data_seed: int | None = field(default=123, metadata={"help": "Seed of the shuffling."})
-    report_to: str | list[str] | None = field(default="none", metadata={"help": "Where to report, if anywhere."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "Where to report, if anywhere."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Triplets have columns of their own."})
 
     def __post_init__(self) -> None:
         """Check PSR's own arguments and fill in the number of epochs."""
-        weights = self.objective if isinstance(self.objective, Mapping) else {self.objective: 1.0}
+        if isinstance(self.objective, str) and self.objective.startswith("{"):  # as the command line gives it
+            self.objective = json.loads(self.objective)
+        weights: Mapping[str, float] = (
+            self.objective if isinstance(self.objective, Mapping) else {str(self.objective): 1.0}
+        )
         unknown = [name for name in weights if name not in OBJECTIVES]
         if unknown or not weights:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} or weights for them; got {unknown!r}.")
@@ -67,6 +73,8 @@ class PSRTrainingArguments(TrainingArguments):
             raise ValueError(f"normalize_loss must be None, 'global' or 'layer', got {self.normalize_loss!r}.")
         if check_strength(self.regularizer, "regularizer") < 0:
             raise ValueError(f"regularizer must be >= 0, got {self.regularizer}.")
+        if isinstance(self.alpha, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", self.alpha):
+            self.alpha = float(self.alpha)
         if self.alpha != "trait_score":
             self.alpha = check_strength(self.alpha, "alpha")
         if self.num_train_epochs is None:

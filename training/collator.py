@@ -90,8 +90,7 @@ class TripletCollator:
             len(prompt_ids) - question_start(self.processing_class, prompt),
             len(steered_ids) - question_start(self.processing_class, steered),
         )
-        # the first of them closes the system turn, and need not be the same token in both branches
-        if common_suffix_length(prompt_ids, steered_ids) < count - 1:
+        if common_suffix_length(prompt_ids, steered_ids) < count:
             raise ValueError(
                 f"{where}: the question's tokens differ between `prompt` and `steered_prompt`, so they can't be "
                 "trained on. Put the instruction in the system turn, or use positions='response'."

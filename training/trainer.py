@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -64,7 +64,7 @@ class PSRTrainer(Trainer):
         args = PSRTrainingArguments(output_dir="psr_output") if args is None else args
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        collator = TripletCollator(processing_class, model.active_peft_config.positions, args.alpha)
+        collator = TripletCollator(processing_class, model.active_peft_config.positions, cast(str | float, args.alpha))
         super().__init__(
             model=model,
             args=args,
