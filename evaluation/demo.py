@@ -201,12 +201,13 @@ def _table(trait: str, outcomes: list[Outcome]) -> Table:
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=(0, 0, 0, 1),
+        collapse_padding=True,
         pad_edge=False,
     )
     table.add_column("method", no_wrap=True)
-    for column in ("trait", "coher.", "TA@C80", "TA@Cp", "α@C80", "α@Cp", "recov.", "train s", "bytes"):
-        table.add_column(column, justify="right")
+    for column in ("trait", "coh.", "TA@C80", "TA@Cp", "α@C80", "α@Cp", "recov.", "sec.", "bytes"):
+        table.add_column(column, justify="right", no_wrap=True)
 
     def number(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
@@ -227,8 +228,9 @@ def _table(trait: str, outcomes: list[Outcome]) -> Table:
             end_section=outcome.method == "prompt",
         )
     table.caption = (
-        "trait, coherence: 0-100, at α 1; TA@C80, TA@Cp: trait where coherence is 80 or the prompt's own; recov.:\n"
-        "prompt recovery, 1 = the prompt replaced; '-': `why` in results.json says"
+        "trait, coh. (coherence): 0-100, at strength α = 1; TA@C80, TA@Cp: trait where coherence is 80 or the "
+        "prompt's, α@ the strength there; recov.: prompt recovery, 1 = prompt replaced; sec.: to train; '-': see `why` in "
+        "results.json"
     )
     return table
 
