@@ -229,8 +229,8 @@ def _table(trait: str, outcomes: list[Outcome]) -> Table:
         )
     table.caption = (
         "trait, coh. (coherence): 0-100, at strength α = 1; TA@C80, TA@Cp: trait where coherence is 80 or the "
-        "prompt's, α@ the strength there; recov.: prompt recovery, 1 = prompt replaced; sec.: to train; '-': see `why` in "
-        "results.json"
+        "prompt's, α@ the strength there; recov.: prompt recovery, 1 = prompt replaced; sec.: to train; '-': see "
+        "`why` in results.json"
     )
     return table
 
