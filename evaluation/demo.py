@@ -28,8 +28,8 @@ from .plots import rmse_by_layer, strength_by_token, trait_against_coherence
 
 
 MAX_NEW_TOKENS = 96
-QUICK = Sizes(train_prompts=12, train_draws=1, held_out_draws=1, score_draws=2, curve=(1.0, 2.0, 4.0),
-              calibration_steps=5)  # fmt: skip
+QUICK = Sizes(train_prompts=9, train_draws=1, held_out_draws=1, score_draws=2, curve=(1.0, 2.0, 4.0),
+              calibration_steps=4)  # fmt: skip
 
 
 def tiny_task(trait: str) -> Task:
