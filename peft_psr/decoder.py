@@ -20,13 +20,14 @@ def decoder_layer_names(model: nn.Module, layers_pattern: str | list[str] | None
     """Names of the decoder layers of `model`, in order, as `model.get_submodule` takes them.
 
     The layers are the first `ModuleList` inside the model's text decoder that is as long as the configuration says
-    (`num_hidden_layers`); `layers_pattern` names the list instead (its last name, such as "layers" or "h").
+    (`num_hidden_layers`, or T5's `num_decoder_layers`); `layers_pattern` names the list instead (its last name, such
+    as "layers" or "h").
 
     Raises:
         ValueError: no such list; the message says to name it with `layers_pattern` or to give `target_modules`.
     """
     config = text_config(model)
-    depth = getattr(config, "num_hidden_layers", None)
+    depth = getattr(config, "num_decoder_layers", None) or getattr(config, "num_hidden_layers", None)
     get_decoder = getattr(model, "get_decoder", None) if layers_pattern is None else None
     decoder: nn.Module = model if get_decoder is None else get_decoder()
     prefix = next((name for name, module in model.named_modules() if module is decoder), "")

@@ -13,19 +13,23 @@ from torch import nn
 from .composition import combine_units, combined_config
 from .config import PSRConfig, check_strength
 from .decoder import decoder_layer_names, layer_index, output_width
+from .doors import attach_state, detach_state, prompt_of
 from .layer import PSRLayer, edit_output
 from .rows import BASE, gather_rows
-from .state import Generation, attach_state, check_mask, detach_state
 
 
 class PSRModel(BaseTuner):
     """PEFT's tuner for Prompt Steering Replacement; `get_peft_model(model, PSRConfig(...))` makes one.
 
     A small module `psr` becomes a child of every edited decoder layer and a forward hook applies it, so the
-    model keeps its classes and its keys. The model's own forward then takes two more keyword arguments:
+    model keeps its classes and its keys. The model's own `forward` and `generate` then take two more keyword arguments:
 
-    - `steering_mask`, (batch, seq) of 0/1: the tokens to edit. Without it `PSRConfig.positions` decides.
+    - `steering_mask`, (batch, seq) of 0/1: the tokens to edit, in `generate` those of the prompt. Without it
+      `PSRConfig.positions` decides. In an encoder-decoder, seq counts the decoder's tokens.
     - `alpha`: strength for this call in place of the adapters' own; a number, or one per row.
+
+    Several adapters may be active (`model.base_model.set_adapter([...])`). On one layer they read the same stream and
+    their edits add up, in any order; on the layers after it each reads what all of them made of the stream.
     """
 
     prefix = "psr_"
@@ -136,7 +140,7 @@ class PSRModel(BaseTuner):
         if names is None:
             yield
             return
-        prompt = _prompt_of(args, kwargs)
+        prompt = prompt_of(args, kwargs)
         if isinstance(prompt, torch.Tensor) and prompt.shape[0] != len(names):
             raise ValueError(
                 f"adapter_names must name one adapter per row: {prompt.shape[0]} rows, {len(names)} names."
@@ -277,44 +281,6 @@ class PSRModel(BaseTuner):
         with self.record_gates() as gates:
             self.model(input_ids=input_ids, **kwargs)
         return {layer_index(layer): values for (layer, adapter), values in gates.items() if adapter == name}
-
-    def generate(self, *args: Any, steering_mask: torch.Tensor | None = None, alpha: Any = None, **kwargs: Any):
-        """`generate()` of the base model, steered from the prompt on.
-
-        Args:
-            *args: For the base model's `generate`.
-            steering_mask: (batch, prompt) of 0/1: prompt tokens to edit. Without it `PSRConfig.positions` decides
-                (`peft_psr.positions.encode_chat` builds masks from conversations). Generated tokens are all edited.
-            alpha: Strength in place of the adapters' own: a number, or one per row.
-            **kwargs: For the base model's `generate`.
-
-        Raises:
-            ValueError: `steering_mask` or `alpha` does not fit the prompt.
-        """
-        state = attach_state(self.model)
-        prompt = _prompt_of(args, kwargs)
-        if isinstance(prompt, torch.Tensor):
-            batch, length = prompt.shape[:2]
-            mask = None if steering_mask is None else check_mask(steering_mask, batch, length)
-            attention_mask = kwargs.get("attention_mask")
-            if attention_mask is None:
-                attention_mask = torch.ones(batch, length, dtype=torch.long, device=prompt.device)
-            if mask is not None:  # what a given cache holds already comes before the prompt
-                mask = nn.functional.pad(mask, (attention_mask.shape[1] - length, 0))
-            state.generation = Generation(attention_mask, mask)
-        elif steering_mask is not None:
-            raise ValueError("steering_mask was given without a prompt; pass `input_ids`.")
-        state.generation_alpha = alpha
-        try:
-            return self.model.generate(*args, **kwargs)
-        finally:
-            state.generation = state.generation_alpha = None
-
-
-def _prompt_of(args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The prompt among the arguments of `forward` or `generate`, ids or embeddings, or `None`."""
-    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-    return next((value for value in (*args[:1], *named) if value is not None), None)
 
 
 class _ExactTarget:

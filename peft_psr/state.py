@@ -1,18 +1,14 @@
 """What one forward call is to do: its masks and strengths, worked out once at the model's door for all its layers.
 
-A pre-hook on the model sees every call, whichever way it comes (`PeftModel.forward`, `generate`, a pipeline), takes
-`steering_mask` and `alpha` off the arguments, and leaves the result here, where the layers read it.
+The hooks in `doors` call `SteeringState.begin_call`; the layers read what it leaves.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from .config import check_strength
 from .positions import default_mask
@@ -44,7 +40,6 @@ class SteeringState:
     """Shared by a model's PSR layers. Set by `begin_call`, kept until the next call (checkpointing runs layers twice).
 
     Attributes:
-        argument_names: Names of the positional arguments of the model's forward.
         positions: Kinds of positions that the model's adapters use.
         scale: Factor on every strength, set by `alpha_scale`.
         alpha: Strength for this call in place of the adapters' own: a float, (batch, 1, 1), or `None`.
@@ -53,10 +48,9 @@ class SteeringState:
         adapter_names: One adapter's name for each row, or `None` for the active adapters on all.
         generation: The `generate()` call in progress.
         generation_alpha: That call's strength.
-        handle: Removes the pre-hook.
+        begun: The model's pre-hook has begun this call; its decoder's need not.
     """
 
-    argument_names: list[str] = field(default_factory=list)
     positions: set[str] = field(default_factory=set)
     scale: float = 1.0
     alpha: Strength | None = None
@@ -65,14 +59,18 @@ class SteeringState:
     adapter_names: list[str] | None = None
     generation: Generation | None = None
     generation_alpha: Any = None
-    handle: RemovableHandle | None = None
+    begun: bool = False
 
-    def begin_call(self, arguments: dict[str, Any]) -> None:
-        """Work out masks and strength from the arguments of the model's forward call."""
+    def begin_call(self, arguments: dict[str, Any], encoder_decoder: bool = False) -> None:
+        """Work out masks and strength from the arguments of the model's forward call.
+
+        What an encoder-decoder's decoder reads is all response: every token is edited unless `steering_mask` says
+        otherwise.
+        """
         steering_mask, alpha = arguments.pop("steering_mask", None), arguments.pop("alpha", None)
-        tokens = arguments.get("input_ids")
-        if tokens is None:
-            tokens = arguments.get("inputs_embeds")
+        names = ("decoder_input_ids", "decoder_inputs_embeds", "labels") if encoder_decoder else ()
+        given = (arguments.get(name) for name in (*names, "input_ids", "inputs_embeds"))
+        tokens = next((value for value in given if value is not None), None)
         self.masks = dict.fromkeys(self.positions)
         self.alpha = None
         if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
@@ -88,6 +86,8 @@ class SteeringState:
         if steering_mask is not None:
             mask = check_mask(steering_mask, batch, length).to(tokens.device)
             self.masks = dict.fromkeys(self.positions, mask)
+        elif encoder_decoder:
+            return
         elif past == 0 or length > 1:
             attention_mask = token_mask(arguments.get("attention_mask"), batch, length, tokens.device)
             labels = arguments.get("labels")
@@ -135,7 +135,7 @@ def prepare_alpha(alpha: Any, batch: int, rows: int, device: torch.device) -> St
         return check_strength(alpha, "alpha")
     if alpha.dtype == torch.bool:
         raise TypeError("alpha must be numbers, got a tensor of bools; masks go in `steering_mask`.")
-    if not torch.isfinite(alpha).all():
+    if not torch.compiler.is_compiling() and not torch.isfinite(alpha).all():
         raise ValueError(f"alpha must be finite, got {alpha.tolist()}.")
     if alpha.dim() == 0:
         return alpha.float().to(device)
@@ -171,27 +171,3 @@ def cache_length(arguments: dict[str, Any]) -> int:
     """Tokens already in the key/value cache of this call."""
     get_seq_length = getattr(arguments.get("past_key_values"), "get_seq_length", None)
     return 0 if get_seq_length is None else int(get_seq_length())
-
-
-def begin_steered_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Forward pre-hook (with keyword arguments) of a model with PSR layers."""
-    state: SteeringState = model._psr_state  # type: ignore[assignment]
-    state.begin_call({**dict(zip(state.argument_names, args, strict=False)), **kwargs})
-    return args, {name: value for name, value in kwargs.items() if name not in ("steering_mask", "alpha")}
-
-
-def attach_state(model: nn.Module) -> SteeringState:
-    """The state shared by the model's PSR layers; made, with its pre-hook, when the first adapter is added."""
-    state: SteeringState | None = getattr(model, "_psr_state", None)
-    if state is None:
-        state = SteeringState(argument_names=list(inspect.signature(type(model).forward).parameters)[1:])
-        state.handle = model.register_forward_pre_hook(begin_steered_call, with_kwargs=True)
-        model._psr_state = state  # type: ignore[assignment]
-    return state
-
-
-def detach_state(model: nn.Module) -> None:
-    """Undo `attach_state`."""
-    state: SteeringState | None = model.__dict__.pop("_psr_state", None)
-    if state is not None and state.handle is not None:
-        state.handle.remove()
