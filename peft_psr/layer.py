@@ -30,9 +30,7 @@ def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def add_edit(
-    stream: torch.Tensor, gates: torch.Tensor, direction: torch.Tensor, strength: Strength
-) -> torch.Tensor:
+def add_edit(stream: torch.Tensor, gates: torch.Tensor, direction: torch.Tensor, strength: Strength) -> torch.Tensor:
     """`stream + strength * gates @ direction`, float32, in as few operations as there are.
 
     Args:
@@ -171,7 +169,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
     def strength(self, adapter_name: str, hidden: torch.Tensor) -> Strength:
         """`scale * (alpha + b_m) * m`: a number, or a float32 tensor that broadcasts over (batch, seq, r)."""
         config, state = self.config[adapter_name], self.state
-        alpha = config.alpha if state.alpha is None else state.alpha
+        alpha = config.alpha if state.alpha is None else _for_rows(state.alpha, hidden.shape[0])
         strength: Strength = state.scale * (alpha + config.coefficient_bias)
         mask = self.mask(config.positions, hidden)
         return strength if mask is None else strength * mask
@@ -189,7 +187,12 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         return mask.to(hidden.device, torch.float32).view(*hidden.shape[:-1], 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The edited stream (batch, seq, d), in the dtype of `hidden`; `hidden` itself where nothing is to be done."""
+        """The edited stream (batch, seq, d), in the dtype of `hidden`; `hidden` itself where nothing is to be done.
+
+        A module may see its tokens as rows: (batch * seq, d).
+        """
+        if hidden.dim() == 2:
+            return self.forward(hidden[:, None])[:, 0]
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -200,7 +203,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         if self._disable_adapters:
             return hidden
         if self.state.adapter_names is not None:
-            return hidden if self.rows is None else self._edit_rows(hidden, self.rows)
+            return self._edit_rows(hidden, self.state.adapter_names)
         stream = hidden
         recorded = self.state.gates
         for name in self.active_adapters:
@@ -211,20 +214,36 @@ class PSRLayer(nn.Module, BaseTunerLayer):
                 recorded[self.name, name] = gates
         return as_dtype(stream, hidden.dtype)
 
-    def _edit_rows(self, hidden: torch.Tensor, rows: RowAdapters) -> torch.Tensor:
+    def _edit_rows(self, hidden: torch.Tensor, names: list[str]) -> torch.Tensor:
         """Each row edited by its own adapter."""
+        if hidden.shape[0] % len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} names for {hidden.shape[0]} rows at {self.name!r}."
+            )
+        if self.rows is None:
+            return hidden
         state = self.state
-        rows = rows.repeat(hidden.shape[0] // rows.alpha.shape[0])
-        strength = state.scale * ((rows.alpha if state.alpha is None else state.alpha) + rows.coefficient_bias)
+        rows = self.rows.repeat(hidden.shape[0] // len(names))
+        alpha = rows.alpha if state.alpha is None else _for_rows(state.alpha, hidden.shape[0])
+        strength = state.scale * (alpha + rows.coefficient_bias)
         chosen: torch.Tensor | float = 0.0
         for kind, using in rows.positions.items():
             mask = self.mask(kind, hidden)
             chosen = chosen + (using if mask is None else using * mask)
-        return as_dtype(add_edit(hidden, rows.gates(hidden), rows.direction, strength * chosen), hidden.dtype)
+        edited = add_edit(hidden, rows.gates(hidden), rows.direction, strength * chosen)
+        return as_dtype(edited, hidden.dtype)
 
     def extra_repr(self) -> str:
         """Name and width, for printing."""
         return f"{self.name}, width={self.width}"
+
+
+def _for_rows(alpha: Strength, rows: int) -> Strength:
+    """One strength a row of the batch, (batch, 1, 1), repeated for a module that sees its tokens as rows."""
+    if not isinstance(alpha, torch.Tensor) or alpha.dim() == 0 or alpha.shape[0] == rows:
+        return alpha
+    return alpha.repeat_interleave(rows // alpha.shape[0], dim=0)
 
 
 def edit_output(module: nn.Module, args: tuple, output: Any) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .composition import combine_units, combined_config
@@ -15,6 +18,7 @@ from .config import PSRConfig, check_strength
 from .decoder import decoder_layer_names, layer_index, output_width
 from .doors import attach_state, detach_state, prompt_of
 from .layer import PSRLayer, edit_output
+from .rank_cut import cut_rank
 from .rows import BASE, gather_rows
 
 
@@ -22,7 +26,7 @@ class PSRModel(BaseTuner):
     """PEFT's tuner for Prompt Steering Replacement; `get_peft_model(model, PSRConfig(...))` makes one.
 
     A small module `psr` becomes a child of every edited decoder layer and a forward hook applies it, so the
-    model keeps its classes and its keys. The model's own `forward` and `generate` then take two more keyword arguments:
+    model keeps its classes and its keys. The model's own `forward` and `generate` then take two more arguments:
 
     - `steering_mask`, (batch, seq) of 0/1: the tokens to edit, in `generate` those of the prompt. Without it
       `PSRConfig.positions` decides. In an encoder-decoder, seq counts the decoder's tokens.
@@ -143,43 +147,78 @@ class PSRModel(BaseTuner):
         prompt = prompt_of(args, kwargs)
         if isinstance(prompt, torch.Tensor) and prompt.shape[0] != len(names):
             raise ValueError(
-                f"adapter_names must name one adapter per row: {prompt.shape[0]} rows, {len(names)} names."
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} names and {prompt.shape[0]} rows."
             )
-        for name in names:
-            if name != BASE:
-                self._adapter(name)
+        missing = sorted(set(names) - {BASE, *self._names()})
+        if missing:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(missing)}. There are: "
+                f"{', '.join(self._names())}, and {BASE!r} for none."
+            )
         state = attach_state(self.model)
         state.adapter_names = list(names)
         layers = self.psr_layers().values()
         for layer in layers:
             layer.rows = gather_rows({name: layer.unit(name) for name in layer.psr_unit}, layer.config, names)
+        # the modules of `modules_to_save`, of which PEFT keeps a copy for each adapter
+        handles = [
+            module.register_forward_pre_hook(partial(_name_rows, names=list(names)), with_kwargs=True)
+            for module in self.model.modules()
+            if isinstance(module, AuxiliaryTrainingWrapper)
+        ]
         try:
             yield
         finally:
             state.adapter_names = None
             for layer in layers:
                 layer.rows = None
+            for handle in handles:
+                handle.remove()
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
-    ) -> None:
-        """Combine adapters into a new one, `adapter_name`: exact, an ordinary adapter to save and load.
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+        samples: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[int | str, float] | None:
+        """Combine adapters into a new one, `adapter_name`: an ordinary adapter to save and load.
 
         At strength 1 it does what the adapters do when active together, each at its own strength times its weight, on
-        all layers that any of them edits. Its rank is the largest sum of ranks on a layer.
+        all layers that any of them edits. "cat" is exact: its rank is the largest sum of ranks on a layer. "svd" then
+        cuts the rank of every layer to `svd_rank`, by a fit to the edits on `samples` (see `peft_psr.rank_cut`).
 
         Args:
             adapters: Names of PSR adapters.
             weights: One finite number each; a negative one steers away from the trait.
             adapter_name: Name of the combination; not active until `set_adapter` makes it so.
-            combination_type: "cat" (ranks side by side) is the only one.
+            combination_type: "cat" or "svd".
+            svd_rank: For "svd", the rank to keep, 1 or more.
+            samples: For "svd", arguments of forward calls such as `{"input_ids": ..., "labels": ...}`; what they edit
+                is what is fitted, so give text that the combination is to steer, with `labels` or a `steering_mask`.
+
+        Returns:
+            `None` for "cat". For "svd" the error by layer: RMS of the missing part of the layer's edit relative to
+            the RMS of the edit, on edited tokens of `samples` not used for the fit; 0 is exact.
 
         Raises:
-            ValueError: names and weights do not match, a name is unknown or taken, another combination type, or
-                adapters that can't be one (different positions, `modules_to_save`).
+            ValueError: names and weights do not match, a name is unknown or taken, another combination type,
+                adapters that can't be one (different positions, `modules_to_save`), or "svd" without rank or samples.
         """
-        if combination_type != "cat":
-            raise ValueError(f"combination_type must be 'cat', got {combination_type!r}.")
+        if combination_type not in ("cat", "svd"):
+            raise ValueError(f"combination_type must be 'cat' or 'svd', got {combination_type!r}.")
+        cut = combination_type == "svd"
+        if cut != (svd_rank is not None) or cut != bool(samples):
+            raise ValueError(
+                "combination_type='svd' takes svd_rank and samples, and nothing else does: a rank is cut by a fit to "
+                f"what the adapters do on samples. Got svd_rank={svd_rank!r} and "
+                f"{'' if samples else 'no '}samples with {combination_type!r}."
+            )
+        if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
+            raise ValueError(f"svd_rank must be an int of at least 1, got {svd_rank!r}.")
         if not adapters or len(adapters) != len(weights):
             raise ValueError(f"Need one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights.")
         if adapter_name in self.peft_config:
@@ -202,6 +241,49 @@ class PSRModel(BaseTuner):
         for layer, names in layers.items():
             units = [layer.unit(name) for name in names]
             combine_units(layer.unit(adapter_name), units, [factors[adapters.index(name)] for name in names])
+        if svd_rank is None or samples is None:
+            return None
+        try:
+            return self._cut_rank(adapter_name, svd_rank, samples)
+        except BaseException:
+            self.delete_adapter(adapter_name)
+            raise
+
+    @torch.no_grad()
+    def _cut_rank(self, adapter_name: str, rank: int, samples: Sequence[Mapping[str, Any]]) -> dict[int | str, float]:
+        """Replace an adapter by one of lower rank that is fitted to it on `samples`."""
+        config = self._config(adapter_name)
+        layers = {number: layer for number, layer in self.psr_layers().items() if adapter_name in layer.psr_unit}
+        seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers.values()}
+
+        def keep_edited_tokens(layer: PSRLayer, args: tuple[torch.Tensor]) -> None:
+            (hidden,) = args
+            mask = layer.mask(config.positions, hidden)
+            seen[layer.name].append(hidden.flatten(0, -2) if mask is None else hidden[mask.bool()[..., 0]])
+
+        handles = [layer.register_forward_pre_hook(keep_edited_tokens) for layer in layers.values()]
+        try:
+            for sample in samples:
+                rows = [adapter_name] * len(prompt_of((), dict(sample)))
+                with self._enable_peft_forward_hooks(adapter_names=rows):
+                    self.model(**sample)
+        finally:
+            for handle in handles:
+                handle.remove()
+        cuts = {
+            number: cut_rank(layer.unit(adapter_name), torch.cat(seen[layer.name]), min(rank, config.r))
+            for number, layer in layers.items()
+        }
+        self.delete_adapter(adapter_name)
+        self.peft_config[adapter_name] = replace(config, r=min(rank, config.r), gate="relu")
+        self.inject_adapter(self.model, adapter_name)
+        for number, layer in layers.items():
+            unit, cut = layer.unit(adapter_name), cuts[number]
+            assert unit.gate_weight is not None and unit.gate_bias is not None
+            unit.gate_weight.copy_(cut.gate_weight)
+            unit.gate_bias.copy_(cut.gate_bias)
+            unit.direction.copy_(cut.direction)
+        return {number: cut.error for number, cut in cuts.items()}
 
     def _config(self, adapter_name: str) -> PSRConfig:
         return cast(PSRConfig, self.peft_config[self._adapter(adapter_name)])
@@ -218,10 +300,12 @@ class PSRModel(BaseTuner):
             if len(self.active_adapters) != 1:
                 raise ValueError(f"Name one adapter: {', '.join(self.active_adapters) or 'none'} are active.")
             adapter_name = self.active_adapters[0]
-        ours = sorted(name for name, config in self.peft_config.items() if isinstance(config, PSRConfig))
-        if adapter_name not in ours:
-            raise ValueError(f"No adapter {adapter_name!r}; there are: {', '.join(ours)}.")
+        if adapter_name not in self._names():
+            raise ValueError(f"No adapter {adapter_name!r}; there are: {', '.join(self._names())}.")
         return adapter_name
+
+    def _names(self) -> list[str]:
+        return sorted(name for name, config in self.peft_config.items() if isinstance(config, PSRConfig))
 
     def set_alpha(self, alpha: float, adapter_name: str | None = None) -> None:
         """Set the strength of an adapter (the active one by default); it is saved with the adapter.
@@ -281,6 +365,12 @@ class PSRModel(BaseTuner):
         with self.record_gates() as gates:
             self.model(input_ids=input_ids, **kwargs)
         return {layer_index(layer): values for (layer, adapter), values in gates.items() if adapter == name}
+
+
+def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:
+    """Pre-hook that tells a module of `modules_to_save` each row's adapter; beams repeat a row."""
+    times = len(args[0]) // len(names)
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}
 
 
 class _ExactTarget:

@@ -84,9 +84,9 @@ def test_rows_carry_gradients():
 
 def test_row_mistakes():
     model = many()
-    with pytest.raises(ValueError, match="No adapter 'formal'; there are: a, b, c"):
+    with pytest.raises(ValueError, match="non-existing adapter.*: formal. There are: a, b, c"):
         model(IDS, adapter_names=["a", "formal", "b", "c"])
-    with pytest.raises(ValueError, match="4 rows, 2 names"):
+    with pytest.raises(ValueError, match="got 2 names and 4 rows"):
         model.generate(input_ids=IDS, adapter_names=["a", "b"])
     model.set_adapter("a")
     assert torch.equal(model(IDS, adapter_names=["a"] * 4).logits, model(IDS, adapter_names=["a"] * 4).logits)
@@ -115,14 +115,119 @@ def test_combination_is_exact_and_saved_as_an_ordinary_adapter(names, weights, t
     assert torch.equal(reloaded(IDS).logits, combined)
 
 
-def test_order_does_not_matter_on_one_layer():
+def test_active_together_edits_add_up_in_any_order_and_later_layers_see_all_of_them():
     model = many()
-    for name in "ab":
-        assert 1 in CONFIGS[name]["layers_to_transform"]
-    model.base_model.set_adapter(["a", "b"])
+    names = ["a", "b", "c"]
+    model.base_model.set_adapter(names)
     forth = model(IDS).logits
-    model.base_model.set_adapter(["b", "a"])
+    model.base_model.set_adapter(names[::-1])
     torch.testing.assert_close(model(IDS).logits, forth, atol=1e-5, rtol=1e-5)
+
+    # plain hooks: on each layer every gate reads the same stream, which carries all edits of the layers before
+    def hook(module, args, output, units):
+        edited = output
+        for name, unit in units.items():
+            config = model.peft_config[name]
+            gates = torch.ones(1) if unit.gate_weight is None else torch.relu(
+                output @ unit.gate_weight.T + unit.gate_bias)  # fmt: skip
+            edited = edited + (config.alpha + config.coefficient_bias) * gates @ unit.direction
+        return edited
+
+    plain = tiny_model()
+    for index, layer in model.psr_layers().items():
+        plain.model.layers[index].register_forward_hook(
+            lambda module, args, output, units=layer.psr_unit: hook(module, args, output, units)
+        )
+    torch.testing.assert_close(plain(IDS).logits, forth, atol=1e-4, rtol=1e-4)
+
+
+def test_together_is_not_the_sum_of_each_alone_across_layers():
+    model = many()
+    hidden = {}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        hidden[name] = model(IDS, output_hidden_states=True).hidden_states
+    with model.disable_adapter():
+        base = model(IDS, output_hidden_states=True).hidden_states
+    model.base_model.set_adapter(["a", "b"])
+    both = model(IDS, output_hidden_states=True).hidden_states
+
+    def missing(layer):
+        summed = base[layer + 1] + sum(hidden[name][layer + 1] - base[layer + 1] for name in hidden)
+        return ((both[layer + 1] - summed).norm() / (both[layer + 1] - base[layer + 1]).norm()).item()
+
+    assert missing(0) < 1e-5  # only a edits layer 0
+    assert missing(1) > 0.01  # here b's gates read what a did before
+
+
+SAMPLES = [
+    {"input_ids": torch.randint(3, 64, (6, 20), generator=torch.Generator().manual_seed(seed))} for seed in (0, 1)
+]
+
+
+def test_rank_cut_beats_dropping_ranks_and_reports_its_error(tmp_path):
+    model = many()
+    model.add_weighted_adapter(["a", "b", "c"], [1.0, 0.5, -1.0], "exact")
+    errors = model.add_weighted_adapter(
+        ["a", "b", "c"], [1.0, 0.5, -1.0], "cut", combination_type="svd", svd_rank=2, samples=SAMPLES
+    )
+    assert list(errors) == [0, 1, 2, 3] and model.active_adapters == ["a"]
+    assert model.peft_config["exact"].r == 5 and model.peft_config["cut"].r == 2
+    model.set_adapter("exact")
+    layers = model.psr_layers()
+    inputs = {}
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, args, index=index: inputs.setdefault(index, []).append(args[0]))
+        for index, layer in layers.items()
+    ]
+    for sample in SAMPLES:
+        model(**sample)
+    for handle in handles:
+        handle.remove()
+    for index, layer in layers.items():
+        unit, cut = layer.unit("exact"), layer.unit("cut")
+        held_out = torch.cat([hidden.flatten(0, 1) for hidden in inputs[index]])[1::2]
+        edit = torch.relu(held_out @ unit.gate_weight.T + unit.gate_bias) @ unit.direction
+        after = torch.relu(held_out @ cut.gate_weight.T + cut.gate_bias) @ cut.direction
+        assert errors[index] == pytest.approx(((after - edit).norm() / edit.norm()).item(), abs=1e-4)
+        power = (torch.relu(held_out @ unit.gate_weight.T + unit.gate_bias) * unit.direction.norm(dim=1)).norm(dim=0)
+        keep = power.topk(2).indices
+        dropped = torch.relu(held_out @ unit.gate_weight[keep].T + unit.gate_bias[keep]) @ unit.direction[keep]
+        truncation = ((dropped - edit).norm() / edit.norm()).item()
+        used = int(unit.direction.any(dim=1).sum())
+        assert errors[index] < (1e-4 if used <= 2 else 0.8 * truncation)
+    model.set_adapter("cut")
+    logits = model(IDS).logits
+    model.save_pretrained(tmp_path, selected_adapters=["cut"])
+    assert torch.equal(PeftModel.from_pretrained(tiny_model(), tmp_path / "cut").eval()(IDS).logits, logits)
+
+
+def test_rank_cut_is_exact_where_gates_are_alike():
+    model = many()
+    with torch.no_grad():
+        first, second = (model.psr_layers()[1].unit(name) for name in "ab")
+        second.gate_weight.copy_(first.gate_weight.expand(3, -1) * torch.tensor([[0.5], [1.0], [2.0]]))
+        second.gate_bias.copy_(first.gate_bias.expand(3) * torch.tensor([0.5, 1.0, 2.0]))
+    errors = model.add_weighted_adapter(
+        ["a", "b"], [1.0, -2.0], "one", combination_type="svd", svd_rank=1, samples=SAMPLES
+    )
+    assert errors[1] < 1e-5 and errors[0] < 1e-5 < errors[3]
+
+
+def test_rank_cut_looks_at_the_tokens_that_are_edited():
+    model = many(dict.fromkeys("abc", "response"))
+    labels = SAMPLES[0]["input_ids"].clone()
+    labels[:, :12] = -100
+    seen = {}
+    layer = model.psr_layers()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft_psr.model.cut_rank", lambda unit, hidden, r: seen.update({id(unit): len(hidden)}) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.add_weighted_adapter(
+                ["a", "b"], [1, 1], "x", "svd", svd_rank=1, samples=[{**SAMPLES[0], "labels": labels}]
+            )
+    assert set(seen.values()) == {6 * 9}  # the last prompt token and eight of the response
+    assert "x" not in model.peft_config and "x" not in layer.psr_unit
 
 
 def test_combination_mistakes_leave_the_model_as_it_was():
@@ -134,7 +239,11 @@ def test_combination_mistakes_leave_the_model_as_it_was():
         ((["b", "c"], [1.0], "x"), "2 adapters and 1 weights"),
         ((["b", "c"], [1.0, 1.0], "a"), "'a' already"),
         ((["b", "c"], [1.0, float("nan")], "x"), "finite"),
-        ((["b", "c"], [1.0, 1.0], "x", "svd"), "'cat'"),
+        ((["b", "c"], [1.0, 1.0], "x", "linear"), "'cat' or 'svd'"),
+        ((["b", "c"], [1.0, 1.0], "x", "svd"), "takes svd_rank and samples"),
+        ((["b", "c"], [1.0, 1.0], "x", "cat", 1), "takes svd_rank and samples"),
+        ((["b", "c"], [1.0, 1.0], "x", "svd", 0, SAMPLES), "at least 1, got 0"),
+        ((["b", "c"], [1.0, 1.0], "x", "svd", 1, []), "samples"),
     ]:
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*arguments)

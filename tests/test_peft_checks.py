@@ -38,8 +38,11 @@ PACKAGE = "peft_sdist_tests"
 """Name under which the source distribution's `tests` folder is imported; its modules import each other relatively."""
 
 NO_MERGING = "A PSR edit can't be merged into base weights: it depends on each token's activations."
-NO_MIXED_BATCHES = "PEFT runs it for LoRA (and RoAD) only; PSR takes no `adapter_names`."
-NO_WEIGHTED_SUM = "PEFT runs it for LoRA and (IA)3 only; PSR has no `add_weighted_adapter`."
+NO_SUM_OF_WEIGHTS = (
+    "It combines weight matrices (ties, dare, magnitude pruning, rank patterns) that PSR does not have."
+)
+TRAINS_ON_MIXED_ROWS = "LoRA refuses `adapter_names` in training; PSR's rows carry gradients, so it does not."
+LORA_ONLY = "It is about layers that only LoRA wraps (DoRA, convolutions, attention) or about its speed."
 ALWAYS_FLOAT32 = "PSR's weights are float32 by design, whatever the model's dtype and `autocast_adapter_dtype`."
 NO_BIAS_OPTION = "PSR has no `bias` option; PEFT runs it for LoRA and BOFT only."
 FROM_THE_HUB = "It downloads a LoRA configuration from the Hub."
@@ -72,6 +75,8 @@ COMMON: dict[str, list[dict[str, Any]]] = {
     "_test_lora_conversion": [{}],
     "_test_get_base_model_state_dict": [{}],
 }
+# The same, which PEFT skips unless the configuration is LoRA's.
+COMMON_AS_LORA = ["_test_mixed_adapter_batches", "_test_generate_with_mixed_adapter_batches_and_beam_search"]
 COMMON_NOT_RUN: dict[str, str] = {
     "_test_add_adapter_no_autocast_adapter_dtype": ALWAYS_FLOAT32,
     "_test_merge_layers": NO_MERGING,
@@ -80,12 +85,10 @@ COMMON_NOT_RUN: dict[str, str] = {
     "_test_merge_layers_multi": NO_MERGING,
     "_test_merge_layers_is_idempotent": NO_MERGING,
     "_test_safe_merge": NO_MERGING,
-    "_test_mixed_adapter_batches": NO_MIXED_BATCHES,
-    "_test_generate_with_mixed_adapter_batches_and_beam_search": NO_MIXED_BATCHES,
     "_test_training_prompt_learning_tasks": "It is for prompt learning: it reads `model.prompt_encoder`.",
-    "_test_weighted_combination_of_adapters": NO_WEIGHTED_SUM,
-    "_test_weighted_combination_of_adapters_lora": NO_WEIGHTED_SUM,
-    "_test_weighted_combination_of_adapters_ia3": NO_WEIGHTED_SUM,
+    "_test_weighted_combination_of_adapters": NO_SUM_OF_WEIGHTS,
+    "_test_weighted_combination_of_adapters_lora": NO_SUM_OF_WEIGHTS,
+    "_test_weighted_combination_of_adapters_ia3": NO_SUM_OF_WEIGHTS,
     "_test_adding_multiple_adapters_with_bias_raises": NO_BIAS_OPTION,
 }
 
@@ -159,7 +162,7 @@ CUSTOM_NOT_RUN: dict[str, str] = {
     "test_delete_merged_adapter_only_rejects_the_merged_one": NO_MERGING,
     "test_disable_adapter_with_bias_warns": NO_BIAS_OPTION,
     "test_adding_multiple_adapters_with_bias_raises": NO_BIAS_OPTION,
-    "test_add_weighted_adapter_cat_with_rank_pattern": NO_WEIGHTED_SUM,
+    "test_add_weighted_adapter_cat_with_rank_pattern": NO_SUM_OF_WEIGHTS,
 }
 
 # Tests of `TestMultipleActiveAdapters`, on the same MLP.
@@ -169,6 +172,26 @@ ACTIVE_NOT_RUN: dict[str, str] = {
     "test_merge_layers_multi": NO_MERGING,
     "test_sequential_merge_matches_batch_merge": NO_MERGING,
     "test_unmerge_after_sequential_merge_restores_base": NO_MERGING,
+}
+
+# Tests of `TestMixedAdapterBatches`, on the same MLP.
+MIXED = [
+    "test_mixed_adapter_batches_mlp",
+    "test_mixed_adapter_batches_different_target_layers",
+    "test_mixed_adapter_batches_multiple_modules_to_save",
+    "test_mixed_adapter_batches_partly_overlapping_target_layers",
+    "test_mixed_adapter_batches_length_mismatch_raises",
+    "test_mixed_adapter_batches_disabled",
+]
+MIXED_NOT_RUN: dict[str, str] = {
+    "test_mixed_adapter_batches_training_mode_raises": TRAINS_ON_MIXED_ROWS,
+    "test_mixed_adapter_batches_merged_raises": NO_MERGING,
+    "test_mixed_adapter_batches_unsupported_layer_raises": LORA_ONLY,
+    "test_mixed_adapter_batches_lora_conv1d_emb": LORA_ONLY,
+    "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save": LORA_ONLY,
+    "test_mixed_adapter_batches_lora_conv2d": LORA_ONLY,
+    "test_mixed_adapter_batches_mha_raises": LORA_ONLY,
+    "test_mixed_adapter_batches_lora_opt_timing": LORA_ONLY,
 }
 
 # Tests of `TestPeftConfig`: name -> keyword arguments of each run.
@@ -201,13 +224,14 @@ CONFIG_NOT_RUN: dict[str, str] = {
 
 # PEFT's class -> its module, and what of it is run and not run.
 SUITES: dict[str, tuple[str, Collection[str], dict[str, str]]] = {
-    "PeftCommonTester": ("testing_common", COMMON, COMMON_NOT_RUN),
+    "PeftCommonTester": ("testing_common", [*COMMON, *COMMON_AS_LORA], COMMON_NOT_RUN),
     "TestPeftCustomModel": (
         "test_custom_models",
         [*CUSTOM, *CUSTOM_UP_TO_MERGING, *CUSTOM_BY_CLASS],
         CUSTOM_NOT_RUN,
     ),
     "TestMultipleActiveAdapters": ("test_custom_models", ACTIVE, ACTIVE_NOT_RUN),
+    "TestMixedAdapterBatches": ("test_custom_models", MIXED, MIXED_NOT_RUN),
     "TestPeftConfig": ("test_config", CONFIG, CONFIG_NOT_RUN),
     "TestAdapterTargeting": ("test_other", ["test_self_targeting_is_ignored"], {}),
 }
@@ -359,7 +383,7 @@ def test_every_check_is_accounted_for(peft_tests: dict[str, Any], suite: str) ->
         for_any_tuner = {"config_cls", "config_class", "config0"} & inspect.signature(check).parameters.keys()
         if name.startswith("_test_") or name.startswith("test_") and for_any_tuner:
             checks.add(name)
-    inherited = set(COMMON) | set(COMMON_NOT_RUN) if suite == "TestPeftCustomModel" else set()
+    inherited = {*COMMON, *COMMON_AS_LORA, *COMMON_NOT_RUN} if suite == "TestPeftCustomModel" else set()
     assert not set(run) & set(not_run)
     assert checks - inherited == set(run) | set(not_run)
 
@@ -374,6 +398,16 @@ def test_decoder_model(
     if check == "_test_training_layer_indexing":  # sets the layers itself
         arguments["config_kwargs"].pop("layers_to_transform", None)
     run_check(getattr(decoder_tester, check), **arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("config", DECODER_CONFIGS)
+@pytest.mark.parametrize("check", COMMON_AS_LORA)
+def test_decoder_model_as_lora(
+    decoder_tester: Any, model_folders: dict[str, str], check: str, config: str, layout: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(sys.modules[f"{PACKAGE}.testing_common"], "LoraConfig", PSRConfig)
+    run_check(getattr(decoder_tester, check), **decoder_arguments(model_folders[layout], config))
 
 
 @pytest.mark.parametrize("config", CUSTOM_CONFIGS)
@@ -404,6 +438,20 @@ def test_custom_model_by_class(peft_tests: dict[str, Any], check: str, monkeypat
 @pytest.mark.parametrize("check", ACTIVE)
 def test_several_active_adapters(peft_tests: dict[str, Any], check: str, pair: str) -> None:
     run_check(getattr(peft_tests["TestMultipleActiveAdapters"](), check), **active_arguments(pair))
+
+
+@pytest.mark.parametrize("check", MIXED)
+def test_mixed_rows(peft_tests: dict[str, Any], check: str) -> None:
+    targets = {"different_target_layers": (["lin0"], ["lin1"]), "partly_overlapping": (["lin0"], ["lin0", "lin1"])}
+    pair = next((pair for name, pair in targets.items() if name in check), (["lin0"], ["lin0"]))
+    saved = ["lin1"] if "modules_to_save" in check else None
+    configs = [PSRConfig(target_modules=t, r=4, init_weights=False, modules_to_save=saved) for t in pair]
+    run_check(getattr(peft_tests["TestMixedAdapterBatches"](), check), check, *configs)
+
+
+def test_mixed_rows_name_what_is_missing(peft_tests: dict[str, Any]) -> None:
+    test = peft_tests["TestMixedAdapterBatches"]().test_mixed_adapter_batches_lora_wrong_adapter_name_raises
+    run_check(test, "PSR", PSRConfig(target_modules=["lin0"], r=4, init_weights=False))
 
 
 @pytest.mark.parametrize("targets", ["l1.*", "(l1|psr_).*"])

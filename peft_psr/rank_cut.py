@@ -1,0 +1,122 @@
+"""Fewer ranks that do nearly the same: the rank cut of `PSRModel.add_weighted_adapter(combination_type="svd")`.
+
+A layer's edit is E = ReLU(P) Z with P = h W^T + b (tokens, R) on sample tokens. Wanted are r gates, mixtures of the
+old pre-activations, and r directions, mixtures of the old ones:
+
+    min over A (r, R), c (r), Y (r, R)   of   sum over tokens |(ReLU(h (A W)^T + c) Y - ReLU(P)) Z|^2
+
+For given gates G' the best Y is the least-squares solution of G' Y = ReLU(P). A and c are found by L-BFGS, starting
+from the SVD of E, whose r first right singular vectors V give A = V^T Z^T: the best there is while every gate is
+open. Staying in the span of the old weights leaves few numbers to fit, so a few hundred tokens will do; an SVD of the
+weights alone would be blind to which gates open together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .layer import PSRUnit
+
+
+@dataclass
+class RankCut:
+    """One layer's triples after the cut, and what that cost.
+
+    Attributes:
+        gate_weight: w, (r, d) float32.
+        gate_bias: b, (r,) float32.
+        direction: z, (r, d) float32.
+        error: RMS of the missing part of the edit relative to the RMS of the edit, on tokens not used for the fit;
+            0 is exact, 1 as bad as no edit.
+    """
+
+    gate_weight: torch.Tensor
+    gate_bias: torch.Tensor
+    direction: torch.Tensor
+    error: float
+
+
+def cut_rank(unit: PSRUnit, hidden: torch.Tensor, r: int) -> RankCut:
+    """Fit `r` triples to what `unit` does to `hidden`.
+
+    Args:
+        unit: The weights to cut, of rank R.
+        hidden: (tokens, d), what the unit's gates read. Every second token is kept for the error.
+        r: 1 or more.
+
+    Raises:
+        ValueError: fewer than four tokens.
+    """
+    if hidden.shape[0] < 4:
+        raise ValueError(f"A rank cut needs at least 4 edited tokens in its samples, got {hidden.shape[0]}.")
+    direction = unit.direction.detach().double().cpu()
+    if unit.gate_weight is None or unit.gate_bias is None:
+        weight, bias = torch.zeros_like(direction), torch.ones_like(direction[:, 0])
+    else:
+        weight, bias = unit.gate_weight.detach().double().cpu(), unit.gate_bias.detach().double().cpu()
+    used = direction.any(dim=1)
+    if int(used.sum()) <= r:  # nothing to cut
+
+        def kept(values: torch.Tensor) -> torch.Tensor:
+            rows = values[used]
+            return torch.cat([rows, rows.new_zeros(r - len(rows), *rows.shape[1:])]).float()
+
+        return RankCut(kept(weight), kept(bias), kept(direction), error=0.0)
+    linear = hidden.detach().double().cpu() @ weight.T
+    overlap = direction @ direction.T
+    fitted, held_out = linear[::2], linear[1::2]
+    mixture, offset = _fit(fitted, bias, overlap, _singular(fitted + bias, direction, r))
+    mixing = _solve(torch.relu(fitted @ mixture.T + offset), torch.relu(fitted + bias))
+    missing = torch.relu(held_out @ mixture.T + offset) @ mixing - torch.relu(held_out + bias)
+    total = _size(torch.relu(held_out + bias), overlap)
+    return RankCut(
+        gate_weight=(mixture @ weight).float(),
+        gate_bias=offset.float(),
+        direction=(mixing @ direction).float(),
+        error=float((_size(missing, overlap) / total).sqrt()) if total > 0 else 0.0,
+    )
+
+
+def _size(gates: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens |gates @ Z|^2, from Z Z^T."""
+    return ((gates @ overlap) * gates).sum().clamp(min=0.0)
+
+
+def _solve(new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """Least-squares Y of new @ Y = old; a hair of ridge keeps gates that never open harmless."""
+    gram = new.T @ new
+    ridge = 1e-10 * gram.diagonal().mean() + 1e-30
+    return torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), new.T @ old)
+
+
+def _singular(pre: torch.Tensor, direction: torch.Tensor, r: int) -> torch.Tensor:
+    """The mixture by which an edit with open gates falls on its r main directions, those pointing with the edit."""
+    edit = torch.relu(pre) @ direction
+    main = torch.linalg.svd(edit, full_matrices=False).Vh[:r]
+    main = main * torch.where((edit @ main.T).sum(0) < 0, -1.0, 1.0)[:, None].to(main.dtype)
+    return main @ direction.T
+
+
+def _fit(
+    linear: torch.Tensor, bias: torch.Tensor, overlap: torch.Tensor, start: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixture A and offset c, by L-BFGS from `start`."""
+    old = torch.relu(linear + bias)
+    total = _size(old, overlap).clamp(min=1e-30)
+    scale = start.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    mixture = (start / scale).clone().requires_grad_()
+    offset = (start @ bias / scale[:, 0]).clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([mixture, offset], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        new = torch.relu(linear @ mixture.T + offset)
+        loss = _size(new @ _solve(new, old) - old, overlap) / total
+        loss.backward()
+        return loss.item()
+
+    with torch.enable_grad():
+        optimizer.step(closure)
+    return mixture.detach(), offset.detach()
