@@ -61,7 +61,7 @@ class SteeredGenerate:
         try:
             if self.original is not None:
                 return self.original(*args, **kwargs)
-            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[operator]
+            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
             state.generation = state.generation_alpha = None
 
