@@ -8,15 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_psr.facts import AdapterFacts, Score, package_versions
+from peft_psr.model_card import write_model_card
 from peft_psr.positions import encode_chat
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
 from peft_psr.training import add_instruction, sample_completions
@@ -25,6 +25,7 @@ from .experiment import Experiment, Outcome, Sizes, Task, as_row, write_json
 from .faithfulness import intervention_strength, relative_rmse
 from .methods import METHODS
 from .plots import rmse_by_layer, strength_by_token, trait_against_coherence
+from .shading import shaded_answer
 
 
 MAX_NEW_TOKENS = 96
@@ -147,7 +148,7 @@ def _run_trait(trait: str, model, processing_class, model_path: str, folder: Pat
             outcomes.append(outcome)
             if best is None or _merit(outcome) > _merit(best):
                 best = outcome
-                _save(steered, outcome, folder / "adapter", model_path)
+                _save(steered, experiment, outcomes[0], outcome, folder / "adapter", model_path)
             steered.unload()
             progress.remove_task(step)
             progress.advance(overall)
@@ -186,13 +187,46 @@ def _merit(outcome: Outcome) -> tuple[float, float]:
     return trait, outcome.recovery or 0.0
 
 
-def _save(model: PeftModel, outcome: Outcome, folder: Path, model_path: str) -> None:
-    alpha = outcome.cp.alpha if outcome.cp is not None and outcome.cp.alpha is not None else 1.0
+def _save(
+    model: PeftModel, experiment: Experiment, plain: Outcome, outcome: Outcome, folder: Path, model_path: str
+) -> None:
+    """Save the adapter with its model card, at the strength where its coherence is the prompt's, if that was found."""
+    found = outcome.cp.alpha if outcome.cp is not None and outcome.cp.why is None else None
+    alpha = 1.0 if found is None else found
     trained = model.active_peft_config.alpha
     model.set_alpha(round(alpha, 4))
     model.active_peft_config.base_model_name_or_path = model_path
     model.save_pretrained(str(folder))
+    write_model_card(folder, _facts(experiment, plain, outcome, alpha, found is not None), overwrite=True)
     model.set_alpha(trained)
+
+
+def _facts(experiment: Experiment, plain: Outcome, outcome: Outcome, alpha: float, calibrated: bool) -> AdapterFacts:
+    task, sizes = experiment.task, experiment.sizes
+    method = next(method for method in METHODS if method.name == outcome.method)
+    prompted = experiment.prompted
+    at_alpha = next((point for point in outcome.curve if point.alpha == alpha), None)
+    return AdapterFacts(
+        trait=task.name,
+        instructions=tuple(task.train_instructions[:2]),
+        question=task.test_prompts[0][-1]["content"],
+        base_model="the toy chat model inside peft-psr (1.35 M parameters)",
+        data="the base model's own answers to everyday questions with the instruction in its prompt, "
+        "filtered by the judge",
+        triplets=len(experiment.triplets),
+        objective=f"{method.objective or 'none'}; start: {method.start or 'open gates'}",
+        seed=experiment.seed,
+        versions=package_versions(),
+        judge="the grammar that the toy model was trained on",
+        evaluation=f"{len(task.test_prompts)} held-out questions, {sizes.score_draws} answers each",
+        plain=Score(plain.alpha1.trait, plain.alpha1.coherence),
+        prompted=Score(prompted.trait, prompted.coherence),
+        steered=None if at_alpha is None else Score(at_alpha.trait, at_alpha.coherence, at_alpha.alpha),
+        calibration="where coherence is the prompt's" if calibrated else "that of training",
+        curve=tuple(Score(point.trait, point.coherence, point.alpha) for point in outcome.curve),
+        prompt_recovery=outcome.recovery,
+        limits=("The base model is a toy: no number here says anything about a large model.",),
+    )
 
 
 def _table(trait: str, outcomes: list[Outcome]) -> Table:
@@ -249,27 +283,9 @@ def _show_answers(experiment: Experiment, steered: PeftModel, best: Outcome, con
     console.print("[dim]plain   [/]", plain, soft_wrap=True)
     console.print(f"[dim]prompted[/] [dim]({task.test_instructions[0]})[/]", with_prompt, soft_wrap=True)
     console.print(f"[dim]steered [/] [dim]({best.method}, no prompt; darker: gates open wider)[/]", soft_wrap=True)
-    console.print(shaded_answer(steered, tokenizer, prompt, answer), "\n", soft_wrap=True)
-
-
-def shaded_answer(model: PeftModel, processing_class, prompt: list, answer: str) -> Text:
-    """The answer with each token shaded by how far the gates are open where it was chosen (mean over layers)."""
-    batch = encode_chat(processing_class, [prompt])
-    ids = processing_class(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    start = batch["input_ids"].shape[1]
-    tokens = torch.cat([batch["input_ids"], ids], dim=1)
-    mask = torch.cat([batch["steering_mask"], torch.ones_like(ids)], dim=1)
-    gates = model.gate_values(tokens, steering_mask=mask)
-    # the token at position i was chosen at position i - 1
-    openness = torch.stack([g[0, start - 1 : -1].sum(-1) / g[0, start - 1 : -1].sum(-1).max().clamp(min=1e-9)
-                            for g in gates.values()]).mean(dim=0)  # fmt: skip
-    text = Text()
-    pieces = [processing_class.decode(ids[0, : i + 1]) for i in range(ids.shape[1])]
-    for i, strength in enumerate((openness / openness.max().clamp(min=1e-9)).tolist()):
-        piece = pieces[i][len(pieces[i - 1]) if i else 0 :]
-        shade = 255 - int(175 * strength)
-        text.append(piece, style=f"black on rgb(255,{shade},{shade})")
-    return text
+    encoded = encode_chat(tokenizer, [prompt])
+    answer_ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    console.print(shaded_answer(steered, tokenizer, encoded, answer_ids), "\n", soft_wrap=True)
 
 
 def _draw(experiment: Experiment, steered: PeftModel, outcomes: list[Outcome], best: Outcome, folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -16,6 +18,7 @@ try:
     import typer
     import yaml
     from rich.console import Console
+    from rich.text import Text
 except ImportError as error:  # pragma: no cover - depends on what is installed
     sys.exit(
         f"The psr command needs more than the adapter does ({error.name} is missing): pip install 'peft-psr[eval]'"
@@ -94,6 +97,118 @@ def demo(
         run_demo(traits, model or tiny_chat_path(), output, seed, quick, console)
     except (ValueError, OSError) as error:
         console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def push(
+    folder: Path = typer.Argument(help="An adapter folder: what `save_pretrained` wrote."),
+    repo_id: str = typer.Argument(help="NAMESPACE/NAME on the Hub, or NAME for your own namespace."),
+    base_model: str = typer.Option(
+        "", help="The base model's name on the Hub, if the adapter was trained on a folder."
+    ),
+    private: bool = typer.Option(False, "--private", help="Make a new repository private."),
+    update: bool = typer.Option(False, "--update", help="Replace the adapter that the repository holds."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
+    config: Path | None = typer.Option(
+        None, help="YAML file with any of these options.", callback=_load_config, is_eager=True
+    ),
+) -> None:
+    """Upload an adapter to the Hub with a model card; the token is that of `hf auth login` or HF_TOKEN."""
+    from peft_psr.sharing import push_adapter
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with _errors(console):
+        done = push_adapter(
+            folder, repo_id, base_model=base_model or None, private=private or None, update=update, dry_run=dry_run
+        )
+        verb, where = ("would upload", "would create") if dry_run else ("uploaded", "created")
+        if done.creates:
+            console.print(f"{where} {done.url}")
+        for name, size in done.files.items():
+            console.print(f"{verb} {name} ({size} bytes)")
+        for name in done.removes:
+            console.print(f"{'would remove' if dry_run else 'removed'} {name}, which this adapter does not have")
+        if done.commit:
+            console.print(f"{done.url}/tree/{done.commit}")
+
+
+@app.command()
+def compose(
+    adapters: list[str] = typer.Argument(help="Adapter folders, or names on the Hub."),
+    weights: str = typer.Option(..., help='One number for each, such as "1.0,-0.5"; negative steers away.'),
+    output: Path = typer.Option(..., help="A new folder for the combination."),
+    base_model: str = typer.Option("", help="The base model's name, if the adapters name one model in several ways."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
+    config: Path | None = typer.Option(
+        None, help="YAML file with any of these options.", callback=_load_config, is_eager=True
+    ),
+) -> None:
+    """Combine adapters of one base model into a new one, exactly, without loading the model."""
+    from peft_psr.saved_adapters import compose_adapters
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with _errors(console):
+        combined = compose_adapters(
+            adapters, _numbers(weights), output, base_model=base_model or None, dry_run=dry_run
+        )
+        layers = combined.layers_to_transform or combined.target_modules or "all"
+        console.print(f"{'would write' if dry_run else 'wrote'} {output}: rank {combined.r}, layers {layers}")
+
+
+@app.command()
+def chat(
+    adapters: list[str] = typer.Argument(help="Folders or Hub names of adapters, or NAME=FOLDER to name one."),
+    model: str = typer.Option("", help="Folder or Hub name of the base model; the adapters' own by default."),
+    system: str = typer.Option("", help="Text of a system turn."),
+    max_new_tokens: int = typer.Option(512, min=1, help="Longest answer, in tokens."),
+    temperature: float | None = typer.Option(
+        None, min=0.0, help="Of the sampling; 0 takes the likeliest token. The model's own settings by default."
+    ),
+    output: Path | None = typer.Option(None, help="A new JSON file to keep a transcript in."),
+    seed: int = typer.Option(0, min=0, help="Same seed, same conversation, same adapters: same answer."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
+    config: Path | None = typer.Option(
+        None, help="YAML file with any of these options.", callback=_load_config, is_eager=True
+    ),
+) -> None:
+    """Talk to a model with adapters: choose them, turn them up or down, see their gates. Lines can be piped in."""
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils import logging
+
+    from peft_psr.evaluation import chat as chat_loop
+    from peft_psr.evaluation.chat_session import ChatSession
+
+    logging.disable_progress_bar()
+    console = Console()
+    with _errors(console):
+        named = chat_loop.name_adapters(adapters)
+        chat_loop.check_transcript(output)
+        base = chat_loop.base_model_of(named, model)
+        if dry_run:
+            listed = ", ".join(f"{name} ({where})" for name, where in named.items())
+            console.print(f"would talk to {base} with {listed}", soft_wrap=True, highlight=False, markup=False)
+            return
+        steered, processing_class = chat_loop.load_chat_model(base, named)
+        session = ChatSession(steered, processing_class, system, max_new_tokens, temperature, seed)
+        chat_loop.Chat(session, console, output).run(chat_loop.read_lines(console))
+
+
+def _numbers(text: str) -> list[float]:
+    """The numbers of "1.0,-0.5", or of a YAML list."""
+    try:
+        return [float(number) for number in text.strip("[] ").split(",")]
+    except ValueError:
+        raise ValueError(f'--weights must be numbers such as "1.0,-0.5", got {text!r}.') from None
+
+
+@contextmanager
+def _errors(console: Console) -> Iterator[None]:
+    """Print what a user can mend as one line, and exit with 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        console.print(Text.assemble(("error: ", "bold red"), str(error)))
         raise typer.Exit(2) from error
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from .config import PSRConfig
+from .config import PSRConfig, check_strength
 from .layer import PSRUnit
 
 
@@ -71,3 +71,20 @@ def combine_units(target: PSRUnit, units: Sequence[PSRUnit], factors: Sequence[f
             else:
                 target.gate_bias[start:end] = 1.0
         start = end
+
+
+def check_weights(adapters: Sequence[object], weights: Sequence[float]) -> list[float]:
+    """The weights as floats.
+
+    Raises:
+        TypeError: a weight is not a number.
+        ValueError: a weight is not finite, or there is not one for each adapter.
+    """
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"Need one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights.")
+    return [check_strength(weight, "weight") for weight in weights]
+
+
+def edit_factors(configs: Sequence[PSRConfig], weights: Sequence[float]) -> list[float]:
+    """What each adapter's direction is multiplied by in the combination: weight * (alpha + b_m)."""
+    return [weight * (config.alpha + config.coefficient_bias) for weight, config in zip(weights, configs, strict=True)]

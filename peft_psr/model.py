@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .composition import combine_units, combined_config
+from .composition import check_weights, combine_units, combined_config, edit_factors
 from .config import PSRConfig, check_strength
 from .decoder import decoder_layer_names, layer_index, output_width
 from .doors import attach_state, detach_state, prompt_of
@@ -219,15 +219,11 @@ class PSRModel(BaseTuner):
             )
         if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
             raise ValueError(f"svd_rank must be an int of at least 1, got {svd_rank!r}.")
-        if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"Need one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights.")
+        weights = check_weights(adapters, weights)
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already; delete it or choose another name.")
         configs = [self._config(name) for name in adapters]
-        factors = [
-            check_strength(weight, "weight") * (config.alpha + config.coefficient_bias)
-            for weight, config in zip(weights, configs, strict=True)
-        ]
+        factors = edit_factors(configs, weights)
         layers = {
             layer: [name for name in adapters if name in layer.psr_unit]
             for layer in self.psr_layers().values()

@@ -122,14 +122,16 @@ def chat_mask(processing_class, messages: Prompt, positions: str = "response") -
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render_prompt(processing_class, messages[:index])
-        if not text.startswith(before + message["content"]):
+        before, content = render_prompt(processing_class, messages[:index]), message["content"].strip()
+        after = text[len(before) :].lstrip()  # templates may put a blank before an answer, or trim it
+        if not text.startswith(before) or not after.startswith(content):
             raise ValueError(
-                f"The chat template changes turn {index} ({message['content'][:40]!r}) once the conversation goes on, "
+                f"The chat template changes turn {index} ({content[:40]!r}) once the conversation goes on, "
                 "so its tokens can't be found. Pass a `steering_mask` of your own."
             )
+        end = len(text) - len(after) + len(content)
         first = len(processing_class(before, add_special_tokens=False)["input_ids"])
-        last = len(processing_class(before + message["content"], add_special_tokens=False)["input_ids"])
+        last = len(processing_class(text[:end], add_special_tokens=False)["input_ids"])
         mask[first - 1 : last] = [1] * (last - first + 1)
     return mask
 

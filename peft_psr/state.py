@@ -82,13 +82,12 @@ class SteeringState:
         if self.generation is not None:
             self._continue_generation(self.generation, batch, length, arguments, tokens.device)
             return
-        past = cache_length(arguments)
         if steering_mask is not None:
             mask = check_mask(steering_mask, batch, length).to(tokens.device)
             self.masks = dict.fromkeys(self.positions, mask)
         elif encoder_decoder:
             return
-        elif past == 0 or length > 1:
+        elif length > 1:  # a single token is the last of its prompt, or was generated
             attention_mask = token_mask(arguments.get("attention_mask"), batch, length, tokens.device)
             labels = arguments.get("labels")
             self.masks = {kind: default_mask(kind, attention_mask, labels) for kind in self.positions}

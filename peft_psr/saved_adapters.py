@@ -1,0 +1,203 @@
+"""Adapters as files: read without their base model, and combined into a new adapter folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .composition import check_weights, combine_units, combined_config, edit_factors
+from .config import PSRConfig
+from .decoder import layer_index
+from .facts import FACTS_NAME, AdapterFacts, Part, package_versions
+from .layer import PSRUnit
+from .model_card import is_hub_name, write_model_card
+
+
+KEY_PREFIX = "base_model.model."
+KEY_OF_UNIT = ".psr.psr_unit."
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """A PSR adapter as its files have it.
+
+    Attributes:
+        name: The Hub's name, or the folder's own.
+        config: Its configuration.
+        units: {name of an edited module: its weights}.
+        facts: What else is known about it.
+    """
+
+    name: str
+    config: PSRConfig
+    units: dict[str, PSRUnit]
+    facts: AdapterFacts
+
+
+def read_adapter(source: str | os.PathLike) -> SavedAdapter:
+    """Read an adapter without its base model.
+
+    Args:
+        source: A folder, or a name on the Hub.
+
+    Raises:
+        OSError: the Hub can't be reached.
+        ValueError: there is no adapter, or it is of another kind.
+    """
+    source = str(source)
+    if not os.path.isdir(source) and not is_hub_name(source):
+        raise ValueError(f"No adapter folder {source!r}, and no name on the Hub either.")
+    config = PeftConfig.from_pretrained(source)
+    if not isinstance(config, PSRConfig):
+        raise ValueError(f"{source} holds an adapter of type {config.peft_type!r}, not 'PSR'.")
+    try:
+        units = _read_units(source, config)
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"The weights of {source} can't be read or do not fit its configuration: {error}.") from error
+    if not units:
+        raise ValueError(f"{source} holds no weights of a PSR adapter.")
+    name = Path(source).resolve().name if os.path.isdir(source) else source
+    return SavedAdapter(name, config, units, _facts_of(source) or AdapterFacts())
+
+
+def _read_units(source: str, config: PSRConfig) -> dict[str, PSRUnit]:
+    grouped: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in load_peft_weights(source, device="cpu").items():
+        module, found, parameter = key.removeprefix(KEY_PREFIX).partition(KEY_OF_UNIT)
+        if found:
+            grouped.setdefault(module, {})[parameter] = tensor
+    return {module: _unit(state, config) for module, state in grouped.items()}
+
+
+def _unit(state: Mapping[str, torch.Tensor], config: PSRConfig) -> PSRUnit:
+    rank, width = state["direction"].shape
+    unit = PSRUnit(width, rank, config.gate, init_weights=True)
+    unit.load_state_dict(state)
+    return unit
+
+
+def _facts_of(source: str) -> AdapterFacts | None:
+    if os.path.isdir(source):
+        return AdapterFacts.load(source)
+    try:
+        return AdapterFacts.load(Path(hf_hub_download(source, FACTS_NAME)).parent)
+    except EntryNotFoundError:
+        return None
+
+
+def compose_adapters(
+    sources: Sequence[str | os.PathLike],
+    weights: Sequence[float],
+    output: str | os.PathLike,
+    *,
+    base_model: str | None = None,
+    dry_run: bool = False,
+) -> PSRConfig:
+    """Combine saved adapters into a new adapter folder, without loading the base model.
+
+    At strength 1 the result does what `add_weighted_adapter(..., combination_type="cat")` makes of them: each at its
+    own strength times its weight, on every layer that any of them edits.
+
+    Args:
+        sources: Adapter folders, or names on the Hub.
+        weights: One finite number each; a negative one steers away from the trait.
+        output: A folder that does not exist yet, or an empty one; it is there whole or not at all.
+        base_model: The base model's name, where the adapters call the same model by different names.
+        dry_run: Read and check everything, write nothing.
+
+    Returns:
+        The combination's configuration.
+
+    Raises:
+        FileExistsError: there is something at `output`.
+        OSError: the Hub can't be reached.
+        ValueError: weights and adapters do not match, an adapter is none or of another kind, or they can't be one:
+            different base models, positions or widths, `modules_to_save`.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder; choose another name for the combination.")
+    weights = check_weights(sources, weights)
+    adapters = [read_adapter(source) for source in sources]
+    config, units = combine_adapters(adapters, weights, base_model)
+    if dry_run:
+        return config
+    parts = tuple(
+        Part(adapter.name, weight, adapter.facts.trait) for adapter, weight in zip(adapters, weights, strict=True)
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        folder = Path(scratch, output.name)
+        folder.mkdir()
+        tensors = {
+            f"{KEY_PREFIX}{module}{KEY_OF_UNIT}{name}": tensor.contiguous()
+            for module, unit in units.items()
+            for name, tensor in unit.state_dict().items()
+        }
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+        write_model_card(folder, AdapterFacts(parts=parts, versions=package_versions()))
+        folder.replace(output)
+    return config
+
+
+def combine_adapters(
+    adapters: Sequence[SavedAdapter], weights: Sequence[float], base_model: str | None = None
+) -> tuple[PSRConfig, dict[str, PSRUnit]]:
+    """The combination's configuration, at strength 1, and its weights for each edited module.
+
+    Args:
+        adapters: What is combined.
+        weights: One finite number each.
+        base_model: The base model's name, where the adapters call the same model by different names.
+
+    Raises:
+        TypeError: a weight is not a number.
+        ValueError: see `compose_adapters`.
+    """
+    configs = [adapter.config for adapter in adapters]
+    factors = edit_factors(configs, check_weights(configs, weights))
+    bases = [(config.base_model_name_or_path, config.revision) for config in configs]
+    if base_model is None and len(set(bases)) > 1:
+        listed = "; ".join(
+            f"{adapter.name}: {base}, revision {revision}"
+            for adapter, (base, revision) in zip(adapters, bases, strict=True)
+        )
+        raise ValueError(
+            f"The adapters name different base models ({listed}). If they are one and the same, give its name as "
+            "base_model (--base-model)."
+        )
+    widths = {unit.direction.shape[1] for adapter in adapters for unit in adapter.units.values()}
+    numbered = all(config.target_modules is None for config in configs)
+    if numbered and len(widths) > 1:
+        raise ValueError(f"The adapters fit models of different widths {sorted(widths)}, so not one and the same.")
+    modules = sorted({module for adapter in adapters for module in adapter.units})
+    ranks = {
+        module: sum(adapter.units[module].direction.shape[0] for adapter in adapters if module in adapter.units)
+        for module in modules
+    }
+    layers = sorted(int(layer_index(module)) for module in modules) if numbered else None
+    config = combined_config(configs, ranks, layers, modules)
+    config.inference_mode = True
+    if base_model is not None:
+        config.base_model_name_or_path, config.revision = base_model, None
+    combined = {}
+    for module in modules:
+        there = [
+            (adapter, factor) for adapter, factor in zip(adapters, factors, strict=True) if module in adapter.units
+        ]
+        units = [adapter.units[module] for adapter, _ in there]
+        combined[module] = PSRUnit(units[0].direction.shape[1], config.r, config.gate, init_weights=True)
+        combine_units(combined[module], units, [factor for _, factor in there])
+    return config, combined

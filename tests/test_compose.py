@@ -1,0 +1,175 @@
+"""Adapters combined as files: the same as combining them in a model, for unlike ranks, layers, gates and strengths."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hub_server import loopback_hub  # noqa: F401  a fixture
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import tiny_model
+from typer.testing import CliRunner
+
+from peft_psr import PSRConfig
+from peft_psr.cli import app
+from peft_psr.saved_adapters import compose_adapters
+from peft_psr.training import AdapterFacts, Part
+
+
+IDS = torch.tensor([[1, 9, 12, 17, 23, 31], [1, 40, 8, 22, 5, 6]])
+BASE = "me/base"
+CONFIGS = {
+    "a": {"layers_to_transform": [0, 1], "r": 1, "alpha": 1.5},
+    "b": {"layers_to_transform": [1, 3], "r": 3, "coefficient_bias": -0.3},
+    "c": {"gate": "constant", "alpha": -0.5},
+}
+
+
+def many(layout="llama", configs=CONFIGS, base=BASE):
+    """A model with adapters of unlike ranks, layers, gates and strengths."""
+    model = tiny_model(layout)
+    model.name_or_path = base
+    for seed, (name, settings) in enumerate(configs.items()):
+        config = PSRConfig(**settings)
+        if seed == 0:
+            model = get_peft_model(model, config, adapter_name=name)
+        else:
+            model.add_adapter(name, config)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                if f"psr_unit.{name}." in parameter_name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Folders of adapters a, b and c."""
+    many().save_pretrained(tmp_path)
+    AdapterFacts(trait="formal").save(tmp_path / "a")
+    return tmp_path
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    ("names", "weights"), [("ab", [1.0, -0.5]), ("abc", [0.3, 1.0, 2.0]), ("c", [1.5]), ("aa", [1.0, 2.0])]
+)
+def test_files_combine_as_adapters_in_a_model_do(tmp_path, layout, names, weights):
+    model = many(layout)
+    model.save_pretrained(tmp_path)
+    compose_adapters([tmp_path / name for name in names], weights, tmp_path / "both")
+    unique = {name: sum(w for n, w in zip(names, weights, strict=True) if n == name) for name in names}
+    model.add_weighted_adapter(list(unique), list(unique.values()), "both", combination_type="cat")
+    model.set_adapter("both")
+    loaded = PeftModel.from_pretrained(tiny_model(layout), tmp_path / "both").eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-5)
+    if len(unique) == len(names):
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert not torch.allclose(loaded(IDS).logits, tiny_model(layout)(IDS).logits, atol=1e-2)
+
+
+def test_named_modules(tmp_path):
+    configs = {"a": {"target_modules": ["layers.0.mlp.down_proj", "lm_head"]}, "b": {"layers_to_transform": 2, "r": 2}}
+    model = many(configs=configs)
+    model.save_pretrained(tmp_path)
+    compose_adapters([tmp_path / "a", tmp_path / "b"], [1.0, 0.5], tmp_path / "both")
+    model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "both", combination_type="cat")
+    model.set_adapter("both")
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "both").eval()
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_result_is_an_ordinary_adapter_that_names_its_parts(saved):
+    config = compose_adapters([saved / "a", saved / "b"], [1.0, -0.5], saved / "out" / "both")
+    folder = saved / "out" / "both"
+    assert [path.name for path in folder.parent.iterdir()] == ["both"]
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == BASE and written["alpha"] == 1.0 and written["inference_mode"]
+    assert written["layers_to_transform"] == [0, 1, 3] == config.layers_to_transform and written["r"] == 4
+    assert AdapterFacts.load(folder).parts == (Part("a", 1.0, "formal"), Part("b", -0.5))
+    card = (folder / "README.md").read_text()
+    assert "| a | formal | 1 |" in card and "| b | not recorded | -0.5 |" in card and str(saved) not in card
+
+
+def test_mistakes_leave_nothing_behind(saved, tmp_path):
+    for name, settings, base in [
+        ("other", {}, "me/other"),
+        ("everywhere", {"positions": "all"}, BASE),
+        ("saves_more", {"modules_to_save": ["lm_head"]}, BASE),
+    ]:
+        many(configs={name: settings}, base=base).save_pretrained(saved)
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(saved / "lora")
+    many(configs={"broken": {}}).save_pretrained(saved)
+    config = json.loads((saved / "broken" / "adapter_config.json").read_text())
+    (saved / "broken" / "adapter_config.json").write_text(json.dumps({**config, "gate": "constant"}))
+    before = sorted(saved.rglob("*"))
+    for names, weights, message in [
+        (["a", "other"], [1, 1], "different base models .*a: me/base.*other: me/other.*--base-model"),
+        (["a", "everywhere"], [1, 1], "different positions"),
+        (["a", "saves_more"], [1, 1], "modules_to_save"),
+        (["a", "lora"], [1, 1], "'LORA'|LORA"),
+        (["a", "broken"], [1, 1], "weights of .*broken can't be read or do not fit"),
+        (["a", "b"], [1], "2 adapters and 1 weights"),
+        ([], [], "0 adapters"),
+        (["a", "b"], [1, float("inf")], "weight must be finite"),
+        (["a", "no such thing"], [1, 1], "No adapter folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            compose_adapters([saved / name for name in names], weights, saved / "both")
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        compose_adapters([saved / "b"], [1], saved / "a")
+    assert sorted(saved.rglob("*")) == before
+
+
+def test_same_folder_names_and_one_model_under_two_names(tmp_path):
+    many(base="me/base").save_pretrained(tmp_path / "x")
+    many(base="/models/base").save_pretrained(tmp_path / "y")
+    with pytest.raises(ValueError, match="different base models"):
+        compose_adapters([tmp_path / "x" / "a", tmp_path / "y" / "a"], [1, 1], tmp_path / "both")
+    config = compose_adapters(
+        [tmp_path / "x" / "a", tmp_path / "y" / "a"], [1, 1], tmp_path / "both", base_model="me/base"
+    )
+    assert config.base_model_name_or_path == "me/base" and config.r == 2
+
+
+def test_failure_while_writing(saved, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("peft_psr.saved_adapters.write_model_card", full)
+    before = sorted(saved.iterdir())
+    with pytest.raises(OSError, match="No space"):
+        compose_adapters([saved / "a"], [1], saved / "both")
+    assert sorted(saved.iterdir()) == before
+
+
+def psr(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_command_line(saved):
+    dry = psr("compose", saved / "a", saved / "b", "--weights", "-1.0,0.5", "--output", saved / "both", "--dry-run")
+    assert dry.exit_code == 0 and "would write" in dry.output and not (saved / "both").exists()
+    options = saved / "compose.yaml"
+    options.write_text(f"adapters: [{saved / 'a'}, {saved / 'b'}]\nweights: [-1.0, 0.5]\noutput: {saved / 'both'}\n")
+    done = psr("compose", "--config", options)
+    assert done.exit_code == 0 and "rank 4, layers [0, 1, 3]" in done.output
+    assert [part.weight for part in AdapterFacts.load(saved / "both").parts] == [-1.0, 0.5]
+    again = psr("compose", "--config", options)
+    assert again.exit_code == 2 and "error:" in again.output and "not an empty folder" in again.output
+    wrong = psr("compose", saved / "a", "--weights", "much", "--output", saved / "x")
+    assert wrong.exit_code == 2 and "must be numbers" in wrong.output
+
+
+def test_names_on_the_hub(saved, hub):
+    for name in "ab":
+        hub.add(f"me/{name}", {path.name: path.read_bytes() for path in (saved / name).iterdir()})
+    compose_adapters(["me/a", "me/b"], [1.0, -0.5], saved / "from_hub")
+    compose_adapters([saved / "a", saved / "b"], [1.0, -0.5], saved / "from_folders")
+    file = "adapter_model.safetensors"
+    assert (saved / "from_hub" / file).read_bytes() == (saved / "from_folders" / file).read_bytes()
+    assert AdapterFacts.load(saved / "from_hub").parts == (Part("me/a", 1.0, "formal"), Part("me/b", -0.5))
+    with pytest.raises(ValueError, match="me/none"):
+        compose_adapters(["me/none"], [1.0], saved / "x")
