@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Real
 
+import torch
 from peft import PeftConfig, TaskType
 
 
@@ -24,7 +25,7 @@ def check_strength(value: object, name: str) -> float:
     """Return `value` as a float; `TypeError` if it is not a number, `ValueError` if it is not finite."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}); for example {name}=1.0.")
-    if not math.isfinite(value):
+    if not torch.compiler.is_compiling() and not math.isfinite(value):  # while compiling, a number has no value yet
         raise ValueError(f"{name} must be finite, got {value!r}; 0.0 switches the edit off.")
     return float(value)
 

@@ -85,6 +85,11 @@ def begin_steered_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     return args, _without_ours(kwargs)
 
 
+def end_steered_call(model: nn.Module, args: tuple, output: Any) -> None:
+    """Forward hook of the model; it runs after a failed call too, which may not have reached the decoder."""
+    model._psr_state.begun = False  # type: ignore[union-attr]
+
+
 def begin_decoder_call(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Forward pre-hook of its decoder, for a call that did not come through the model."""
     state: SteeringState = decoder._psr_state  # type: ignore[assignment]
@@ -117,7 +122,8 @@ def attach_state(model: nn.Module) -> SteeringState:
     for module, hook in hooks.items():
         module._psr_state = state  # type: ignore[assignment]
         module._psr_arguments = list(inspect.signature(type(module).forward).parameters)[1:]  # type: ignore[assignment]
-        module._psr_handle = module.register_forward_pre_hook(hook, with_kwargs=True)  # type: ignore[assignment]
+        module._psr_handles = [module.register_forward_pre_hook(hook, with_kwargs=True)]  # type: ignore[assignment]
+    model._psr_handles.append(model.register_forward_hook(end_steered_call, always_call=True))  # type: ignore
     if hasattr(model, "generate"):
         model.generate = SteeredGenerate(model)  # type: ignore[assignment]
     return state
@@ -128,7 +134,8 @@ def detach_state(model: nn.Module) -> None:
     for module in model.modules():
         if module.__dict__.pop("_psr_state", None) is not None:
             module.__dict__.pop("_psr_arguments")
-            module.__dict__.pop("_psr_handle").remove()
+            for handle in module.__dict__.pop("_psr_handles"):
+                handle.remove()
     generate = model.__dict__.pop("generate", None)
     if isinstance(generate, SteeredGenerate) and generate.original is not None:
         model.generate = generate.original  # type: ignore[assignment]

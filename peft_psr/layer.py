@@ -48,8 +48,8 @@ def add_edit(stream: torch.Tensor, gates: torch.Tensor, direction: torch.Tensor,
         return torch.addcmul(stream, gates, direction, value=value)
     if direction.dim() == 3:
         return torch.baddbmm(stream.float(), gates, direction, alpha=value)
-    rows = torch.addmm(stream.float().flatten(0, -2), gates.flatten(0, -2), direction, alpha=value)
-    return rows.view(stream.shape)
+    # not one addmm over all rows: its result would be a view, which FSDP2 can't guard against writing in place
+    return torch.add(stream, gates @ direction, alpha=value)
 
 
 class PSRUnit(nn.Module):
@@ -91,7 +91,8 @@ class PSRUnit(nn.Module):
         weight = self.gate_weight
         if weight is None:
             return hidden.new_ones(*hidden.shape[:-1], self.direction.shape[0], dtype=torch.float32)
-        return torch.relu(F.linear(as_dtype(hidden, torch.float32), weight, self.gate_bias))
+        bias = None if self.gate_bias is None else as_dtype(self.gate_bias, torch.float32)
+        return torch.relu(F.linear(as_dtype(hidden, torch.float32), as_dtype(weight, torch.float32), bias))
 
     def forward(
         self, hidden: torch.Tensor, stream: torch.Tensor, strength: Strength
@@ -101,7 +102,8 @@ class PSRUnit(nn.Module):
         `strength` broadcasts over (..., r). The two streams differ where several adapters edit one after another.
         """
         gates = self.gate(hidden)
-        return add_edit(stream, gates, self.direction, strength), gates
+        # FSDP2's mixed precision hands the weights over in half precision
+        return add_edit(stream, gates, as_dtype(self.direction, torch.float32), strength), gates
 
     def _apply(self, fn, recurse: bool = True):
         """Follow the model to another device, but not to another dtype: the edit is computed in float32."""

@@ -113,9 +113,25 @@ class PSRModel(BaseTuner):
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, **kwargs)
 
     @classmethod
-    def _get_adapter_state_dict(cls, *args, **kwargs) -> dict[str, torch.Tensor]:
-        # another tuner's adapter of the same name may sit in the same model; only ours goes into our file
-        return {k: v for k, v in super()._get_adapter_state_dict(*args, **kwargs).items() if ".psr.psr_unit." in k}
+    def _get_adapter_state_dict(  # type: ignore[override]
+        cls, state_dict: dict[str, torch.Tensor], **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        # PEFT looks for tuner layers among the modules; under FSDP's activation checkpointing these have other names
+        # than the keys, and another tuner's adapter of the same name may sit among them
+        return {key: value for key, value in state_dict.items() if ".psr.psr_unit." in key}
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT comes here last when it loads an adapter, after it has placed the model; of adapters on disk it keeps
+        # only those of layers that wrap a module
+        for layer in self.psr_layers().values():
+            unit = layer.psr_unit[adapter_name] if adapter_name in layer.psr_unit else None
+            weights = getattr(getattr(unit, "_hf_hook", None), "weights_map", None)
+            if weights is not None and "direction" not in weights:
+                raise ValueError(
+                    f"{layer.name!r} lies on disk, where PEFT can't load adapter {adapter_name!r} to. Load the base "
+                    "model without disk offload, then the adapter, then call accelerate's `dispatch_model`."
+                )
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -135,7 +151,16 @@ class PSRModel(BaseTuner):
                 layer.hook.remove()
                 del module.psr
         detach_state(self.model)
-        return super()._unload_and_optionally_merge(False, *args, **kwargs)  # type: ignore[return-value]
+        # not PEFT's own way, which would take away the layers of another tuner on the model too
+        saved = [end for config in self.peft_config.values() for end in getattr(config, "modules_to_save", None) or ()]
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper) and any(name.endswith(end) for end in saved):
+                parent = self.model.get_submodule(name.rpartition(".")[0])
+                trained = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                setattr(parent, name.rpartition(".")[2], trained)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return self.model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -7,8 +7,8 @@ tokens that the mask names, in the same order. Source: arXiv 2605.03907.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,19 @@ def layers_downstream(model: PeftModel) -> list[str]:
     return names[first:]
 
 
+@contextmanager
+def _unedited(model: PeftModel) -> Iterator[None]:
+    """PEFT's `disable_adapter`, with the weights left trainable.
+
+    FSDP2 settles how it reduces gradients by `requires_grad` in its first forward call, which is the teacher's.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with model.disable_adapter():
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        yield
+
+
 def _recording(model: PeftModel, edited: bool) -> AbstractContextManager[dict[tuple[str, str], torch.Tensor]]:
     return psr_model(model).record_gates() if edited else nullcontext({})
 
@@ -95,7 +108,7 @@ def run_branch(
     if edited:
         inputs |= {"steering_mask": batch["steering_mask"], "alpha": batch["alpha"]}
     with_graph = edited and torch.is_grad_enabled()
-    off = nullcontext() if edited else model.disable_adapter()
+    off = nullcontext() if edited else _unedited(model)
     was_training = model.training
     if not with_graph:
         model.eval()  # dropout would make the branches differ by noise

@@ -27,6 +27,12 @@ def rows_of(mask: torch.Tensor) -> torch.Tensor:
     return mask.bool().nonzero()[:, 0]
 
 
+def triplet_weights(mask: torch.Tensor) -> torch.Tensor:
+    """Weights that average each triplet's masked tokens; (batch, tokens) float32, every row sums to 1."""
+    own = F.one_hot(rows_of(mask), mask.shape[0]).T
+    return own / own.sum(dim=1, keepdim=True)
+
+
 def mse_by_layer(
     student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], weights: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -35,10 +41,11 @@ def mse_by_layer(
     Args:
         student: {layer name: (tokens, d)}.
         teacher: The same, in the same order of tokens.
-        weights: (tokens,), from `token_weights`.
+        weights: (tokens,), from `token_weights`, for one mean over the batch; (batch, tokens), from `triplet_weights`,
+            for one mean a triplet.
     """
     return {
-        name: ((hidden.float() - teacher[name].float()).square().mean(dim=-1) * weights.to(hidden.device)).sum()
+        name: ((hidden.float() - teacher[name].float()).square().mean(dim=-1) * weights.to(hidden.device)).sum(dim=-1)
         for name, hidden in student.items()
     }
 

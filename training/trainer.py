@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,11 +11,12 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from peft_psr.decoder import layer_index
+from peft_psr.doors import is_encoder_decoder
 
 from .arguments import PSRTrainingArguments
 from .branches import Batch, Branch, layers_downstream, psr_model, run_branch
 from .collator import TripletCollator
-from .objectives import gate_regularizer, likelihood_loss, mse_by_layer, rows_of, token_weights
+from .objectives import gate_regularizer, likelihood_loss, mse_by_layer, rows_of, token_weights, triplet_weights
 from .triplets import Triplet
 
 
@@ -29,7 +29,8 @@ class PSRTrainer(Trainer):
     Everything else is transformers' `Trainer`: devices, checkpoints, callbacks, progress bar. Its logs gain the loss
     of each objective, `mse/layer_<l>` for every layer that the edit can change, `regularizer`, and `live_gates`, the
     share (0-1) of gates that opened at least once since the last log. Gates that did not open in the last two epochs
-    are named in a warning when training ends, and kept in `dead_gates`.
+    are named in a warning when training ends, and kept in `dead_gates`. Under several processes all of these cover
+    the triplets of every process.
 
     Args:
         model: A PEFT model with a PSR adapter, or a plain model together with `peft_config`.
@@ -42,7 +43,8 @@ class PSRTrainer(Trainer):
 
     Raises:
         TypeError: the model has no PSR adapter.
-        ValueError: a data set is empty, or a triplet can't be used; the message names it.
+        ValueError: a data set is empty, a triplet can't be used (the message names it), or the process would spread
+            the model over several GPUs with `nn.DataParallel`.
     """
 
     args: PSRTrainingArguments
@@ -61,6 +63,11 @@ class PSRTrainer(Trainer):
             model = get_peft_model(model, peft_config)
         psr_model(model)
         assert isinstance(model, PeftModel)  # which psr_model has just checked
+        if is_encoder_decoder(model.get_base_model()):
+            raise ValueError(
+                f"{type(model.get_base_model()).__name__} is an encoder-decoder; PSRTrainer trains decoder-only "
+                "models, where prompt and completion are one sequence. An adapter on its decoder can be run, though."
+            )
         args = PSRTrainingArguments(output_dir="psr_output") if args is None else args
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
@@ -74,12 +81,18 @@ class PSRTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"This process sees {self.args.n_gpu} GPUs and would copy the model to each (nn.DataParallel), "
+                "where PSR can't follow its layers. Start one process a GPU with `accelerate launch`, or let the "
+                "process see one GPU (CUDA_VISIBLE_DEVICES=0)."
+            )
         # the loss is a mean over triplets already, which the Trainer is to divide by its accumulation steps
         self.model_accepts_loss_kwargs = False
         self.layers = layers_downstream(model)
         self.normalizer: dict[str, float] | None = None
         self.dead_gates: list[str] = []
-        self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
+        self._sums: dict[str, torch.Tensor] = {}
         self._count = 0
         self._live: dict[tuple[str, str], torch.Tensor] = {}
         self._live_in_epoch: dict[tuple[str, str], torch.Tensor] = {}
@@ -89,8 +102,14 @@ class PSRTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any):
         """Train, then name the gates that are dead."""
         result = super().train(*args, **kwargs)
-        self.dead_gates = _names_of_dead(self._live_before, self._live_in_epoch)
-        if self.dead_gates:
+        recently = {key: live | self._live_before.get(key, live) for key, live in self._live_in_epoch.items()}
+        self.dead_gates = [
+            f"layer {layer_index(name)}, gate {rank}"
+            for (name, _), live in self._in_any_process(recently).items()
+            for rank, is_live in enumerate(live.tolist())
+            if not is_live
+        ]
+        if self.dead_gates and self.is_world_process_zero():
             logger.warning(
                 "Gates that opened on no token lately: %s. A dead gate gets no gradient and stays dead; "
                 "start with `initialize_psr_weights`, or with `PSRConfig(init_weights=True)`.",
@@ -98,33 +117,40 @@ class PSRTrainer(Trainer):
             )
         return result
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the whole adapter from the first process; every process has to call it.
+
+        `Trainer` alone writes no adapter where FSDP keeps its states sharded, which is FSDP2's default.
+        """
+        if self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
     def _untrained_loss(self) -> dict[str, float]:
         """Mean squared difference of each layer between the two branches without any edit, over the training set."""
         model = self.accelerator.unwrap_model(self.model)
-        totals: dict[str, float] = defaultdict(float)
-        batches = 0
+        parts = []
         for batch in self.get_eval_dataloader(self.train_dataset):
             batch = self._prepare_inputs(batch)
             teacher = run_branch(model, batch, self.layers, "teacher")
             base = run_branch(model, batch, self.layers, "base")
-            losses = mse_by_layer(base.hidden, teacher.hidden, token_weights(batch["steering_mask"]))
-            for name, loss in losses.items():
-                totals[name] += loss.item()
-            batches += 1
-        if not any(totals.values()):
+            losses = mse_by_layer(base.hidden, teacher.hidden, triplet_weights(batch["steering_mask"]))
+            by_triplet = torch.stack([loss.to(self.args.device) for loss in losses.values()], dim=1)
+            # from all processes, without the triplets that fill up the last batch
+            parts.append(self.accelerator.gather_for_metrics(by_triplet))
+        means = torch.cat(parts).mean(dim=0)
+        if not means.any():
             raise ValueError(
                 "The instruction changes nothing inside the model on any triplet (its activations are equal with and "
                 "without it), so the loss can't be normalised and there is nothing to learn."
             )
-        return {name: total / batches for name, total in totals.items()}
+        return dict(zip(self.layers, means.tolist(), strict=True))
 
     def _scaled_mse(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
         device = self.args.device
         values = {name: loss.to(device) for name, loss in losses.items()}
-        if self.args.normalize_loss is None:
-            return torch.stack(list(values.values())).sum()
         if self.normalizer is None:
-            self.normalizer = self._untrained_loss()
+            return torch.stack(list(values.values())).sum()
         if self.args.normalize_loss == "global":
             return torch.stack(list(values.values())).sum() / sum(self.normalizer.values())
         # a layer where the prompt changes nothing has nothing to say
@@ -138,6 +164,8 @@ class PSRTrainer(Trainer):
         weights, unwrapped = self.args.objective_weights, self.accelerator.unwrap_model(model)
         if not self.args.gradient_checkpointing:  # which works in training mode only
             model.eval()  # dropout would make the branches differ by noise
+        if "mse" in weights and self.args.normalize_loss is not None and self.normalizer is None:
+            self.normalizer = self._untrained_loss()
         teacher = run_branch(unwrapped, inputs, self.layers, "teacher") if "mse" in weights else None
         # last, so that what the call left for the layers is still there when checkpoints are computed again
         student = run_branch(unwrapped, inputs, self.layers, "student", logits="ll" in weights, wrapper=model)
@@ -167,7 +195,7 @@ class PSRTrainer(Trainer):
         """Sum up what the logs will show, without waiting for the device."""
         layers = {f"mse/layer_{layer_index(name)}": loss for name, loss in by_layer.items()}
         for name, value in {**parts, **layers}.items():
-            self._sums[name] = self._sums[name] + value.detach()
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         self._count += 1
         if int(self.state.epoch or 0) != self._epoch:
             self._epoch, self._live_before, self._live_in_epoch = int(self.state.epoch or 0), self._live_in_epoch, {}
@@ -177,12 +205,22 @@ class PSRTrainer(Trainer):
             self._live[key] = live | self._live.get(key, live)
             self._live_in_epoch[key] = live | self._live_in_epoch.get(key, live)
 
+    def _in_any_process(self, live: dict[tuple[str, str], torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
+        """Which gates opened on the triplets of at least one process."""
+        if not live:
+            return {}
+        counts = torch.cat([gates.to(self.args.device).float() for gates in live.values()])
+        opened = self.accelerator.reduce(counts, "sum") > 0
+        return dict(zip(live, opened.split([len(gates) for gates in live.values()]), strict=True))
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the means since the last log to a training log."""
+        """Add the means since the last log to a training log; every process has to call it, as `Trainer` does."""
         if "loss" in logs and self._count:
-            logs |= {name: float(total) / self._count for name, total in self._sums.items()}
-            live = [gate for gates in self._live.values() for gate in gates.tolist()]
-            logs["live_gates"] = sum(live) / len(live)
+            sums = torch.stack([total.to(self.args.device) for total in self._sums.values()])
+            means = self.accelerator.reduce(sums / self._count, "mean")
+            logs |= dict(zip(self._sums, means.tolist(), strict=True))
+            live = torch.cat(list(self._in_any_process(self._live).values()))
+            logs["live_gates"] = live.float().mean().item()
             self._sums.clear()
             self._live.clear()
             self._count = 0
@@ -200,13 +238,3 @@ def encode_dataset(collator: TripletCollator, dataset: Any, name: str) -> list[d
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: there are no triplets to work on.")
     return [collator.encode(triplet, f"{name}[{i}]") for i, triplet in enumerate(dataset)]
-
-
-def _names_of_dead(before: dict[tuple[str, str], torch.Tensor], now: dict[tuple[str, str], torch.Tensor]) -> list[str]:
-    """Gates closed on every token of the epoch in progress and of the one before it."""
-    return [
-        f"layer {layer_index(key[0])}, gate {rank}"
-        for key, live in now.items()
-        for rank, is_live in enumerate((live | before.get(key, live)).tolist())
-        if not is_live
-    ]

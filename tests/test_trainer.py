@@ -1,4 +1,4 @@
-"""Triplets, both branches, objectives against numbers worked out by hand, the Trainer, the starts."""
+"""Both branches, objectives against numbers worked out by hand, the Trainer, the starts."""
 
 from __future__ import annotations
 
@@ -9,42 +9,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from tiny_models import WIDTH, tiny_model, tiny_tokenizer
+from tiny_triplets import triplets
 from transformers import HfArgumentParser, PrinterCallback, ProgressCallback
 
 from peft_psr import PSRConfig
-from peft_psr.judging import JudgeScores
-from peft_psr.training import (
-    PSRTrainer,
-    PSRTrainingArguments,
-    TripletCollator,
-    add_instruction,
-    filter_triplets,
-    generate_triplets,
-    initialize_psr_weights,
-    read_triplets,
-    sample_completions,
-    write_triplets,
-)
+from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator, initialize_psr_weights
 from peft_psr.training.branches import layers_downstream, run_branch
 from peft_psr.training.objectives import gate_regularizer, likelihood_loss, mse_by_layer, token_weights
-
-
-USER = {"role": "user", "content": "what is tea"}
-COMPLETIONS = ["tea is good", "a b c d e", "dogs are good now", "yes"]
-
-
-def triplets(instruction="be brief", completions=COMPLETIONS, **fields):
-    return [
-        {
-            "prompt": [USER],
-            "steered_prompt": add_instruction([USER], instruction),
-            "completion": completion,
-            "trait_score": 80.0,
-            "coherence_score": 90.0,
-            **fields,
-        }
-        for completion in completions
-    ]
 
 
 def trainer(model, tmp_path, data=None, callbacks=None, **settings):
@@ -66,18 +37,6 @@ def randomized(model, scale=0.3):
 
 
 # ---------------------------------------------------------------- branches
-
-
-@pytest.mark.parametrize("positions", ["response", "question_and_response"])
-def test_both_masks_name_the_same_tokens(positions):
-    batch = TripletCollator(tiny_tokenizer(), positions)(triplets())
-    student = batch["input_ids"][batch["steering_mask"].bool()]
-    teacher = batch["teacher_input_ids"][batch["teacher_mask"].bool()]
-    assert torch.equal(student, teacher)
-    tokenizer = tiny_tokenizer()
-    labels = batch["labels"][0][batch["labels"][0] != -100]
-    assert tokenizer.convert_ids_to_tokens(labels) == ["tea", "is", "good", "</t>"]
-    assert torch.allclose(batch["alpha"], torch.tensor(0.8))
 
 
 @pytest.mark.parametrize("positions", ["response", "question_and_response"])
@@ -129,6 +88,15 @@ def test_only_the_active_adapter_says_where_the_loss_begins():
     model.add_adapter("b", PSRConfig(layers_to_transform=2))
     model.set_adapter("b")
     assert [name.rsplit(".", 1)[1] for name in layers_downstream(model)] == ["2", "3"]
+
+
+def test_weights_stay_trainable_in_the_teachers_pass():
+    model = get_peft_model(tiny_model(), PSRConfig())
+    weights = [parameter for name, parameter in model.named_parameters() if "psr_unit" in name]
+    seen = []
+    model.get_base_model().register_forward_pre_hook(lambda *_: seen.append([w.requires_grad for w in weights]))
+    run_branch(model, TripletCollator(tiny_tokenizer())(triplets()), layers_downstream(model), "teacher")
+    assert len(seen) == 1 and all(seen[0]) and all(w.requires_grad for w in weights)
 
 
 def test_dropout_does_not_disturb_the_branches():
@@ -228,7 +196,7 @@ def test_accumulated_gradients_equal_the_larger_batch(tmp_path):
 @pytest.mark.parametrize("normalize", ["global", "layer"])
 def test_normalized_loss_is_one_without_an_edit(tmp_path, normalize):
     model = get_peft_model(tiny_model(), PSRConfig())  # starts as a no-op
-    made = trainer(model, tmp_path, normalize_loss=normalize, per_device_train_batch_size=4)
+    made = trainer(model, tmp_path, normalize_loss=normalize, per_device_eval_batch_size=3)  # the set is 4
     assert made.compute_loss(model, made.data_collator(triplets())).item() == pytest.approx(1.0, rel=1e-5)
 
 
@@ -389,84 +357,19 @@ def test_start_errors():
         initialize_psr_weights(tiny_model(), triplets(), processing_class=tiny_tokenizer())
 
 
-# ---------------------------------------------------------------- triplets
-
-
-class LengthJudge:
-    """Trait: 100 for an even number of words; no verdict on an empty completion."""
-
-    def __init__(self):
-        self.prompts = []
-
-    def __call__(self, prompts, completions):
-        self.prompts += prompts
-        return [
-            JudgeScores(None, None) if not text else JudgeScores(100.0 * (len(text.split()) % 2 == 0), 100.0)
-            for text in completions
-        ]
-
-
-def test_generate_triplets():
-    model, tokenizer, judge = (
-        tiny_model(),
-        tiny_tokenizer("what is tea be brief now " + " ".join(map(str, range(51)))),
-        LengthJudge(),
-    )
-    settings = {"num_draws": 3, "max_new_tokens": 6, "batch_size": 4, "progress": False}
-    made = generate_triplets(model, tokenizer, ["be brief", "now"], [[USER]], judge, seed=1, **settings)
-    assert len(made) == 6
-    assert made[0]["prompt"] == [USER] and made[-1]["steered_prompt"][0] == {"role": "system", "content": "now"}
-    assert all(prompt == [USER] for prompt in judge.prompts)  # judged against the bare prompt
-    state = torch.get_rng_state()
-    assert made == generate_triplets(model, tokenizer, ["be brief", "now"], [[USER]], judge, seed=1, **settings)
-    assert torch.equal(state, torch.get_rng_state())
-    assert made != generate_triplets(model, tokenizer, ["be brief", "now"], [[USER]], judge, seed=2, **settings)
-
-
-def test_sampling_stops_at_the_end_of_the_turn_and_keeps_order():
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    prompts = [[USER], add_instruction([USER], "be brief"), [USER]]
-    together = sample_completions(model, tokenizer, prompts, max_new_tokens=5, temperature=0, batch_size=2)
-    for prompt, completion in zip(prompts, together, strict=True):
-        assert completion == sample_completions(model, tokenizer, [prompt], max_new_tokens=5, temperature=0)[0]
-    assert together[0] == together[2]
-
-
-def test_filter():
-    def row(trait, coherence, completion="yes"):
-        return {"prompt": [USER], "steered_prompt": [USER], "completion": completion, "trait_score": trait,
-                "coherence_score": coherence}  # fmt: skip
-
-    rows = [row(90, 90), row(49, 90), row(90, 49), row(None, 90), row(90, None), row(50, 50), row(90, 90, "")]
-    assert filter_triplets(rows) == [rows[0], rows[5]]
-    assert filter_triplets(rows, keep_negatives=True) == [rows[0], rows[1], rows[5]]
-    with pytest.raises(ValueError, match="None of 1 triplets"):
-        filter_triplets([row(0, 0)])
-    with pytest.raises(ValueError, match="between 0 and 100, got 150"):
-        filter_triplets(rows, min_trait_score=150)
-
-
-def test_files(tmp_path):
-    path = tmp_path / "triplets.jsonl"
-    write_triplets(triplets(), path)
-    assert read_triplets(path) == triplets() and list(tmp_path.iterdir()) == [path]
-    path.write_text("")
-    with pytest.raises(ValueError, match="holds no triplets"):
-        read_triplets(path)
-    path.write_text('{"prompt": "a", "steered_prompt": "b", "completion": "c"}\n{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match="line 2: steered_prompt, completion missing"):
-        read_triplets(path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
-        read_triplets(path)
-
-
 # ---------------------------------------------------------------- bad input
 
 
 def test_empty_dataset(tmp_path):
     with pytest.raises(ValueError, match="train_dataset is empty"):
         trainer(get_peft_model(tiny_model(), PSRConfig()), tmp_path, data=[])
+
+
+def test_copies_on_several_gpus_are_refused(tmp_path):
+    arguments = PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError, match="sees 2 GPUs.*accelerate launch"):
+        PSRTrainer(get_peft_model(tiny_model(), PSRConfig()), arguments, triplets(), processing_class=tiny_tokenizer())
 
 
 def test_model_without_adapter(tmp_path):
@@ -485,34 +388,6 @@ def test_completion_that_tokenises_differently_is_named(tmp_path):
                    processing_class=tokenizer)  # fmt: skip
 
 
-def test_completion_with_other_tokens_in_each_branch():
-    class Moody:
-        """Tokenizes the last word by the number of words before it, as a merging tokenizer may."""
-
-        chat_template, pad_token_id, eos_token_id, name_or_path = None, 0, None, "moody"
-
-        def __call__(self, text, add_special_tokens=True):
-            words = text.split()
-            return {"input_ids": [5] * (len(words) - 1) + ([len(words)] if text[-1] != " " else [5])}
-
-    triplet = {"prompt": "a ", "steered_prompt": "a b ", "completion": "c", "trait_score": 90}
-    with pytest.raises(ValueError, match="tokenises differently"):
-        TripletCollator(Moody()).encode(triplet)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"completion": 3}, "completion must be text"),
-        ({"prompt": {"role": "user"}}, "prompt must be text or messages"),
-        ({"trait_score": 101}, "trait_score must be 0-100"),
-    ],
-)
-def test_malformed_triplets_are_named(fields, message):
-    with pytest.raises(ValueError, match=f"row 7: {message}"):
-        TripletCollator(tiny_tokenizer()).encode(triplets(**fields)[0] | fields, "row 7")
-
-
 def test_missing_score_and_bad_arguments(tmp_path):
     with pytest.raises(ValueError, match="no trait_score"):
         TripletCollator(tiny_tokenizer()).encode(triplets(trait_score=None)[0])
@@ -527,10 +402,3 @@ def test_missing_score_and_bad_arguments(tmp_path):
             PSRTrainingArguments(output_dir=str(tmp_path), **settings)
     with pytest.raises(TypeError, match="alpha must be a number"):
         PSRTrainingArguments(output_dir=str(tmp_path), alpha="strong")
-
-
-def test_question_that_differs_between_branches_is_refused():
-    triplet = {**triplets()[0], "steered_prompt": [{"role": "user", "content": "be brief what is dogs"}]}
-    with pytest.raises(ValueError, match="question's tokens differ"):
-        TripletCollator(tiny_tokenizer(), "question_and_response").encode(triplet)
-    TripletCollator(tiny_tokenizer(), "response").encode(triplet)

@@ -1,0 +1,99 @@
+"""PSR together with a LoRA on one model: whatever PEFT lets a user do, nothing is dropped silently.
+
+Docstrings are lines of the table of modes in `docs/layouts.md`.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_adapter import steered
+from test_modes import generate, logits
+from tiny_models import tiny_model
+
+from peft_psr import PSRConfig
+
+
+def lora(base, seed=2, adapter_name="default"):
+    """A LoRA adapter with random, visible weights."""
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"]), adapter_name=adapter_name)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def test_over_a_merged_lora(tmp_path):
+    """PSR over a merged LoRA: an ordinary adapter of the merged model, saved and reloaded onto it."""
+    merged = lora(tiny_model()).merge_and_unload()
+    model = steered(copy.deepcopy(merged))
+    expected = logits(model)
+    assert not torch.equal(expected, logits(steered(tiny_model())))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(merged, tmp_path).eval()), expected)
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "psr"])
+def test_over_an_unmerged_lora(adapter_name, tmp_path):
+    """PSR over a live LoRA, of the same adapter name or another: both act, each is saved alone, the LoRA stays."""
+    lora_logits = logits(lora(tiny_model()))
+    model = steered(lora(tiny_model()).base_model.model, adapter_name=adapter_name)
+    expected = logits(model)
+    torch.testing.assert_close(expected, logits(steered(lora(tiny_model()).merge_and_unload())), atol=1e-3, rtol=1e-3)
+    model.save_pretrained(tmp_path)
+    folder = tmp_path if adapter_name == "default" else tmp_path / adapter_name
+    again = PeftModel.from_pretrained(lora(tiny_model()).base_model.model, folder).eval()
+    assert torch.equal(logits(again), expected)
+
+    def lora_alone():
+        with model.alpha_scale(0.0):
+            return torch.equal(logits(model), lora_logits)
+
+    assert lora_alone()
+    model.add_adapter("second", PSRConfig())
+    model.set_adapter("second")
+    assert lora_alone()
+    model.set_adapter(adapter_name)
+    model.delete_adapter("second")
+    assert lora_alone() and torch.equal(logits(model), expected)
+    with model.disable_adapter():  # the base without any adapter, as everywhere in PEFT
+        assert torch.equal(logits(model), logits(tiny_model()))
+    assert torch.equal(logits(model.unload()), lora_logits)
+
+
+def test_under_a_lora():
+    """LoRA over a live PSR adapter: both act; merging the LoRA leaves the PSR adapter in place."""
+    base = steered(tiny_model(), adapter_name="psr").get_base_model()
+    model = lora(base)
+    expected = logits(model)
+    torch.testing.assert_close(expected, logits(steered(lora(tiny_model()).merge_and_unload())), atol=1e-3, rtol=1e-3)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, atol=1e-3, rtol=1e-3)
+    assert torch.equal(generate(merged), generate(merged, use_cache=False))
+
+
+def test_lora_and_psr_are_not_mixed_in_one_peft_model(tmp_path):
+    """A LoRA added to a PSR `PeftModel`, or the reverse, is refused by name, and the model is left as it was."""
+    model = steered(tiny_model())
+    expected = logits(model)
+    with pytest.raises(ValueError, match="LORA.*PSR|PSR.*LORA"):
+        model.add_adapter("other", LoraConfig(target_modules=["q_proj"]))
+    assert torch.equal(logits(model), expected) and list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match="LORA.*PSR|PSR.*LORA"):
+        lora(tiny_model()).add_adapter("other", PSRConfig())
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="LORA.*PSR|PSR.*LORA"):
+        lora(tiny_model()).load_adapter(tmp_path, "other")
+
+
+def test_a_second_peft_model_over_the_same_base():
+    """`get_peft_model` on a model that PSR edits already: the new adapter alone is active."""
+    second = steered(steered(tiny_model()).get_base_model(), seed=7, adapter_name="other")
+    assert second.active_adapters == ["other"]
+    alone = steered(tiny_model(), seed=7, adapter_name="other")
+    assert torch.equal(logits(second), logits(alone))

@@ -1,0 +1,395 @@
+"""The ways a model is loaded, run, copied and trained, each with its plainest invariant.
+
+Each test's docstring is its line in the table of modes in `docs/layouts.md` (`scripts/tabulate_layouts.py`).
+`torch.compile` has a file of its own, `test_compile.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from test_adapter import PROMPTS, pad, randomize, steered
+from tiny_models import LAYERS, tiny_model
+from transformers import AutoModelForCausalLM, DynamicCache, TorchAoConfig
+
+from peft_psr import PSRConfig
+
+
+IDS, ATTENTION = pad(PROMPTS, "left")
+LONG = torch.tensor([[1, *range(5, 30)], [1, *range(30, 55)]])
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture
+def model():
+    return steered(tiny_model())
+
+
+def logits(model, **more):
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=ATTENTION, **more).logits
+
+
+def generate(model, ids=IDS, attention_mask=ATTENTION, **more):
+    return model.generate(input_ids=ids, attention_mask=attention_mask, **{**GREEDY, **more})
+
+
+@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_base_of_any_dtype(dtype, r):
+    """float32, bfloat16 and float16 bases: weights stay float32, the edit is rounded once, to the base's dtype."""
+    model = steered(tiny_model().to(dtype), r=r, alpha=0.7, positions="all").to(dtype)
+    assert {p.dtype for n, p in model.named_parameters() if "psr_unit" in n} == {torch.float32}
+    with torch.no_grad():
+        model.psr_layers()[1].psr_unit["default"].gate_bias.fill_(10.0)  # every gate open
+    target = model.get_base_model().model.layers[1]
+    seen = {}
+    target.register_forward_hook(lambda m, a, o: seen.update(before=o), prepend=True)
+    target.register_forward_hook(lambda m, a, o: seen.update(after=o))
+    assert logits(model).dtype == dtype
+    unit = model.psr_layers()[1].psr_unit["default"].double()  # the unit refuses another dtype ...
+    assert unit.direction.dtype == torch.float32
+    w, b, z = (parameter.double() for parameter in (unit.gate_weight, unit.gate_bias, unit.direction))
+    hidden = seen["before"].double()[ATTENTION.bool()]  # ... so that its parameters are taken one by one
+    exact = hidden + 0.7 * torch.relu(hidden @ w.T + b) @ z
+    assert (exact - hidden).abs().max() > 1.0
+    half_a_unit = torch.finfo(dtype).eps / 2 * exact.abs()
+    error = (seen["after"].double()[ATTENTION.bool()] - exact).abs()
+    assert seen["after"].dtype == dtype and bool((error <= half_a_unit + 2e-5 * exact.abs().max()).all())
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk", "cpu and disk"])
+def test_offloaded_base(where, tmp_path):
+    """accelerate's CPU and disk offload, of the whole model or by a device map: logits and generation are equal."""
+    model = steered(tiny_model())
+    expected, tokens = logits(model), generate(model)
+    if where == "cpu":
+        cpu_offload(model, torch.device("cpu"))
+    elif where == "disk":
+        disk_offload(model, tmp_path, torch.device("cpu"))
+    else:
+        layers = {f"base_model.model.model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(LAYERS)}
+        rest = dict.fromkeys(["embed_tokens", "norm", "rotary_emb"], "cpu")
+        device_map = {**{f"base_model.model.model.{name}": device for name, device in rest.items()}, **layers,
+                      "base_model.model.lm_head": "cpu"}  # fmt: skip
+        dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    offloaded = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    assert any("psr_unit" in name for name in offloaded)
+    assert torch.equal(logits(model), expected) and torch.equal(generate(model), tokens)
+
+
+def saved_base_and_adapter(folder):
+    base = tiny_model()
+    base.save_pretrained(folder / "base")
+    model = steered(base, layers_to_transform=[0, 1])
+    model.save_pretrained(folder / "adapter")
+    return logits(model)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_adapter_loaded_onto_a_dispatched_base(low_cpu_mem_usage, tmp_path):
+    """An adapter loaded onto a base with a device map: the two are dispatched again, logits are equal."""
+    expected = saved_base_and_adapter(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    dispatch_model(base, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter", low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert model.get_base_model()._hf_hook is not None
+    torch.testing.assert_close(logits(model), expected)
+
+
+def test_adapter_loaded_onto_a_base_on_disk_is_refused(tmp_path, monkeypatch):
+    """An adapter loaded onto edited layers that lie on disk: an error that says to load it first and offload then."""
+    monkeypatch.chdir(tmp_path)  # PEFT copies the base's files into the working directory
+    saved_base_and_adapter(tmp_path)
+    memory = {"cpu": 40_000}  # bytes: about half of the model
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map="auto", max_memory=memory, offload_folder=tmp_path / "weights"
+    )
+    assert {"cpu", "disk"} == set(base.hf_device_map.values())
+    with pytest.raises(ValueError, match="disk.*dispatch_model"):
+        PeftModel.from_pretrained(base, tmp_path / "adapter", max_memory=memory, offload_folder=tmp_path / "more")
+
+
+def test_meta_device_loading(model, tmp_path):
+    """`low_cpu_mem_usage=True`: units are made on the meta device and hold the file's weights once loaded."""
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    fresh = get_peft_model(tiny_model(), PSRConfig(), low_cpu_mem_usage=True)
+    assert all(parameter.is_meta for name, parameter in fresh.named_parameters() if "psr_unit" in name)
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path, low_cpu_mem_usage=True).eval()
+    loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=True)
+    assert not any(parameter.is_meta for parameter in loaded.parameters())
+    for name in ("default", "second"):
+        loaded.set_adapter(name)
+        for layer, original in zip(loaded.psr_layers().values(), model.psr_layers().values(), strict=True):
+            pairs = zip(layer.unit(name).parameters(), original.unit("default").parameters(), strict=True)
+            assert all(torch.equal(got, saved) for got, saved in pairs)
+        # the file's tensors lie in memory as the file has them: unaligned, and other kernels sum them up
+        torch.testing.assert_close(logits(loaded), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    """Gradient checkpointing, reentrant and not: the same loss and the same gradients as without."""
+
+    def loss_and_gradients(checkpointing):
+        model = steered(tiny_model(), r=4)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model.train()
+        mask = torch.tensor([[0, 0, 0, 1, 1, 1]] * len(IDS))
+        labels = IDS.masked_fill(mask == 0, -100)
+        loss = model(input_ids=IDS, attention_mask=ATTENTION, labels=labels, alpha=[0.5, 1.0, 1.5]).loss
+        loss.backward()
+        return loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    loss, expected = loss_and_gradients(False)
+    checkpointed, got = loss_and_gradients(True)
+    assert torch.equal(loss, checkpointed) and list(got) == list(expected)
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(got[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("layout", ["llama", "gemma"])
+def test_cache_implementations(layout):
+    """Static and sliding caches, prompts longer than Gemma's window: the tokens of a dynamic cache and of none."""
+    model = steered(tiny_model(layout))
+    mask = torch.ones_like(LONG)
+    expected = generate(model, LONG, mask, use_cache=False, max_new_tokens=12)
+    assert torch.equal(generate(model, LONG, mask, max_new_tokens=12), expected)
+    assert torch.equal(generate(model, LONG, mask, max_new_tokens=12, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 64])
+def test_chunked_prefill(model, chunk):
+    """`prefill_chunk_size`: the prompt in pieces, of one token too, gives the tokens of the prompt in one piece."""
+    mask = torch.zeros_like(LONG)
+    mask[:, 10:15] = mask[:, -1] = 1
+    for more in ({}, {"steering_mask": mask}):
+        expected = generate(model, LONG, torch.ones_like(LONG), **more)
+        assert torch.equal(generate(model, LONG, torch.ones_like(LONG), prefill_chunk_size=chunk, **more), expected)
+
+
+@pytest.mark.parametrize("layout", ["llama", "gemma"])
+def test_beams_and_return_sequences(layout):
+    """Beam search and several return sequences: each row as if it were alone, cached or not."""
+    model = steered(tiny_model(layout))
+    settings = {"num_beams": 3, "num_return_sequences": 2}
+    masks = torch.zeros_like(LONG)
+    masks[0, 2:20] = masks[1, -1] = 1
+    steering = {"alpha": [0.5, 2.0], "steering_mask": masks}
+    together = generate(model, LONG, torch.ones_like(LONG), **steering, **settings)
+    for row, alpha in enumerate([0.5, 2.0]):
+        one = slice(row, row + 1)
+        steering_alone = {"alpha": alpha, "steering_mask": masks[one]}
+        alone = generate(model, LONG[one], torch.ones_like(LONG[one]), **steering_alone, **settings)
+        assert torch.equal(together[2 * row : 2 * row + 2], alone)
+    uncached = generate(model, LONG, torch.ones_like(LONG), use_cache=False, **steering, **settings)
+    assert torch.equal(uncached, together)
+
+
+def test_sampled_return_sequences(model):
+    """Sampling several sequences a prompt: the same random numbers give the same tokens as repeated prompts."""
+    sampling = {"do_sample": True, "temperature": 0.7}
+    torch.manual_seed(5)
+    together = generate(model, num_return_sequences=3, alpha=[0.2, 1.0, 2.0], **sampling)
+    torch.manual_seed(5)
+    rows, mask = IDS.repeat_interleave(3, 0), ATTENTION.repeat_interleave(3, 0)
+    repeated = generate(model, rows, mask, alpha=[0.2] * 3 + [1.0] * 3 + [2.0] * 3, **sampling)
+    assert torch.equal(together, repeated)
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+def test_assisted_decoding(model, how):
+    """Assisted decoding (prompt lookup, a small assistant model): the tokens of plain greedy search."""
+    ids = torch.tensor([[1, 9, 12, 17, 9, 12, 17, 9, 12]])
+    mask = torch.zeros_like(ids)
+    mask[:, 3:] = 1
+    more = {"prompt_lookup_num_tokens": 2} if how == "prompt lookup" else {"assistant_model": tiny_model(seed=0)}
+    for steering in ({}, {"steering_mask": mask}):
+        expected = generate(model, ids, torch.ones_like(ids), max_new_tokens=16, **steering)
+        got = generate(model, ids, torch.ones_like(ids), max_new_tokens=16, **steering, **more)
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("layout", ["llama", "gpt2", "gemma"])
+def test_hidden_states_are_edited(layout):
+    """`output_hidden_states=True` shows the edited stream after every layer, the last one after the final norm."""
+    base = tiny_model(layout)
+    base(input_ids=IDS, output_hidden_states=True)  # transformers leaves hooks of its own behind, before ours
+    model = steered(base, gate="constant")
+    decoder, layers = base.get_decoder(), [base.get_submodule(unit.name) for unit in model.psr_layers().values()]
+    edited = []
+    for layer in layers:
+        layer.register_forward_hook(lambda m, a, o: edited.append(o[0] if isinstance(o, tuple) else o))
+    with torch.no_grad():
+        states = model(input_ids=IDS, attention_mask=ATTENTION, output_hidden_states=True).hidden_states
+        final_norm = decoder.ln_f if layout == "gpt2" else decoder.norm
+        assert len(states) == LAYERS + 1
+        for state, expected in zip(states[1:], [*edited[:-1], final_norm(edited[-1])], strict=True):
+            assert torch.equal(state, expected)
+    with model.disable_adapter(), torch.no_grad():
+        plain = model(input_ids=IDS, attention_mask=ATTENTION, output_hidden_states=True).hidden_states
+    assert all(not torch.equal(a[:, -1], b[:, -1]) for a, b in zip(states[1:], plain[1:], strict=True))
+
+
+def test_inference_mode(model):
+    """`torch.inference_mode`: equal logits and tokens, and training afterwards still works."""
+    expected, tokens = logits(model), generate(model)
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=IDS, attention_mask=ATTENTION).logits, expected)
+        assert torch.equal(generate(model), tokens)
+        model.set_alpha(0.5)
+        model.set_alpha(1.0)
+    model(input_ids=IDS, attention_mask=ATTENTION, labels=IDS).loss.backward()
+    assert model.psr_layers()[0].psr_unit["default"].direction.grad.abs().max() > 0
+
+
+def test_modules_to_save(tmp_path):
+    """`modules_to_save=["lm_head"]`: trained beside the adapter, saved and reloaded; the base's own head stays."""
+    model = steered(tiny_model(), layers_to_transform=1, modules_to_save=["lm_head"]).train()
+    original = tiny_model().lm_head.weight
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(input_ids=IDS, attention_mask=ATTENTION, labels=IDS).loss.backward()
+    optimizer.step()
+    model.eval()
+    head = model.get_base_model().lm_head
+    assert not torch.equal(head.modules_to_save["default"].weight, original)
+    assert torch.equal(head.original_module.weight, original)
+    trained = logits(model)
+    model.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
+    assert torch.equal(logits(reloaded), trained)
+    with reloaded.disable_adapter():
+        assert torch.equal(logits(reloaded), logits(tiny_model()))
+    base = reloaded.unload()  # which, as everywhere in PEFT, keeps the trained module
+    assert type(base.lm_head) is torch.nn.Linear and torch.equal(
+        base.lm_head.weight, head.modules_to_save["default"].weight
+    )
+
+
+def test_requires_grad(tmp_path):
+    """Only the active adapter asks for gradients: `set_adapter`, `inference_mode`, `is_trainable`, a frozen base."""
+
+    def trainable(model):
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all(".psr.psr_unit." in name for name in names)
+        return {name.split("psr_unit.")[1].split(".")[0] for name in names}
+
+    model = steered(tiny_model(), adapter_name="a", layers_to_transform=[0, 1])
+    assert trainable(model) == {"a"}
+    model.add_adapter("b", PSRConfig(layers_to_transform=[1, 2]))
+    assert trainable(model) == {"a"}
+    model.set_adapter("b")
+    assert trainable(model) == {"b"}
+    model.set_adapter("a", inference_mode=True)
+    assert trainable(model) == set() and model.active_adapters == ["a"]
+    model.base_model.set_adapter(["a", "b"])
+    assert trainable(model) == {"a", "b"}
+    model.set_requires_grad("a", requires_grad=False)
+    assert trainable(model) == {"b"}
+    model.save_pretrained(tmp_path)
+    assert trainable(PeftModel.from_pretrained(tiny_model(), tmp_path / "a")) == set()
+    assert trainable(PeftModel.from_pretrained(tiny_model(), tmp_path / "a", is_trainable=True)) == {"default"}
+    assert trainable(get_peft_model(tiny_model(), PSRConfig(inference_mode=True))) == set()
+
+
+def saved_and_loaded(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+@pytest.mark.parametrize("which", ["PeftModel", "base model"])
+def test_copies_are_independent(copied, which):
+    """deepcopy, pickle and `torch.save` of the whole model: equal, and what is done to one leaves the other alone."""
+    steered_model = steered(tiny_model())
+    source = steered_model if which == "PeftModel" else steered_model.get_base_model()
+    expected, tokens = logits(source), generate(source)
+    other = copied(source)
+    assert torch.equal(logits(other), expected) and torch.equal(generate(other), tokens)
+
+    layers = [module for module in other.modules() if type(module).__name__ == "PSRLayer"]
+    originals = {id(module) for module in source.modules()}
+    assert len(layers) == LAYERS and not any(id(module) in originals for module in other.modules())
+    for layer in layers:
+        layer.config["default"].alpha = 0.0
+    assert not torch.equal(logits(other), expected)
+    assert torch.equal(logits(source), expected) and torch.equal(generate(source), tokens)
+
+    steered_model.set_alpha(3.0)
+    randomize(steered_model, seed=9)
+    unsteered = logits(tiny_model())
+    assert torch.equal(logits(other), unsteered)
+    assert torch.equal(generate(other), generate(tiny_model()))
+    assert not torch.equal(generate(source), tokens)
+    # the copy's generate goes to the copy, with its own mask and strength
+    for layer in layers:
+        layer.config["default"].alpha = 1.0
+    assert torch.equal(generate(other, alpha=1.0), tokens)
+
+
+def test_state_dict_round_trip(model):
+    """`state_dict` and `load_state_dict` of the whole model carry the adapter."""
+    other = get_peft_model(tiny_model(seed=4), PSRConfig()).eval()
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other), logits(model))
+
+
+def test_continued_cache(model):
+    """A conversation kept in one cache, turn after turn, gives the tokens of the turn's whole prompt, without one."""
+    first = torch.tensor([PROMPTS[0]])
+    cache = DynamicCache(config=model.get_base_model().config)
+    answer = generate(model, first, torch.ones_like(first), past_key_values=cache, use_cache=True)
+    second = torch.cat([answer, torch.tensor([[33, 21, 8]])], dim=1)
+    # the earlier answer was edited when it was generated; its last token was never fed back, and counts as prompt
+    edited = [0] * (first.shape[1] - 1) + [1] * (answer.shape[1] - first.shape[1]) + [0] * 3 + [1]
+    uncached = generate(model, second, torch.ones_like(second), steering_mask=torch.tensor([edited]), use_cache=False)
+    assert torch.equal(generate(model, second, torch.ones_like(second), past_key_values=cache), uncached)
+
+
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_torchao_base(kind, tmp_path):
+    """torchao int8 bases: a training step, saving, reloading, cached generation; `unload` restores bit for bit."""
+    quantization = pytest.importorskip("torchao.quantization")
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+
+    def quantized():
+        config = TorchAoConfig(getattr(quantization, kind)())
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+        return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False).eval()
+
+    base = quantized()
+    assert "Int8" in type(base.model.layers[0].self_attn.q_proj.weight).__name__
+    plain = logits(base)
+    model = get_peft_model(base, PSRConfig(positions="all"))
+    assert torch.equal(logits(model), plain)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        losses.append(model(input_ids=IDS, attention_mask=ATTENTION, labels=IDS.masked_fill(IDS == 0, -100)).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
+    model.eval()
+    trained = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    reloaded = PeftModel.from_pretrained(quantized(), tmp_path / "adapter").eval()
+    assert torch.equal(logits(reloaded), trained)
+    assert torch.equal(generate(reloaded), generate(model, use_cache=False))
+    assert torch.equal(logits(model.unload()), plain)
