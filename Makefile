@@ -8,17 +8,21 @@ BIN := $(VENV)/bin
 $(BIN)/psr: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[eval]"
 	touch $(BIN)/psr
+
+$(BIN)/pytest: $(BIN)/psr
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $(BIN)/pytest
 
 demo: $(BIN)/psr
 	$(BIN)/psr demo $(ARGS)
 
-test: $(BIN)/psr
+test: $(BIN)/pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 # mypy can't follow the folder mapping of an editable install, so it reads an installed copy
-lint: $(BIN)/psr
+lint: $(BIN)/pytest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typecheck

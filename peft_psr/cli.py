@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 
 # before huggingface_hub is imported, which reads it once: the demo needs no network and is not to wait for one
@@ -23,6 +24,10 @@ except ImportError as error:  # pragma: no cover - depends on what is installed
     sys.exit(
         f"The psr command needs more than the adapter does ({error.name} is missing): pip install 'peft-psr[eval]'"
     )
+
+
+if TYPE_CHECKING:
+    from peft_psr import PSRConfig
 
 
 app = typer.Typer(
@@ -139,21 +144,45 @@ def compose(
     weights: str = typer.Option(..., help='One number for each, such as "1.0,-0.5"; negative steers away.'),
     output: Path = typer.Option(..., help="A new folder for the combination."),
     base_model: str = typer.Option("", help="The base model's name, if the adapters name one model in several ways."),
+    rank: int | None = typer.Option(None, min=1, help="Cut the combination to this rank; needs --triplets."),
+    triplets: Path | None = typer.Option(None, help="JSONL of answers to fit the cut to, of all the traits."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     config: Path | None = typer.Option(
         None, help="YAML file with any of these options.", callback=_load_config, is_eager=True
     ),
 ) -> None:
-    """Combine adapters of one base model into a new one, exactly, without loading the model."""
+    """Combine adapters of one base model into a new one: exactly, without loading the model, or cut to a rank."""
+    from peft_psr.facts import AdapterFacts
     from peft_psr.saved_adapters import compose_adapters
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
     with _errors(console):
-        combined = compose_adapters(
-            adapters, _numbers(weights), output, base_model=base_model or None, dry_run=dry_run
-        )
+        if (rank is None) != (triplets is None):
+            raise ValueError("--rank and --triplets go together: a rank is cut by a fit to what the adapters do.")
+        numbers = _numbers(weights)
+        combined = compose_adapters(adapters, numbers, output, base_model=base_model or None, dry_run=True)
+        if not dry_run:
+            cut = {} if triplets is None else _cut_settings(combined, rank, triplets)
+            combined = compose_adapters(adapters, numbers, output, base_model=base_model or None, **cut)
         layers = combined.layers_to_transform or combined.target_modules or "all"
-        console.print(f"{'would write' if dry_run else 'wrote'} {output}: rank {combined.r}, layers {layers}")
+        kept = combined.r if rank is None else min(rank, combined.r)
+        console.print(f"{'would write' if dry_run else 'wrote'} {output}: rank {kept}, layers {layers}")
+        facts = None if dry_run else AdapterFacts.load(output)
+        for layer, error in (facts.rank_cut if facts else {}).items():
+            console.print(f"layer {layer}: {100 * error:.1f} % of the edit is missing (RMS, held-out tokens)")
+
+
+def _cut_settings(config: PSRConfig, rank: int | None, triplets: Path) -> dict[str, Any]:
+    """What a rank cut takes besides the adapters: the base model, and samples from triplets."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from peft_psr.training import TripletCollator, read_triplets
+
+    examples = read_triplets(triplets)
+    base = config.base_model_name_or_path
+    collator = TripletCollator(AutoTokenizer.from_pretrained(base), config.positions, alpha=1.0)
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    return {"svd_rank": rank, "model": model, "samples": collator.steering_batches(examples)}
 
 
 @app.command()

@@ -84,6 +84,8 @@ class AdapterFacts:
         limits: What the adapter is not good for, in sentences.
         license: Licence identifier as the Hub has them, for example "apache-2.0"; it is the author's to give.
         parts: The adapters that this one combines.
+        rank_cut: What a rank cut of the combination costs: {layer: RMS of what is missing of the edit relative to the
+            RMS of the edit}, on tokens not used for the fit; 0 is exact.
 
     Raises:
         TypeError: a number is none.
@@ -111,6 +113,7 @@ class AdapterFacts:
     limits: tuple[str, ...] = ()
     license: str | None = None
     parts: tuple[Part, ...] = ()
+    rank_cut: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the numbers."""

@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from .composition import check_weights, combine_units, combined_config, edit_factors
 from .config import PSRConfig
@@ -102,18 +104,25 @@ def compose_adapters(
     output: str | os.PathLike,
     *,
     base_model: str | None = None,
+    svd_rank: int | None = None,
+    model: PreTrainedModel | None = None,
+    samples: Sequence[Mapping[str, Any]] | None = None,
     dry_run: bool = False,
 ) -> PSRConfig:
-    """Combine saved adapters into a new adapter folder, without loading the base model.
+    """Combine saved adapters into a new adapter folder; without loading the base model unless the rank is to be cut.
 
     At strength 1 the result does what `add_weighted_adapter(..., combination_type="cat")` makes of them: each at its
-    own strength times its weight, on every layer that any of them edits.
+    own strength times its weight, on every layer that any of them edits. With `svd_rank` it is then cut to that rank
+    as `combination_type="svd"` does; what that costs by layer is written to the facts (`rank_cut`).
 
     Args:
         sources: Adapter folders, or names on the Hub.
         weights: One finite number each; a negative one steers away from the trait.
         output: A folder that does not exist yet, or an empty one; it is there whole or not at all.
         base_model: The base model's name, where the adapters call the same model by different names.
+        svd_rank: The rank to keep, 1 or more; needs `model` and `samples`.
+        model: The loaded base model; left as it was.
+        samples: Arguments of forward calls on text that the combination is to steer.
         dry_run: Read and check everything, write nothing.
 
     Returns:
@@ -123,9 +132,11 @@ def compose_adapters(
         FileExistsError: there is something at `output`.
         OSError: the Hub can't be reached.
         ValueError: weights and adapters do not match, an adapter is none or of another kind, or they can't be one:
-            different base models, positions or widths, `modules_to_save`.
+            different base models, positions or widths, `modules_to_save`; or `svd_rank` without model or samples.
     """
     output = Path(output)
+    if svd_rank is not None and (model is None or not samples):
+        raise ValueError("svd_rank needs the base model and samples: a rank is cut by a fit to what the edit does.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder; choose another name for the combination.")
     weights = check_weights(sources, weights)
@@ -147,9 +158,25 @@ def compose_adapters(
         }
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
-        write_model_card(folder, AdapterFacts(parts=parts, versions=package_versions()))
+        errors: dict[str, float] = {}
+        if svd_rank is not None:
+            folder, config, errors = _cut(folder, model, svd_rank, samples, Path(scratch, "cut"))
+        write_model_card(folder, AdapterFacts(parts=parts, rank_cut=errors, versions=package_versions()))
         folder.replace(output)
     return config
+
+
+def _cut(exact: Path, model: Any, rank: int, samples: Any, scratch: Path) -> tuple[Path, PSRConfig, dict[str, float]]:
+    """The folder of `exact` with its rank cut, its configuration, and the error by layer."""
+    steered: Any = PeftModel.from_pretrained(model, exact, adapter_name="exact").eval()
+    try:
+        errors = steered.add_weighted_adapter(
+            ["exact"], [1.0], "cut", combination_type="svd", svd_rank=rank, samples=samples
+        )
+        steered.save_pretrained(str(scratch), selected_adapters=["cut"])
+        return scratch / "cut", steered.peft_config["cut"], {str(layer): error for layer, error in errors.items()}
+    finally:
+        steered.unload()
 
 
 def combine_adapters(

@@ -62,15 +62,8 @@ def study(model, tokenizer, traits: list[str], draws: int) -> list[dict]:
         train(steered, experiment)
     steered.eval()
     collator = TripletCollator(tokenizer, "response", alpha=1.0)
-    columns = ("input_ids", "attention_mask", "steering_mask")
-
-    def batches(triplets) -> list[dict]:
-        rows = [collator.encode(triplet, "triplet") for triplet in triplets]
-        encoded = [collator(rows[start : start + 16]) for start in range(0, len(rows), 16)]
-        return [{name: batch[name] for name in columns} for batch in encoded]
-
-    samples = batches([triplet for experiment in experiments for triplet in experiment.triplets])
-    held_out = batches([triplet for experiment in experiments for triplet in experiment.held_out])
+    samples = collator.steering_batches([t for experiment in experiments for t in experiment.triplets])
+    held_out = collator.steering_batches([t for experiment in experiments for t in experiment.held_out])
     steered.add_weighted_adapter(traits, [1.0, 1.0], "exact")
     errors = steered.add_weighted_adapter(
         traits, [1.0, 1.0], "cut", combination_type="svd", svd_rank=1, samples=samples

@@ -8,13 +8,16 @@ import pytest
 import torch
 from hub_server import loopback_hub  # noqa: F401  a fixture
 from peft import LoraConfig, PeftModel, get_peft_model
+from saved_adapter import randomize
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from peft_psr import PSRConfig
+from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.cli import app
 from peft_psr.saved_adapters import compose_adapters
-from peft_psr.training import AdapterFacts, Part
+from peft_psr.tiny_chat import prompt_messages, questions
+from peft_psr.training import AdapterFacts, Part, write_triplets
 
 
 IDS = torch.tensor([[1, 9, 12, 17, 23, 31], [1, 40, 8, 22, 5, 6]])
@@ -173,3 +176,34 @@ def test_names_on_the_hub(saved, hub):
     assert AdapterFacts.load(saved / "from_hub").parts == (Part("me/a", 1.0, "formal"), Part("me/b", -0.5))
     with pytest.raises(ValueError, match="me/none"):
         compose_adapters(["me/none"], [1.0], saved / "x")
+
+
+def test_rank_cut_by_command(tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_chat_path()).eval()
+    model = get_peft_model(base, PSRConfig(r=2), adapter_name="a")
+    model.add_adapter("b", PSRConfig(gate="constant"))
+    for seed, name in enumerate("ab"):
+        randomize(model, name, seed)
+    model.save_pretrained(tmp_path)
+    texts = [question.text for question in questions("train")[:8]]
+    write_triplets(
+        [
+            {"prompt": prompt_messages(text), "steered_prompt": prompt_messages(text), "completion": "it is good ."}
+            for text in texts
+        ],
+        tmp_path / "answers.jsonl",
+    )
+    command = ["compose", str(tmp_path / "a"), str(tmp_path / "b"), "--weights", "1.0,-0.5", "--output"]
+    cut = ["--rank", "1", "--triplets", str(tmp_path / "answers.jsonl")]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "cut"), *cut])
+    assert result.exit_code == 0 and "rank 1" in result.output, result.output
+    facts = AdapterFacts.load(tmp_path / "cut")
+    assert list(facts.rank_cut) == list("012345") and 0 < min(facts.rank_cut.values()) < 1
+    assert f"layer 0: {100 * facts.rank_cut['0']:.1f} %" in result.output
+    assert f"0: {facts.rank_cut['0']:.2f}, 1:" in (tmp_path / "cut" / "README.md").read_text()
+    reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_chat_path()), tmp_path / "cut")
+    assert reloaded.active_peft_config.r == 1
+
+    alone = CliRunner().invoke(app, [*command, str(tmp_path / "x"), "--rank", "1"])
+    assert alone.exit_code == 2 and "--rank and --triplets go together" in alone.output
+    assert not (tmp_path / "x").exists()

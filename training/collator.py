@@ -125,6 +125,18 @@ class TripletCollator:
             "alpha": torch.tensor([r["alpha"] for r in rows], dtype=torch.float32),
         }
 
+    def steering_batches(
+        self, triplets: Sequence[Mapping[str, Any]], batch_size: int = 16
+    ) -> list[dict[str, torch.Tensor]]:
+        """The student's branch alone, as arguments of forward calls: `input_ids`, `attention_mask`, `steering_mask`.
+
+        Raises:
+            ValueError: a triplet can't be used; the message names it.
+        """
+        rows = [self.encode(triplet, f"triplet {i}") for i, triplet in enumerate(triplets)]
+        batches = [self(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+        return [{name: batch[name] for name in ("input_ids", "attention_mask", "steering_mask")} for batch in batches]
+
 
 def _last(length: int, count: int) -> list[int]:
     return [0] * (length - count) + [1] * count
