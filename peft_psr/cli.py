@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +15,10 @@ if sys.argv[1:2] == ["demo"]:
 
 try:
     import typer
-    import yaml
     from rich.console import Console
-    from rich.text import Text
+
+    from peft_psr import cli_triplets
+    from peft_psr.cli_common import errors, load_config
 except ImportError as error:  # pragma: no cover - depends on what is installed
     sys.exit(
         f"The psr command needs more than the adapter does ({error.name} is missing): pip install 'peft-psr[eval]'"
@@ -43,27 +42,6 @@ def _psr() -> None:
     """One subcommand for each step of the way."""
 
 
-def _load_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Take a YAML file's options as defaults, so that what stands on the command line wins."""
-    if path is None or context.resilient_parsing:
-        return path
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"can't read {path}: {error}") from error
-    known = {parameter.name for parameter in context.command.params} - {"config"}
-    options = (
-        {str(name).replace("-", "_"): value for name, value in options.items()} if isinstance(options, dict) else None
-    )
-    if options is None:
-        raise typer.BadParameter(f"{path} must hold options such as 'seed: 1'.")
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise typer.BadParameter(f"{path} has unknown options {unknown}; there are {sorted(known)}.")
-    context.default_map = {**(context.default_map or {}), **options}
-    return path
-
-
 @app.command()
 def demo(
     trait: str = typer.Option("sycophantic", help="A trait of the embedded model, or 'all'."),
@@ -73,7 +51,7 @@ def demo(
     quick: bool = typer.Option(False, "--quick", help="Under 90 seconds; fewer samples, rougher numbers."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=_load_config, is_eager=True
+        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
     ),
 ) -> None:
     """Train, save, reload and measure PSR adapters on the embedded model, offline."""
@@ -116,14 +94,14 @@ def push(
     update: bool = typer.Option(False, "--update", help="Replace the adapter that the repository holds."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=_load_config, is_eager=True
+        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
     ),
 ) -> None:
     """Upload an adapter to the Hub with a model card; the token is that of `hf auth login` or HF_TOKEN."""
     from peft_psr.sharing import push_adapter
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    with _errors(console):
+    with errors(console):
         done = push_adapter(
             folder, repo_id, base_model=base_model or None, private=private or None, update=update, dry_run=dry_run
         )
@@ -148,7 +126,7 @@ def compose(
     triplets: Path | None = typer.Option(None, help="JSONL of answers to fit the cut to, of all the traits."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=_load_config, is_eager=True
+        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
     ),
 ) -> None:
     """Combine adapters of one base model into a new one: exactly, without loading the model, or cut to a rank."""
@@ -156,7 +134,7 @@ def compose(
     from peft_psr.saved_adapters import compose_adapters
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    with _errors(console):
+    with errors(console):
         if (rank is None) != (triplets is None):
             raise ValueError("--rank and --triplets go together: a rank is cut by a fit to what the adapters do.")
         numbers = _numbers(weights)
@@ -198,7 +176,7 @@ def chat(
     seed: int = typer.Option(0, min=0, help="Same seed, same conversation, same adapters: same answer."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=_load_config, is_eager=True
+        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
     ),
 ) -> None:
     """Talk to a model with adapters: choose them, turn them up or down, see their gates. Lines can be piped in."""
@@ -210,7 +188,7 @@ def chat(
 
     logging.disable_progress_bar()
     console = Console()
-    with _errors(console):
+    with errors(console):
         named = chat_loop.name_adapters(adapters)
         chat_loop.check_transcript(output)
         base = chat_loop.base_model_of(named, model)
@@ -231,14 +209,8 @@ def _numbers(text: str) -> list[float]:
         raise ValueError(f'--weights must be numbers such as "1.0,-0.5", got {text!r}.') from None
 
 
-@contextmanager
-def _errors(console: Console) -> Iterator[None]:
-    """Print what a user can mend as one line, and exit with 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)))
-        raise typer.Exit(2) from error
+for command in (cli_triplets.triplets, cli_triplets.recipes, cli_triplets.draft):
+    app.command()(command)
 
 
 def main() -> None:

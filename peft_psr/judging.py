@@ -11,17 +11,26 @@ Message = dict[str, str]
 
 
 class JudgeScores(NamedTuple):
-    """The two scores of one completion, each 0-100, or `None` where the judge could not tell."""
+    """The two scores of one completion, each 0-100, or `None` where the judge could not tell.
+
+    Attributes:
+        trait: How strongly the completion shows the trait.
+        coherence: How coherent it is as an answer to the prompt.
+        failure: Why the judge gave no answer at all, e.g. a server that failed after all retries; both scores are
+            `None` then, and judging the completion again may help. `None` where the judge answered.
+    """
 
     trait: float | None
     coherence: float | None
+    failure: str | None = None
 
 
 class Judge(Protocol):
     """Scores completions in batches.
 
     A judge is shown the *bare* prompt x (without the instruction that elicits the trait), so that the prompted and the
-    steered model are judged alike.
+    steered model are judged alike. A judge may have `describe() -> dict`, which says as JSON what it is and how it
+    scores, for the manifest of a run.
     """
 
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[JudgeScores]:

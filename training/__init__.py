@@ -1,16 +1,31 @@
 """Training PSR adapters: triplets, sampling, filtering, objectives, initialisation, the Trainer."""
 
+from peft_psr.facts import AdapterFacts, Part, Score
+from peft_psr.model_card import write_model_card
+
 from .arguments import PSRTrainingArguments
 from .collator import TripletCollator
+from .draws import Draw, Failure, PromptPair, Sample, Sampler
+from .filtering import filter_triplets
 from .initialization import initialize_psr_weights
-from .sampling import sample_completions
+from .model_card import training_facts
+from .sampling import LocalSampler, sample_completions
 from .trainer import PSRTrainer
-from .triplets import Triplet, add_instruction, filter_triplets, generate_triplets, read_triplets, write_triplets
+from .triplets import Triplet, add_instruction, generate_triplets, read_triplets, write_triplets
 
 
 __all__ = [
+    "AdapterFacts",
+    "Draw",
+    "Failure",
+    "LocalSampler",
     "PSRTrainer",
     "PSRTrainingArguments",
+    "Part",
+    "PromptPair",
+    "Sample",
+    "Sampler",
+    "Score",
     "Triplet",
     "TripletCollator",
     "add_instruction",
@@ -19,5 +34,7 @@ __all__ = [
     "initialize_psr_weights",
     "read_triplets",
     "sample_completions",
+    "training_facts",
+    "write_model_card",
     "write_triplets",
 ]

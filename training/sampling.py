@@ -1,17 +1,37 @@
-"""Completions sampled from a model in batches of similar length."""
+"""Completions sampled from a local model: in batches of similar length, each row by its own seed, on any device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from peft_psr.chat import Prompt, encode_prompt, pad_id
 from peft_psr.positions import chat_mask, pad_rows
+
+from .draws import Draw, Failure, Sample, draw_seed, template_hash
+from .gumbel import GumbelLogitsProcessor
+
+
+logger = logging.getLogger(__name__)
+
+# the model's own distribution: neither truncation nor penalties that its generation config may ask for
+_PLAIN: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")),
+}
 
 
 class Completion(NamedTuple):
@@ -21,7 +41,24 @@ class Completion(NamedTuple):
     truncated: bool
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class _Row:
+    index: int
+    prompt: Prompt
+    ids: list[int]
+    seed: int
+    alpha: float | None
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    index: int
+    text: str
+    truncated: bool
+    prompt_tokens: int
+    completion_tokens: int
+
+
 def sample_completions(
     model: PreTrainedModel | PeftModel,
     processing_class,
@@ -35,66 +72,189 @@ def sample_completions(
 ) -> list[Completion]:
     """One completion for each prompt, in the order of the prompts.
 
+    A prompt's completion depends on `seed` and its place in `prompts`, not on what shares its batch (see
+    `LocalSampler` for the limits of that).
+
     Args:
         model: Any causal language model; a PSR adapter edits the positions of its own configuration.
         processing_class: Its tokenizer.
         prompts: Conversations or plain texts.
         max_new_tokens: Longest completion, in tokens.
         temperature: Of the sampling; 0 takes the likeliest token.
-        batch_size: Prompts a batch; prompts of similar length go together.
-        seed: The global random state is left as it was.
+        batch_size: Most prompts a batch; prompts of similar length go together. Halved when memory runs out.
+        seed: The global random state is neither used nor changed.
         alpha: One strength a prompt, for a model with a PSR adapter.
         progress: Title of a progress bar, or `None` for none.
 
     Raises:
         ValueError: `max_new_tokens` or `batch_size` below 1, or temperature below 0.
+        torch.OutOfMemoryError: a single prompt does not fit.
     """
+    check_sampling(max_new_tokens, temperature, batch_size)
+    rows = [
+        _Row(
+            i,
+            prompt,
+            encode_prompt(processing_class, prompt),
+            draw_seed(seed, f"prompt/{i}"),
+            None if alpha is None else alpha[i],
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    results: list[Completion | None] = [None] * len(rows)
+    with tqdm(total=len(rows), desc=progress, disable=progress is None) as bar:
+        for drawn in _sample(model, processing_class, rows, max_new_tokens, temperature, batch_size):
+            results[drawn.index] = Completion(drawn.text, drawn.truncated)
+            bar.update()
+    return results  # type: ignore[return-value]
+
+
+class LocalSampler:
+    """Makes draws with a transformers model; a `peft_psr.training.draws.Sampler`.
+
+    Each draw samples from softmax(logits / temperature) by its own seed, so its text does not depend on the batch. In
+    low precision, and where two tokens are all but equally likely, the sums inside a batch of another shape can round
+    otherwise and another token win; so can another device or version of torch. The model's own generation settings
+    (top-p, penalties) are not applied, its end tokens are.
+
+    Args:
+        model: Any causal language model, on one device or spread by a `device_map`.
+        processing_class: Its tokenizer.
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Of the sampling; 0 takes the likeliest token.
+        batch_size: Most draws a batch; halved when memory runs out.
+        name: What records call the model; its `name_or_path` by default.
+
+    Raises:
+        ValueError: `max_new_tokens` or `batch_size` below 1, or temperature below 0.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processing_class,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        batch_size: int = 64,
+        name: str | None = None,
+    ) -> None:
+        check_sampling(max_new_tokens, temperature, batch_size)
+        self.model, self.processing_class = model, processing_class
+        self.max_new_tokens, self.temperature, self.batch_size = max_new_tokens, temperature, batch_size
+        self.name = name or model.config.name_or_path
+
+    def describe(self) -> dict[str, Any]:
+        """Returns engine, model, revision, chat template hash and settings, and what cannot be reproduced."""
+        return {
+            "engine": "transformers",
+            "model": self.name,
+            "revision": getattr(self.model.config, "_commit_hash", None),
+            "template_hash": template_hash(self.processing_class.chat_template),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "versions": {package: version(package) for package in ("torch", "transformers")},
+            "not_reproducible": "another device, precision or version of torch can round otherwise"
+            + ("" if self.model.dtype == torch.float32 else ", and so can another batch in low precision"),
+        }
+
+    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Sample | Failure]]:
+        """Yields each draw with its sample as its batch finishes, longest prompts first.
+
+        Raises:
+            torch.OutOfMemoryError: a single draw does not fit.
+        """
+        rows = [
+            _Row(i, draw.prompt, encode_prompt(self.processing_class, draw.prompt), draw.seed, None)
+            for i, draw in enumerate(draws)
+        ]
+        for drawn in _sample(
+            self.model, self.processing_class, rows, self.max_new_tokens, self.temperature, self.batch_size
+        ):
+            yield draws[drawn.index], Sample(drawn.text, drawn.truncated, drawn.prompt_tokens, drawn.completion_tokens)
+
+
+def check_sampling(max_new_tokens: int, temperature: float, batch_size: int) -> None:
+    """Raises `ValueError` for a setting that no sampler can work with."""
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, got {temperature}.")
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    ids = [encode_prompt(processing_class, prompt) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    results: list[Completion | None] = [None] * len(ids)
-    # "response" needs no mask: `generate` knows the last prompt token
-    config = model.active_peft_config if isinstance(model, PeftModel) else None
-    positions = getattr(config, "positions", None)
+
+
+def _sample(
+    model: PreTrainedModel | PeftModel,
+    processing_class,
+    rows: Sequence[_Row],
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+) -> Iterator[_Drawn]:
+    """Longest prompts first, so that memory runs out at once if it does; then with half the batch from there on."""
+    waiting = sorted(rows, key=lambda row: -len(row.ids))
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices), tqdm(total=len(ids), desc=progress, disable=progress is None) as bar:
-            torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
-                batch = {
-                    "input_ids": pad_rows([ids[i] for i in rows], pad_id(processing_class), device),
-                    "attention_mask": pad_rows([[1] * len(ids[i]) for i in rows], 0, device),
-                }
-                if alpha is not None:
-                    batch["alpha"] = torch.tensor([alpha[i] for i in rows], device=device)
-                if positions == "question_and_response":
-                    masks = [chat_mask(processing_class, prompts[i], positions) for i in rows]
-                    batch["steering_mask"] = pad_rows(masks, 0, device)
-                output = model.generate(  # type: ignore[operator]
-                    **batch, **sampling, max_new_tokens=max_new_tokens, pad_token_id=pad_id(processing_class)
-                )
-                for i, row in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                    results[i] = _decode(processing_class, model, row)
-                bar.update(len(rows))
+        while waiting:
+            batch = waiting[:batch_size]
+            try:
+                drawn = _sample_batch(model, processing_class, batch, max_new_tokens, temperature)
+            except RuntimeError as error:
+                if len(batch) == 1 or not (
+                    isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+                ):
+                    raise
+                drawn = None
+            if drawn is None:  # outside the handler: the error keeps the batch's tensors alive
+                batch_size = len(batch) // 2
+                logger.warning("Out of memory at %d completions together; on with %d.", len(batch), batch_size)
+                gc.collect()
+                clear_device_cache()
+                continue
+            waiting = waiting[len(batch) :]
+            yield from drawn
     finally:
         model.train(was_training)
-    return results  # type: ignore[return-value]
 
 
-def _decode(processing_class, model: PreTrainedModel | PeftModel, ids: list[int]) -> Completion:
-    """Text up to the first token that ends a turn; without one, the completion was cut off."""
+@torch.no_grad()
+def _sample_batch(
+    model: PreTrainedModel | PeftModel,
+    processing_class,
+    rows: Sequence[_Row],
+    max_new_tokens: int,
+    temperature: float,
+) -> list[_Drawn]:
+    # weights that accelerate offloads are on no device between calls; its hooks move what is given to them
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    padding = pad_id(processing_class)
+    batch: dict[str, Any] = {
+        "input_ids": pad_rows([row.ids for row in rows], padding, device),  # (batch, prompt), padded on the left
+        "attention_mask": pad_rows([[1] * len(row.ids) for row in rows], 0, device),
+    }
+    prompt_length = batch["input_ids"].shape[1]
+    if rows[0].alpha is not None:
+        batch["alpha"] = torch.tensor([row.alpha for row in rows], device=device)
+    # "response" needs no mask: `generate` knows the last prompt token
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    if getattr(config, "positions", None) == "question_and_response":
+        masks = [chat_mask(processing_class, row.prompt, "question_and_response") for row in rows]
+        batch["steering_mask"] = pad_rows(masks, 0, device)
+    processors = LogitsProcessorList()
+    if temperature > 0:
+        processors.append(GumbelLogitsProcessor([row.seed for row in rows], prompt_length, temperature, device))
+    output = model.generate(  # type: ignore[operator]
+        **batch, **_PLAIN, logits_processor=processors, max_new_tokens=max_new_tokens, pad_token_id=padding
+    )
     ends = model.generation_config.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends]) | {processing_class.eos_token_id}
-    length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-    return Completion(processing_class.decode(ids[:length], skip_special_tokens=True), length == len(ids))
+    drawn = []
+    for row, ids in zip(rows, output[:, prompt_length:].tolist(), strict=True):
+        # text up to the first token that ends a turn; without one, the completion was cut off
+        length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+        text = processing_class.decode(ids[:length], skip_special_tokens=True)
+        truncated = length == len(ids)
+        drawn.append(_Drawn(row.index, text, truncated, len(row.ids), length + (not truncated)))
+    return drawn

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from peft_psr.chat import Prompt
 from peft_psr.judging import Judge, Message
 
+from .placement import add_instruction
 from .sampling import sample_completions
 
 
@@ -41,16 +42,6 @@ class Triplet(_Required, total=False):
     trait_score: float | None
     coherence_score: float | None
     truncated: bool
-
-
-def add_instruction(prompt: Sequence[Message], instruction: str) -> list[Message]:
-    """Make x' from x: the instruction goes first in the system turn; an empty one changes nothing."""
-    if not instruction:
-        return list(prompt)
-    if prompt and prompt[0]["role"] == "system":
-        content = f"{instruction}\n\n{prompt[0]['content']}"
-        return [{"role": "system", "content": content}, *prompt[1:]]
-    return [{"role": "system", "content": instruction}, *prompt]
 
 
 def generate_triplets(
@@ -80,7 +71,7 @@ def generate_triplets(
         max_new_tokens: Longest completion, in tokens.
         temperature: Of the sampling.
         batch_size: Completions sampled together.
-        seed: Same seed, same machine, same batch size: same triplets.
+        seed: Same seed, same machine: same triplets, in any batch size.
         progress: Show a progress bar.
 
     Raises:
@@ -114,44 +105,6 @@ def generate_triplets(
         )
         for (prompt, steered), sample, score in zip(pairs, samples, scores, strict=True)
     ]
-
-
-def filter_triplets(
-    triplets: Iterable[Triplet],
-    min_trait_score: float = 50.0,
-    min_coherence_score: float = 50.0,
-    keep_negatives: bool = False,
-) -> list[Triplet]:
-    """Keep coherent completions that show the trait (METHOD 5: both scores at least 50 of 100).
-
-    A completion without a score is dropped: nobody knows whether it belongs.
-
-    Args:
-        triplets: Scored triplets.
-        min_trait_score: 0-100.
-        min_coherence_score: 0-100.
-        keep_negatives: Keep coherent completions without the trait too, for training with negative strength.
-
-    Raises:
-        ValueError: a threshold outside 0-100, or nothing is left.
-    """
-    for name, value in {"min_trait_score": min_trait_score, "min_coherence_score": min_coherence_score}.items():
-        if not 0 <= value <= 100:
-            raise ValueError(f"{name} must be between 0 and 100, got {value}.")
-    triplets = list(triplets)
-    kept = []
-    for triplet in triplets:
-        trait, coherence = triplet.get("trait_score"), triplet.get("coherence_score")
-        if trait is None or coherence is None or coherence < min_coherence_score or not triplet["completion"]:
-            continue
-        if keep_negatives or trait >= min_trait_score:
-            kept.append(triplet)
-    if not kept:
-        raise ValueError(
-            f"None of {len(triplets)} triplets has trait_score >= {min_trait_score} and coherence_score >= "
-            f"{min_coherence_score}. Look at a few completions: the instruction may not elicit the trait."
-        )
-    return kept
 
 
 def write_triplets(triplets: Iterable[Triplet], path: str | os.PathLike) -> None:

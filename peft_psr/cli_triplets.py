@@ -1,0 +1,147 @@
+"""`psr triplets`, `psr recipes` and `psr draft`: training data and how to describe it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from peft_psr.training.recipe import Recipe, accepted
+
+from .cli_common import errors, load_config
+
+
+def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each field of a recipe; those that are set arrive as its `**options`."""
+    signature = inspect.signature(command)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    fields = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=typer.Option(
+                None,
+                help=f"{field.description} ({accepted(name)})",
+                metavar=None if field.annotation is bool else "VALUE",
+            ),
+            annotation=bool | None if field.annotation is bool else str | None,
+        )
+        for name, field in Recipe.model_fields.items()
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+    return command
+
+
+@_recipe_options
+def triplets(
+    recipe: str = typer.Argument("", help="A YAML file, or the name of a recipe that ships (see `psr recipes`)."),
+    output: Path = typer.Option(..., help="A new folder, or one that the same recipe's run has left."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
+    **options: str | bool | None,
+) -> None:
+    """Draw, judge and filter triplets. Stopped at any moment, the same command goes on where it was."""
+    from transformers.utils import logging as transformers_logging
+
+    from peft_psr.training.assembly import estimate, judge_maker, make_sampler, prompt_pairs
+    from peft_psr.training.recipe import load_recipe
+    from peft_psr.training.run import MANIFEST, REPORT, TRIPLETS, TripletRun
+    from peft_psr.training.server import ServerError, TooManyFailures
+
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("peft_psr").setLevel(logging.INFO)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with errors(console, ServerError, TooManyFailures, ImportError):
+        given = {name: value for name, value in options.items() if value is not None}
+        chosen = load_recipe(recipe or None, given)
+        pairs = prompt_pairs(chosen)
+        run = TripletRun(output, chosen, pairs, lambda: make_sampler(chosen), judge_maker(chosen, pairs, output))
+        run.check()
+        if dry_run:
+            cost = estimate(chosen, pairs)
+            about = "" if cost.counted else "about "
+            traits = len({pair.trait for pair in pairs})
+            console.print(f"would draw {cost.completions} completions on {len(pairs)} prompts of {traits} trait(s) "
+                          f"from {chosen.model} ({chosen.sampler})")  # fmt: skip
+            console.print(f"prompts: {about}{cost.prompt_tokens:,} tokens; completions: at most "
+                          f"{cost.most_completion_tokens:,} tokens")  # fmt: skip
+            if cost.judge_calls:
+                console.print(f"judge: {cost.judge_calls:,} questions to {chosen.judge_model} ({chosen.model_judge}), "
+                              f"at most about {cost.most_judge_tokens:,} tokens")  # fmt: skip
+            else:
+                console.print(f"judge: {chosen.judge}, without a model")
+            console.print(f"first prompt: {pairs[0].steered_prompt}")
+            console.print(f"and write to {output}/")
+            return
+        try:
+            counts = run.run()
+        except KeyboardInterrupt:
+            console.print(f"stopped; the same command goes on from what is in {output}/")
+            raise typer.Exit(130) from None
+        console.print(f"kept {counts.kept} of {counts.drawn} completions as triplets in {output / TRIPLETS}"
+                      + (f", and {counts.negatives} negatives" if counts.negatives else ""))  # fmt: skip
+        if counts.dropped:
+            console.print(f"dropped: {counts.why()}")
+        if missing := counts.planned - counts.judged:
+            console.print(f"{missing} draws have failed; the same command tries them again")
+        console.print(f"what was drawn, kept and dropped: {output / REPORT}; how it was made: {output / MANIFEST}")
+
+
+def recipes(
+    name: str = typer.Argument("", help="Print this one, to make your own of it: psr recipes embedded > my.yaml"),
+) -> None:
+    """List the recipes for `psr triplets` that ship, or print one."""
+    from peft_psr.training.recipe import shipped_recipes
+
+    shipped = shipped_recipes()
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with errors(console):
+        if name and name not in shipped:
+            raise ValueError(f"No recipe {name!r} ships; there are: {', '.join(shipped)}.")
+    if name:
+        typer.echo(shipped[name].read_text(encoding="utf-8"), nl=False)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for title, path in shipped.items():
+        table.add_row(title, yaml.safe_load(path.read_text(encoding="utf-8"))["description"])
+    Console(highlight=False).print(table)
+
+
+def draft(
+    name: str = typer.Argument(help="The trait's name: small letters, digits, - and _."),
+    description: str = typer.Argument(help="What the trait is, in a sentence or two."),
+    model: str = typer.Option(..., help="A chat model: Hub name or folder, or its name on the server."),
+    output: Path = typer.Option(Path("traits"), help="Folder for the trait's files, as `source: personas` reads it."),
+    server_url: str = typer.Option("", help="An OpenAI-compatible server, such as http://localhost:8000/v1."),
+    key_variable: str = typer.Option("OPENAI_API_KEY", help="Environment variable with the server's key."),
+    max_new_tokens: int = typer.Option(8192, min=1, help="Longest answer, in tokens."),
+    temperature: float = typer.Option(0.7, min=0, help="Of the sampling."),
+    seed: int = typer.Option(0, min=0, help="Of the sampling."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be done, do nothing."),
+    config: Path | None = typer.Option(
+        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
+    ),
+) -> None:
+    """Draft a new trait's instructions, questions and judge prompt with a chat model, for you to read over."""
+    from transformers.utils import logging as transformers_logging
+
+    from peft_psr.training.assembly import make_chat
+    from peft_psr.training.drafting import draft_trait
+    from peft_psr.training.server import ServerError, TooManyFailures
+
+    transformers_logging.disable_progress_bar()
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with errors(console, ServerError, TooManyFailures):
+        if dry_run:
+            console.print(f"would ask {model} at {server_url or 'this machine'} for {name!r} and write to {output}/")
+            return
+        chat = make_chat(model, server_url or None, key_variable, max_new_tokens, temperature, seed)
+        for path in draft_trait(name, description, chat, output).values():
+            console.print(f"wrote {path}")
+        console.print("a draft: read both files over, correct them, then remove the note in them")

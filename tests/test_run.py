@@ -1,0 +1,475 @@
+"""The durable run: whatever stops it, the next start goes on, and the result is as if nothing had stopped it."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from peft_psr.judging import JudgeScores
+from peft_psr.training import filtering, journal
+from peft_psr.training.assembly import judge_maker, make_sampler, prompt_pairs
+from peft_psr.training.draws import Failure, PromptPair, Sample
+from peft_psr.training.progress import Progress
+from peft_psr.training.recipe import load_recipe
+from peft_psr.training.run import COMPLETIONS, FIGURE, MANIFEST, NEGATIVES, REPORT, SCORES, TRIPLETS, TripletRun
+
+
+RESULTS = (TRIPLETS, REPORT, FIGURE, MANIFEST)
+WORDS = "tea dogs rain bread ships music stone light paper water glass night".split()
+
+
+def recipe(**options):
+    return load_recipe(None, {"source": "personas", "model": "fake", "judge": "local", "judge_model": "fake",
+                              "draws": 4, **options})  # fmt: skip
+
+
+def pairs(count=5, negatives=False, trait="formal"):
+    def pair(i, negative):
+        user = {"role": "user", "content": f"what is {WORDS[i]}"}
+        system = {"role": "system", "content": "be rude" if negative else "be formal"}
+        name = f"{trait}/{'negative/' if negative else ''}{i}"
+        return PromptPair(name, trait, [user], [system, user], negative)
+
+    return [pair(i, negative) for negative in ([False, True] if negatives else [False]) for i in range(count)]
+
+
+class FakeSampler:
+    """Completions by the draw's seed, in an order that changes from call to call; can stop or fail."""
+
+    def __init__(self, stop_after=None, failing=(), revision="r1"):
+        self.stop_after, self.failing, self.revision = stop_after, set(failing), revision
+        self.asked = []
+
+    def describe(self):
+        return {"engine": "fake", "model": "fake", "revision": self.revision, "template_hash": "t1"}
+
+    def __call__(self, draws):
+        draws = random.sample(list(draws), len(draws))
+        for number, draw in enumerate(draws):
+            if number == self.stop_after:
+                raise KeyboardInterrupt
+            self.asked.append(draw.id)
+            if draw.id in self.failing:
+                yield draw, Failure("timeout after 3 tries")
+            else:
+                words = random.Random(draw.seed).choices(WORDS, k=12)
+                yield (
+                    draw,
+                    Sample(" ".join(words), truncated=draw.seed % 7 == 0, prompt_tokens=9, completion_tokens=12),
+                )
+
+
+class FakeJudge:
+    """Scores by the text; shown the bare prompt."""
+
+    def __init__(self, failing=(), stop=False):
+        self.failing, self.stop = failing, stop
+        self.usage = {"prompt_tokens": 0, "completion_tokens": 0, "calls": 0}
+        self.asked = 0
+
+    def describe(self):
+        return {"judge": "fake"}
+
+    def __call__(self, prompts, completions):
+        assert all([turn["role"] for turn in prompt] == ["user"] for prompt in prompts)
+        self.asked += len(completions)
+        self.usage["prompt_tokens"] += 100 * len(completions)
+        self.usage["calls"] += len(completions)
+        if self.stop:
+            raise KeyboardInterrupt
+        return [self.score(text) for text in completions]
+
+    def score(self, text):
+        if text.split()[0] in self.failing:
+            return JudgeScores(None, None, "connection cut")
+        return JudgeScores(sum(map(ord, text)) % 101, 100.0 - len(set(text.split())))
+
+
+def start(folder, sampler=None, judge=None, negatives=False, plan=None, **options):
+    return TripletRun(
+        folder,
+        recipe(negatives=negatives, **options),
+        pairs(negatives=negatives) if plan is None else plan,
+        lambda: sampler or FakeSampler(),
+        lambda trait: judge or FakeJudge(),
+    ).run()
+
+
+def contents(folder, names=RESULTS):
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- killed
+
+
+def embedded_recipe():
+    return load_recipe("embedded", {"instructions": 2, "questions": 6, "draws": 4, "batch_size": 3})
+
+
+def run_embedded(folder):
+    chosen = embedded_recipe()
+    folder = Path(folder)
+    plan = prompt_pairs(chosen)
+    TripletRun(folder, chosen, plan, lambda: make_sampler(chosen), judge_maker(chosen, plan, folder)).run()
+
+
+def test_sigkill_at_random_moments_changes_nothing(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft_psr.training.run", "peft_psr.training.assembly"])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = context.Process(target=run_embedded, args=(whole,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    total = len(rows(whole / COMPLETIONS))
+
+    def drawn():
+        path = killed / COMPLETIONS
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
+    left = []
+    for _ in range(4):
+        process = context.Process(target=run_embedded, args=(killed,))
+        process.start()
+        goal = drawn() + random.randint(0, total // 4)
+        while process.is_alive() and drawn() <= goal:
+            time.sleep(0.002)
+        time.sleep(random.random() / 5)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0)
+        left.append(drawn())
+        if not (killed / MANIFEST).exists():
+            assert not (killed / TRIPLETS).exists() or drawn() == total
+    assert 0 < left[0] < total  # it was stopped part of the way
+    process = context.Process(target=run_embedded, args=(killed,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert contents(killed) == contents(whole)
+    assert len(rows(killed / COMPLETIONS)) == total  # nothing was drawn twice
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 7, 19])
+def test_interrupted_while_drawing(tmp_path, stop_after):
+    start(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "stopped", FakeSampler(stop_after))
+    assert not (tmp_path / "stopped" / TRIPLETS).exists()
+    sampler = FakeSampler()
+    start(tmp_path / "stopped", sampler)
+    assert len(sampler.asked) == 20 - stop_after
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def test_interrupted_while_judging(tmp_path):
+    whole, stopped = start(tmp_path / "whole"), tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        start(stopped, judge=FakeJudge(stop=True))
+    sampler, judge = FakeSampler(), FakeJudge()
+    counts = start(stopped, sampler, judge)
+    assert sampler.asked == [] and judge.asked == 20
+    assert contents(stopped, [TRIPLETS, FIGURE]) == contents(tmp_path / "whole", [TRIPLETS, FIGURE])
+    assert counts.tokens["judging prompt tokens"] == 2 * whole.tokens["judging prompt tokens"]  # what was spent
+
+
+@pytest.mark.parametrize("name", [COMPLETIONS, SCORES])
+def test_a_last_line_cut_anywhere_is_made_again(tmp_path, name):
+    start(tmp_path)
+    expected, path = contents(tmp_path, [TRIPLETS]), tmp_path / name
+    whole = path.read_bytes()
+    last = whole.rstrip().rfind(b"\n") + 1
+    for cut in {last, last + 1, (last + len(whole)) // 2, len(whole) - 1}:
+        path.write_bytes(whole[:cut])
+        sampler, judge = FakeSampler(), FakeJudge()
+        start(tmp_path, sampler, judge)
+        assert contents(tmp_path, [TRIPLETS]) == expected
+        assert len(sampler.asked) <= 1 and judge.asked <= 1
+        assert len({row["id"] for row in rows(path) if "id" in row}) == 20  # every line is whole again
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path):
+    start(tmp_path)
+    before = contents(tmp_path)
+    run = TripletRun(tmp_path, recipe(), pairs(), lambda: pytest.fail("drawn"), lambda trait: pytest.fail("judged"))
+    run.run()
+    assert contents(tmp_path) == before
+
+
+def test_a_line_damaged_otherwise_is_named(tmp_path):
+    start(tmp_path)
+    lines = (tmp_path / SCORES).read_text().splitlines(keepends=True)
+    (tmp_path / SCORES).write_text("".join([*lines[:2], '{"id": \n', *lines[3:]]))
+    with pytest.raises(ValueError, match=r"scores.jsonl, line 3 of 21 is damaged.*Take the line out"):
+        start(tmp_path)
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_records_say_where_they_come_from(tmp_path):
+    counts = start(tmp_path, negatives=True, min_trait_score=40, min_coherence_score=90)
+    kept, apart = rows(tmp_path / TRIPLETS), rows(tmp_path / NEGATIVES)
+    assert counts.kept == len(kept) > 0 and counts.negatives == len(apart) > 0
+    for row in kept + apart:
+        assert row["model"] == "fake" and row["revision"] == "r1" and row["template_hash"] == "t1"
+        assert 0 <= row["seed"] < 1 << 31 and row["coherence_score"] >= 90
+        assert [turn["role"] for turn in row["steered_prompt"]] == ["system", "user"]
+    assert all(row["trait_score"] >= 40 and not row["negative"] for row in kept)
+    assert all(row["trait_score"] < 40 and row["negative"] for row in apart)
+    order = [f"formal/{i}/{draw}" for i in range(5) for draw in range(4)]
+    assert [row["id"] for row in kept] == [name for name in order if name in {row["id"] for row in kept}]
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert manifest["counts"]["kept"] + manifest["counts"]["negatives"] + sum(
+        manifest["counts"]["dropped"].values()
+    ) == manifest["counts"]["judged"]  # fmt: skip
+    assert manifest["files"][TRIPLETS]["rows"] == len(kept) and manifest["sampler"]["engine"] == "fake"
+    assert manifest["judges"] == {"formal": {"judge": "fake"}}
+
+
+def test_the_report_counts_and_shows_each_kind(tmp_path):
+    class Picky(FakeJudge):
+        def score(self, text):
+            scores = {"tea": (90, 90), "dogs": (10, 90), "rain": (90, 10), "bread": (None, None)}
+            return JudgeScores(*scores.get(text.split()[0], (80, 80)))
+
+    counts = start(tmp_path, judge=Picky(), draws=40)
+    text = (tmp_path / REPORT).read_text()
+    for reason in (filtering.TRAIT_TOO_WEAK, filtering.INCOHERENT, filtering.NOT_SCORED):
+        assert counts.dropped[reason] > 0 and f"## Examples: {reason}" in text
+    numbers = "| ".join(f"{counts.traits['formal'][reason]} " for reason in ("kept", *counts.dropped))
+    assert sum(counts.dropped.values()) + counts.kept == 200 and "| formal | 200 | " in text and numbers in text
+    assert "(system) be formal" in text and f"]({FIGURE})" in text
+    assert (tmp_path / FIGURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_empty_completion_is_not_judged(tmp_path):
+    class Silent(FakeSampler):
+        def __call__(self, draws):
+            for draw, sample in super().__call__(draws):
+                yield draw, Sample(" \n", False) if draw.id.endswith("/0") else sample
+
+    judge = FakeJudge()
+    counts = start(tmp_path, Silent(), judge, min_trait_score=0)
+    assert judge.asked == 15 and counts.dropped == {filtering.EMPTY: 5} and counts.kept == 15
+
+
+def test_nothing_kept_is_an_error_with_a_report(tmp_path):
+    class Strict(FakeJudge):
+        def score(self, text):
+            return JudgeScores(0.0, 100.0)
+
+    with pytest.raises(ValueError, match=r"None of 20 completions was kept \(trait too weak: 20\).*report.md"):
+        start(tmp_path, judge=Strict())
+    assert "trait too weak" in (tmp_path / REPORT).read_text()
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_failures_are_tried_again(tmp_path):
+    start(tmp_path / "whole")
+    folder = tmp_path / "failing"
+    failing = [f"formal/{i}/2" for i in range(5)]
+    judge = FakeJudge(failing=[row["completion"].split()[0] for row in rows(tmp_path / "whole" / TRIPLETS)[:1]])
+    counts = start(folder, FakeSampler(failing=failing), judge)
+    unjudged = counts.failures["connection cut"]
+    assert counts.drawn == 15 and counts.judged == 15 - unjudged and unjudged > 0
+    assert counts.failures["timeout after 3 tries"] == 5
+    text = (folder / REPORT).read_text()
+    assert "not drawn: 5" in text and "failed attempts: 5 × timeout after 3 tries" in text
+    assert f"drawn but not judged: {unjudged}" in text
+    sampler, judge = FakeSampler(), FakeJudge()
+    counts = start(folder, sampler, judge)
+    assert sorted(sampler.asked) == failing and judge.asked == 5 + unjudged
+    assert counts.drawn == counts.judged == 20
+    assert contents(folder, [TRIPLETS]) == contents(tmp_path / "whole", [TRIPLETS])
+    assert "failed attempts: 5" in (folder / REPORT).read_text() and "not drawn" not in (folder / REPORT).read_text()
+
+
+def test_an_error_of_the_judge_loses_nothing(tmp_path):
+    class Broken(FakeJudge):
+        def score(self, text):
+            raise RuntimeError("no answer")
+
+    with pytest.raises(RuntimeError, match="no answer"):
+        start(tmp_path, judge=Broken())
+    assert len(rows(tmp_path / COMPLETIONS)) == 20
+    sampler = FakeSampler()
+    start(tmp_path, sampler)
+    assert sampler.asked == []
+
+
+# ---------------------------------------------------------------- the disk
+
+
+class FullDisk:
+    """A file that takes some bytes and then says that there is no room, in the middle of a line."""
+
+    def __init__(self, path, room):
+        self.file, self.room = path.open("ab", buffering=0), room
+
+    def write(self, data):
+        taken = self.file.write(data[: max(self.room, 0)])
+        self.room -= taken
+        if taken < len(data) and self.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return taken
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("room", [0, 1, 700, 1701])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, room):
+    start(tmp_path / "whole")
+    folder = tmp_path / "full"
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "open_append", lambda path: FullDisk(path, room))
+        with pytest.raises(
+            OSError, match=r"No space left.*Nothing before it is lost.*start the same command"
+        ) as error:
+            start(folder)
+    assert error.value.errno == errno.ENOSPC
+    kept = (folder / COMPLETIONS).read_bytes()
+    assert len(kept) <= room and kept[-1:] in (b"", b"\n")
+    sampler = FakeSampler()
+    start(folder, sampler)
+    assert len(sampler.asked) == 20 - kept.count(b"\n")
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_at_the_end_leaves_the_old_results_and_no_rubbish(tmp_path, monkeypatch):
+    start(tmp_path)
+    before = contents(tmp_path)
+
+    def no_room(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.os, "fsync", no_room)
+        with pytest.raises(OSError, match="triplets.jsonl could not be written"):
+            journal.write_whole(tmp_path / TRIPLETS, "other")
+    assert contents(tmp_path) == before and not list(tmp_path.glob("*.partial"))
+
+
+# ---------------------------------------------------------------- the same run or another
+
+
+def test_another_recipe_is_refused(tmp_path):
+    start(tmp_path)
+    with pytest.raises(ValueError, match=r"begun with another recipe \(draws: 4 -> 5, seed: 0 -> 3\).*another folder"):
+        start(tmp_path, draws=5, seed=3)
+
+
+def test_speed_and_thresholds_may_change(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "a", FakeSampler(10))
+    counts = start(tmp_path / "a", batch_size=2, max_failure_share=0.9, min_trait_score=70)
+    start(tmp_path / "b", min_trait_score=70)
+    assert contents(tmp_path / "a", [TRIPLETS]) == contents(tmp_path / "b", [TRIPLETS])
+    sampler = FakeSampler()
+    again = start(tmp_path / "a", sampler, min_trait_score=20)
+    assert sampler.asked == [] and again.kept > counts.kept
+    assert json.loads((tmp_path / "a" / MANIFEST).read_text())["recipe"]["min_trait_score"] == 20
+
+
+def test_other_prompts_are_refused(tmp_path):
+    start(tmp_path)
+    with pytest.raises(ValueError, match="The prompts are not those"):
+        start(tmp_path, plan=pairs(4))
+
+
+def test_another_model_under_the_same_name_is_refused(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, FakeSampler(3))
+    with pytest.raises(ValueError, match="revision of the model fake is 'r2' now, and was 'r1'"):
+        start(tmp_path, FakeSampler(revision="r2"))
+
+
+def test_another_judge_is_refused(tmp_path):
+    class Reworded(FakeJudge):
+        def describe(self):
+            return {"judge": "fake", "trait_prompt": "now in other words"}
+
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, judge=FakeJudge(stop=True))
+    with pytest.raises(
+        ValueError, match="trait_prompt of the judge of formal is 'now in other words' now, and was None"
+    ):
+        start(tmp_path, judge=Reworded())
+
+
+def test_check_writes_nothing(tmp_path):
+    run = TripletRun(tmp_path / "new", recipe(), pairs(), FakeSampler, lambda trait: FakeJudge())
+    run.check()
+    assert not (tmp_path / "new").exists()
+    run.run()
+    with pytest.raises(ValueError, match="begun with another recipe"):
+        TripletRun(tmp_path / "new", recipe(seed=1), pairs(), FakeSampler, lambda trait: FakeJudge()).check()
+
+
+def test_one_process_at_a_time(tmp_path):
+    tmp_path.joinpath("run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(BlockingIOError, match="Another process is at work in"):
+        start(tmp_path / "run")
+    start(tmp_path / "run")
+
+
+def test_a_folder_with_something_else(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is not empty and holds no run"):
+        start(tmp_path)
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        start(tmp_path / "notes.txt")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_progress_is_logged_where_there_is_no_terminal(tmp_path, caplog, capsys):
+    caplog.set_level("INFO", "peft_psr.training")
+    start(tmp_path)
+    lines = [record.getMessage() for record in caplog.records]
+    assert "sampling: 0 of 20 done before" in lines
+    assert any(line.startswith("sampling: 20 of 20 (100%)") and "420 tokens" in line for line in lines)
+    assert any(line.startswith("judging: 20 of 20 (100%)") and "2,000 tokens" in line for line in lines)
+    assert "\r" not in capsys.readouterr().err
+
+
+def test_progress_says_what_is_left(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    progress = Progress("sampling", 1000, done=400)
+    clock[0] += 10
+    progress.advance(50, tokens=5000)
+    progress.advance(0, failures=2)
+    assert progress.line() == "sampling: 450 of 1000 (45%), 5.0/s, 5,000 tokens, 2 failed, 2 min left"
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stderr", screen)
+    with Progress("sampling", 3) as progress:
+        for _ in range(3):
+            progress.advance(tokens=1000)
+    assert "sampling" in screen.getvalue() and "3/3" in screen.getvalue() and "3,000 tokens" in screen.getvalue()

@@ -1,0 +1,113 @@
+"""What passes between the parts of a triplet run: prompt pairs, the draws made on them, and what came of each draw.
+
+A source of traits yields `PromptPair`s; a run numbers several `Draw`s on each; a `Sampler` turns them into `Sample`s
+or `Failure`s. Nothing here loads a model or opens a connection.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from peft_psr.chat import Prompt
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """The two prompts of a contrast: completions are drawn on the steered one and trained on with both.
+
+    Attributes:
+        id: Unique and stable in a run, e.g. `"sycophantic/2/17"` (trait/instruction/question).
+        trait: Trait, concept, or IFEval instruction id.
+        prompt: x, the prompt without the steering text.
+        steered_prompt: x', the prompt with it.
+        negative: Whether x' asks for the opposite of the trait; kept apart from the training triplets.
+        metadata: What a judge or a report needs, as JSON: the question, IFEval's `instruction_id_list` and `kwargs`.
+    """
+
+    id: str
+    trait: str
+    prompt: Prompt
+    steered_prompt: Prompt
+    negative: bool = False
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One request for a completion.
+
+    Attributes:
+        id: `f"{pair.id}/{number}"`.
+        prompt: What the model is given: the pair's x'.
+        seed: 0 ≤ seed < 2^31, from the run's seed and `id` alone (`draw_seed`).
+    """
+
+    id: str
+    prompt: Prompt
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A completion that was drawn.
+
+    Attributes:
+        text: The completion, without the tokens that end a turn.
+        truncated: Whether it stopped at the token limit and not at an end.
+        prompt_tokens: Tokens of the prompt; None where the engine does not say.
+        completion_tokens: Tokens drawn; None where the engine does not say.
+    """
+
+    text: str
+    truncated: bool
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A draw that could not be made, after every retry.
+
+    Attributes:
+        reason: Short, and free of secrets.
+    """
+
+    reason: str
+
+
+class Sampler(Protocol):
+    """Makes draws, in any order; the same draw gives the same text as far as the engine can promise it."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns engine, model, revision, chat template hash and settings, as JSON, and what cannot be reproduced."""
+        ...
+
+    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Sample | Failure]]:
+        """Yields each draw with its outcome as it finishes; closing the iterator stops the work."""
+        ...
+
+
+def draw_seed(run_seed: int, draw_id: str) -> int:
+    """Returns the draw's seed, 31 bits of SHA-256 of both: the same in any order, batch or restart."""
+    digest = hashlib.sha256(f"{run_seed}/{draw_id}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def draws_on(pair: PromptPair, count: int, run_seed: int) -> list[Draw]:
+    """Returns `count` draws on the pair's steered prompt, numbered from 0."""
+    ids = (f"{pair.id}/{number}" for number in range(count))
+    return [Draw(id=identity, prompt=pair.steered_prompt, seed=draw_seed(run_seed, identity)) for identity in ids]
+
+
+def template_hash(template: Any) -> str | None:
+    """Returns the first 16 hexadecimal digits of the SHA-256 of a tokenizer's chat template; None where it has none.
+
+    Args:
+        template: The template's text, or named templates by name, as tokenizers hold them.
+    """
+    if not template:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,220 @@
+"""A transformers model as a judge, with the score of METHOD 6 from its logits.
+
+Where each number of 0-100 is one token, the score is read from the 20 likeliest first tokens, as from a server. Where
+numbers are several tokens (most often digits), the probability of each number is worked out in full,
+
+    p(n) = p(t_1) p(t_2 | t_1) ... (1 - sum_c p(c | t_1 ... t_k)),
+
+with t the tokens of n and c the tokens that would turn n into another number of 0-100: 8 is 8 only if no 0-9
+follows. The prompt is read once; the ten or so beginnings of numbers are then tried on its cache.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from peft_psr.chat import encode_prompt, encode_text, pad_id, render_prompt
+from peft_psr.positions import pad_rows
+
+from .answer_cache import AnswerCache
+from .answer_score import TOP_TOKENS, Scored, number_masses, weighted_mean
+from .draws import Failure, template_hash
+from .judge_prompts import COHERENCE_PROMPT, TRAIT_PROMPT
+from .llm_judge import LLMJudge
+
+
+Tokens = tuple[int, ...]
+
+
+class LocalJudge(LLMJudge):
+    """A judge that runs here, on any causal language model with a chat template."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processing_class,
+        trait: str = "",
+        trait_prompt: str = TRAIT_PROMPT,
+        coherence_prompt: str = COHERENCE_PROMPT,
+        cache: AnswerCache | None = None,
+        batch_size: int = 16,
+    ):
+        """Nothing is run yet.
+
+        Args:
+            model: The judging model, on the device where it is to run.
+            processing_class: Its tokenizer.
+            trait: A short description, put for `{trait}`; may be empty if the prompt does not ask for it.
+            trait_prompt: Asks for a number 0-100; `{question}` and `{answer}` are filled in.
+            coherence_prompt: The same for coherence.
+            cache: Where answers are kept. A model is known there by its name and a sample of its weights.
+            batch_size: Questions read together; those of similar length go together.
+
+        Raises:
+            ValueError: a prompt without `{answer}`, or `{trait}` in it and no trait given; a tokenizer without a chat
+                template or without numbers; `batch_size` below 1.
+        """
+        super().__init__(trait, trait_prompt, coherence_prompt, cache)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        self.model = model
+        self.processing_class = processing_class
+        self.batch_size = batch_size
+        self.numbers = number_tokens(processing_class)
+        self._model_identity = _identity(model, processing_class)
+
+    def _description(self) -> dict[str, Any]:
+        return {"engine": "transformers", **self._model_identity, **self._parameters()}
+
+    def _identity(self) -> dict[str, Any]:
+        return self._model_identity
+
+    def _parameters(self) -> dict[str, Any]:
+        return {"numbers": "single tokens" if _single(self.numbers) else "several tokens"}
+
+    @torch.no_grad()
+    def _ask(self, texts: list[str]) -> Generator[dict[str, dict | Failure]]:
+        ids = [encode_prompt(self.processing_class, [{"role": "user", "content": text}]) for text in texts]
+        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            was_training = self.model.training
+            self.model.eval()
+            try:
+                masses = self._masses([ids[i] for i in rows])
+            finally:
+                self.model.train(was_training)
+            self.usage["calls"] += len(rows)
+            self.usage["prompt_tokens"] += sum(len(ids[i]) for i in rows)
+            yield {texts[i]: {"score": weighted_mean(row)} for i, row in zip(rows, masses, strict=True)}
+
+    def _read(self, reply: dict) -> Scored:
+        return Scored(reply["score"], "log-probabilities")
+
+    def _masses(self, ids: list[list[int]]) -> list[dict[int, float]]:
+        """The probability of each number as an answer to each prompt."""
+        # weights that accelerate offloads are on no device between calls; its hooks move what is given to them
+        device = torch.device("cpu") if self.model.device.type == "meta" else self.model.device
+        input_ids = pad_rows(ids, pad_id(self.processing_class), device)
+        mask = pad_rows([[1] * len(row) for row in ids], 0, device)
+        if _single(self.numbers):
+            first = _forward(self.model, input_ids, mask).logits[:, -1].float().log_softmax(-1)
+            top = first.topk(min(TOP_TOKENS, first.shape[-1]))
+            return [
+                number_masses([(self.processing_class.decode([t]), p) for t, p in zip(tokens, logprobs, strict=True)])
+                for tokens, logprobs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            ]
+        return number_probabilities(self.model, input_ids, mask, self.numbers)
+
+
+def number_tokens(processing_class) -> dict[int, Tokens]:
+    """The tokens of each number of 0-100 where an assistant's answer begins.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, no tokens for the numbers, or merges an answer's first letters
+            with what is before.
+    """
+    prompt = [{"role": "user", "content": "?"}]
+    before = render_prompt(processing_class, prompt)
+    opened = encode_prompt(processing_class, prompt)
+    found = {}
+    for number in range(101):
+        # a template may put a blank before the answer
+        turns = [*prompt, {"role": "assistant", "content": str(number)}]
+        closed = processing_class.apply_chat_template(turns, tokenize=False)
+        rest = closed[len(before) :] if closed.startswith(before) else ""
+        blank = rest[: len(rest) - len(rest.lstrip())] if rest.lstrip().startswith(str(number)) else ""
+        ids = encode_text(processing_class, f"{before}{blank}{number}", prompt)
+        if ids[: len(opened)] != opened or len(ids) == len(opened):
+            raise ValueError(
+                f"The tokenizer of {processing_class.name_or_path!r} merges the answer {number} with the end of the "
+                "prompt: it can't be a local judge. Serve the model and use ServerJudge."
+            )
+        found[number] = tuple(ids[len(opened) :])
+    if len(set(found.values())) < len(found):
+        raise ValueError(
+            f"The tokenizer of {processing_class.name_or_path!r} has no tokens for the numbers 0-100, so its model "
+            "can't be a judge."
+        )
+    return found
+
+
+def number_probabilities(
+    model: PreTrainedModel | PeftModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    numbers: dict[int, Tokens],
+) -> list[dict[int, float]]:
+    """The probability that each number is what the model answers; the formula is at the top of this module.
+
+    Args:
+        model: A causal language model.
+        input_ids: (batch, seq) int64, prompts padded on the left.
+        attention_mask: (batch, seq), 0 on padding.
+        numbers: The tokens of each number, none the same as another's.
+
+    Returns:
+        For each row of the batch, the probability of each number.
+    """
+    beginnings = {tokens[:length] for tokens in numbers.values() for length in range(1, len(tokens))}
+    longest = [b for b in beginnings if not any(b == other[: len(b)] and b != other for other in beginnings)]
+    read = _forward(model, input_ids, attention_mask)
+    after: dict[Tokens, torch.Tensor] = {}  # log-probabilities (batch, vocabulary), by the tokens before
+    after[()] = read.logits[:, -1].float().log_softmax(-1)
+    for beginning in sorted(longest):
+        rows = torch.tensor([beginning], device=input_ids.device).expand(len(input_ids), -1)
+        mask = torch.cat([attention_mask, torch.ones_like(rows)], dim=1)
+        logits = _forward(model, rows, mask, copy.deepcopy(read.past_key_values)).logits
+        for place in range(len(beginning)):
+            after[beginning[: place + 1]] = logits[:, place].float().log_softmax(-1)
+    probabilities = {}
+    for number, tokens in numbers.items():
+        steps = [after[tokens[:place]][:, token] for place, token in enumerate(tokens)]
+        probability = torch.stack(steps).sum(0).exp()
+        if tokens in beginnings:
+            longer = {t[len(tokens)] for t in numbers.values() if t[: len(tokens)] == tokens and t != tokens}
+            probability = probability * (1 - after[tokens][:, sorted(longer)].exp().sum(-1))
+        probabilities[number] = probability.tolist()
+    return [{number: rows[i] for number, rows in probabilities.items()} for i in range(len(input_ids))]
+
+
+def _forward(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache=None):
+    """Logits of the last token, or of all that follow `cache`, at positions that skip the padding."""
+    takes = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    extra: dict[str, Any] = {}
+    if "position_ids" in takes:
+        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        extra["position_ids"] = positions[:, -input_ids.shape[1] :]
+    if "logits_to_keep" in takes and cache is None:
+        extra["logits_to_keep"] = 1
+    return model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **extra)
+
+
+def _single(numbers: dict[int, Tokens]) -> bool:
+    return all(len(tokens) == 1 for tokens in numbers.values())
+
+
+def _identity(model, processing_class) -> dict[str, Any]:
+    """Name, revision, weights and template: two models of one name are told apart by some of their weights."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
+        if not parameter.is_meta:
+            flat = parameter.detach().flatten()
+            some = flat[:: max(1, flat.numel() // 16)][:32]
+            digest.update(json.dumps(some.float().tolist()).encode())
+    return {
+        "model": model.config.name_or_path,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "weights_sample": digest.hexdigest(),
+        "chat_template_hash": template_hash(processing_class.chat_template),
+    }

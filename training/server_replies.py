@@ -1,0 +1,128 @@
+"""What came back from an OpenAI-compatible server: an answer, or a mishap and whether trying again makes sense.
+
+Servers differ and the `openai` client does not check what they send, so every field is read with care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal
+
+import openai
+
+
+TopTokens = list[tuple[str, float]]
+"""The likeliest tokens in one place, as text, with their natural log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server answered.
+
+    Attributes:
+        text: The completion; empty where the server gives none (a model that only thought, or ended at once).
+        finish_reason: The server's word: `"stop"`, `"length"`, ...
+        tokens: The text of each token of the answer with the likeliest tokens in its place, or `None` where the server
+            gives no log-probabilities.
+        prompt_tokens: As the server counts them, or `None`.
+        completion_tokens: As the server counts them, or `None`.
+    """
+
+    text: str
+    finish_reason: str | None
+    tokens: list[tuple[str, TopTokens]] | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Mishap:
+    """An attempt that brought no answer.
+
+    Attributes:
+        kind: For counting; see `ChatServer.counts`.
+        text: What happened, with the server's words.
+        action: Try again, give this request up, or stop sending altogether.
+        wait: Seconds that the server asks for before the next attempt.
+    """
+
+    kind: str
+    text: str
+    action: Literal["retry", "fail", "stop"] = "retry"
+    wait: float | None = None
+
+
+def read_answer(response: Any, text_of: Callable[[Any], Any]) -> Answer | Mishap:
+    """The answer in a response with status 200; `text_of` takes the text out of its first choice."""
+    try:
+        if not response.choices:
+            return Mishap("empty_choices", "the answer has no choices")
+        choice = response.choices[0]
+        text, finish_reason = text_of(choice), choice.finish_reason
+    except (AttributeError, TypeError, LookupError) as error:
+        return _malformed(error)
+    if text is not None and not isinstance(text, str):
+        return _malformed(TypeError())
+    usage = getattr(response, "usage", None)
+    return Answer(
+        text=text or "",
+        finish_reason=finish_reason,
+        tokens=_tokens(choice),
+        prompt_tokens=getattr(usage, "prompt_tokens", None),
+        completion_tokens=getattr(usage, "completion_tokens", None),
+    )
+
+
+def _tokens(choice: Any) -> list[tuple[str, TopTokens]] | None:
+    try:
+        return [
+            (token.token, [(top.token, float(top.logprob)) for top in token.top_logprobs])
+            for token in choice.logprobs.content
+        ] or None
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _malformed(error: Exception) -> Mishap:
+    return Mishap("malformed", f"the answer is not JSON of the API's shape ({type(error).__name__})")
+
+
+def read_error(error: Exception) -> Mishap:
+    """What an exception of the `openai` client means, or one of reading JSON."""
+    if isinstance(error, openai.APITimeoutError):
+        return Mishap("timeout", "no answer in time")
+    if isinstance(error, openai.APIConnectionError):
+        return Mishap("connection", f"the connection failed or was cut ({type(error.__cause__ or error).__name__})")
+    if not isinstance(error, openai.APIStatusError):
+        return _malformed(error)
+    status, headers = error.status_code, error.response.headers
+    if status in (401, 403):  # without the server's words, which may quote the key
+        return Mishap("denied", f"{status}, the API key is refused or has no access", "stop")
+    said = error.message
+    if status == 404:
+        return Mishap("not_found", said, "stop")
+    if error.code == "insufficient_quota":
+        return Mishap("no_credit", said, "stop")
+    if status == 429:
+        return Mishap("rate_limited", said, wait=retry_after(headers))
+    if status >= 500 or status in (408, 409, 425):
+        return Mishap("server_error", said, wait=retry_after(headers))
+    return Mishap("refused", said, "fail")
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds from a Retry-After header, which holds seconds or a date (RFC 9110, 10.2.3); `None` without one."""
+    value = headers.get("retry-after", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        date = parsedate_to_datetime(value)
+    except (TypeError, ValueError):
+        return None
+    date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
+    return max(0.0, (date - datetime.now(timezone.utc)).total_seconds())
