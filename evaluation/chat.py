@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_psr import PSRConfig, PSRModel
+from peft_psr import PSRModel
 from peft_psr.chat import render_prompt
+from peft_psr.saved_adapters import read_adapter_config
 
 from .chat_session import BASE, ChatSession
 from .experiment import write_json
@@ -61,9 +62,7 @@ def base_model_of(adapters: Mapping[str, str], model: str = "") -> str:
     """
     bases: dict[str, list[str]] = {}
     for name, where in adapters.items():
-        config = PeftConfig.from_pretrained(where)
-        if not isinstance(config, PSRConfig):
-            raise ValueError(f"Adapter {name!r} ({where}) is of type {config.peft_type}, not PSR.")
+        config = read_adapter_config(where)
         bases.setdefault(config.base_model_name_or_path or "", []).append(name)
     if model:
         return model

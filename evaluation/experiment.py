@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
 
+from peft_psr.files import write_whole
 from peft_psr.judging import Judge, Message
 from peft_psr.training import (
     PSRTrainer,
@@ -279,7 +280,5 @@ def as_row(outcome: Outcome) -> dict[str, Any]:
 
 
 def write_json(data: Any, path: Path) -> None:
-    """Write JSON under a temporary name first, so that the file is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write JSON; the file is whole or as it was before."""
+    write_whole(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -137,6 +137,8 @@ def compose(
     with errors(console):
         if (rank is None) != (triplets is None):
             raise ValueError("--rank and --triplets go together: a rank is cut by a fit to what the adapters do.")
+        if triplets is not None and not triplets.is_file():
+            raise FileNotFoundError(f"--triplets {triplets}: there is no such file.")
         numbers = _numbers(weights)
         combined = compose_adapters(adapters, numbers, output, base_model=base_model or None, dry_run=True)
         if not dry_run:
@@ -158,6 +160,8 @@ def _cut_settings(config: PSRConfig, rank: int | None, triplets: Path) -> dict[s
 
     examples = read_triplets(triplets)
     base = config.base_model_name_or_path
+    if base is None:
+        raise ValueError("The adapters do not say which model they are for; name it with --base-model.")
     collator = TripletCollator(AutoTokenizer.from_pretrained(base), config.positions, alpha=1.0)
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     return {"svd_rank": rank, "model": model, "samples": collator.steering_batches(examples)}

@@ -36,8 +36,9 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
 @contextmanager
 def errors(console: Console, *others: type[Exception]) -> Iterator[None]:
     """Print what a user can mend as one line, and exit with 2."""
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *others)
     try:
         yield
-    except (ValueError, TypeError, OSError, *others) as error:
+    except kinds as error:
         console.print(Text.assemble(("error: ", "bold red"), str(error)))
         raise typer.Exit(2) from error

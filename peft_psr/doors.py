@@ -38,9 +38,15 @@ class SteeredGenerate:
             **kwargs: For the model's own `generate`.
 
         Raises:
-            ValueError: `steering_mask` or `alpha` does not fit the prompt.
+            ValueError: `steering_mask` or `alpha` does not fit the prompt, or `guidance_scale` is given.
         """
         state: SteeringState = self.model._psr_state  # type: ignore[assignment]
+        before = state.generation, state.generation_alpha
+        if self._setting("guidance_scale", kwargs) not in (None, 1, 1.0):
+            raise ValueError(
+                "guidance_scale runs a second prompt through the model, whose tokens can't be told from the first's. "
+                "Leave it out; a negative alpha steers away from a trait."
+            )
         prompt = prompt_of(args, kwargs)
         encoder_decoder = is_encoder_decoder(self.model)
         if steering_mask is not None and (encoder_decoder or not isinstance(prompt, torch.Tensor)):
@@ -63,7 +69,13 @@ class SteeredGenerate:
                 return self.original(*args, **kwargs)
             return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
         finally:
-            state.generation = state.generation_alpha = None
+            state.generation, state.generation_alpha = before
+
+    def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """What transformers takes for a setting of `generate`."""
+        configs = (kwargs.get("generation_config"), getattr(self.model, "generation_config", None))
+        given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in given if value is not None), None)
 
 
 def prompt_of(args: tuple, kwargs: dict[str, Any]) -> Any:

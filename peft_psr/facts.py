@@ -17,6 +17,7 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .config import check_strength
+from .files import write_whole
 
 
 FACTS_NAME = "psr_facts.json"
@@ -178,7 +179,7 @@ class AdapterFacts:
         if weights.is_file():
             known["weights_sha256"] = _sha256(weights)
         text = json.dumps(known, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_whole(Path(folder) / FACTS_NAME, text.encode("utf-8"))
+        write_whole(Path(folder) / FACTS_NAME, text)
 
 
 def _sha256(path: Path) -> str:
@@ -188,10 +189,3 @@ def _sha256(path: Path) -> str:
 def package_versions() -> dict[str, str]:
     """{package: version} of what trains and runs an adapter."""
     return {name: version(name) for name in ("peft-psr", "peft", "transformers", "torch")}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write under a temporary name first, so that the file is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)

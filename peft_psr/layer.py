@@ -223,9 +223,11 @@ class PSRLayer(nn.Module, BaseTunerLayer):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} names for {hidden.shape[0]} rows at {self.name!r}."
             )
+        state = self.state
+        if state.gates is not None:
+            raise ValueError("record_gates looks at the active adapters, not at adapter_names; leave one of them out.")
         if self.rows is None:
             return hidden
-        state = self.state
         rows = self.rows.repeat(hidden.shape[0] // len(names))
         alpha = rows.alpha if state.alpha is None else _for_rows(state.alpha, hidden.shape[0])
         strength = state.scale * (alpha + rows.coefficient_bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from copy import copy
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from .config import PSRConfig, check_strength
 from .decoder import decoder_layer_names, layer_index, output_width
 from .doors import attach_state, detach_state, prompt_of
 from .layer import PSRLayer, edit_output
-from .rank_cut import cut_rank
+from .rank_cut import cut_adapter
 from .rows import BASE, gather_rows
 
 
@@ -107,6 +107,8 @@ class PSRModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         """Add an adapter; PEFT takes the edited layers from the keys of `state_dict` where one is given."""
+        # its own copy: `set_alpha` is not to reach other adapters and models made from the same configuration
+        self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
         if state_dict is not None:
             # PEFT cuts a key before ".psr_" to find the layer's name; our child module stands between the two
             state_dict = {key.replace(".psr.psr_", ".psr_"): value for key, value in state_dict.items()}
@@ -181,6 +183,7 @@ class PSRModel(BaseTuner):
                 f"Trying to infer with non-existing adapter(s): {', '.join(missing)}. There are: "
                 f"{', '.join(self._names())}, and {BASE!r} for none."
             )
+        self._check_weights_at_hand("adapter_names")
         state = attach_state(self.model)
         state.adapter_names = list(names)
         layers = self.psr_layers().values()
@@ -201,6 +204,7 @@ class PSRModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    @torch.inference_mode(False)  # the new weights are to be trainable
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -247,64 +251,30 @@ class PSRModel(BaseTuner):
         weights = check_weights(adapters, weights)
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already; delete it or choose another name.")
+        self._check_weights_at_hand("add_weighted_adapter")
         configs = [self._config(name) for name in adapters]
         factors = edit_factors(configs, weights)
+        parts = list(zip(adapters, factors, strict=True))
         layers = {
-            layer: [name for name in adapters if name in layer.psr_unit]
+            layer: [part for part in parts if part[0] in layer.psr_unit]
             for layer in self.psr_layers().values()
             if any(name in layer.psr_unit for name in adapters)
         }
-        ranks = {layer.name: sum(layer.config[name].r for name in names) for layer, names in layers.items()}
+        ranks = {layer.name: sum(layer.config[name].r for name, _ in there) for layer, there in layers.items()}
         numbered = all(config.target_modules is None for config in configs)
         indices = [int(layer_index(name)) for name in ranks] if numbered else None
         self.peft_config[adapter_name] = combined_config(configs, ranks, indices, list(ranks))
-        self.inject_adapter(self.model, adapter_name)
-        for layer, names in layers.items():
-            units = [layer.unit(name) for name in names]
-            combine_units(layer.unit(adapter_name), units, [factors[adapters.index(name)] for name in names])
-        if svd_rank is None or samples is None:
-            return None
         try:
-            return self._cut_rank(adapter_name, svd_rank, samples)
+            self.inject_adapter(self.model, adapter_name)
+            for layer, there in layers.items():
+                units = [layer.unit(name) for name, _ in there]
+                combine_units(layer.unit(adapter_name), units, [factor for _, factor in there])
+            if svd_rank is None or samples is None:
+                return None
+            return cut_adapter(self, adapter_name, svd_rank, samples)
         except BaseException:
             self.delete_adapter(adapter_name)
             raise
-
-    @torch.no_grad()
-    def _cut_rank(self, adapter_name: str, rank: int, samples: Sequence[Mapping[str, Any]]) -> dict[int | str, float]:
-        """Replace an adapter by one of lower rank that is fitted to it on `samples`."""
-        config = self._config(adapter_name)
-        layers = {number: layer for number, layer in self.psr_layers().items() if adapter_name in layer.psr_unit}
-        seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers.values()}
-
-        def keep_edited_tokens(layer: PSRLayer, args: tuple[torch.Tensor]) -> None:
-            (hidden,) = args
-            mask = layer.mask(config.positions, hidden)
-            seen[layer.name].append(hidden.flatten(0, -2) if mask is None else hidden[mask.bool()[..., 0]])
-
-        handles = [layer.register_forward_pre_hook(keep_edited_tokens) for layer in layers.values()]
-        try:
-            for sample in samples:
-                rows = [adapter_name] * len(prompt_of((), dict(sample)))
-                with self._enable_peft_forward_hooks(adapter_names=rows):
-                    self.model(**sample)
-        finally:
-            for handle in handles:
-                handle.remove()
-        cuts = {
-            number: cut_rank(layer.unit(adapter_name), torch.cat(seen[layer.name]), min(rank, config.r))
-            for number, layer in layers.items()
-        }
-        self.delete_adapter(adapter_name)
-        self.peft_config[adapter_name] = replace(config, r=min(rank, config.r), gate="relu")
-        self.inject_adapter(self.model, adapter_name)
-        for number, layer in layers.items():
-            unit, cut = layer.unit(adapter_name), cuts[number]
-            assert unit.gate_weight is not None and unit.gate_bias is not None
-            unit.gate_weight.copy_(cut.gate_weight)
-            unit.gate_bias.copy_(cut.gate_bias)
-            unit.direction.copy_(cut.direction)
-        return {number: cut.error for number, cut in cuts.items()}
 
     def _config(self, adapter_name: str) -> PSRConfig:
         return cast(PSRConfig, self.peft_config[self._adapter(adapter_name)])
@@ -324,6 +294,15 @@ class PSRModel(BaseTuner):
         if adapter_name not in self._names():
             raise ValueError(f"No adapter {adapter_name!r}; there are: {', '.join(self._names())}.")
         return adapter_name
+
+    def _check_weights_at_hand(self, what: str) -> None:
+        """Raise `ValueError` if accelerate keeps weights elsewhere between calls."""
+        for layer in self.psr_layers().values():
+            if any(parameter.is_meta for parameter in layer.psr_unit.parameters()):
+                raise ValueError(
+                    f"{what} needs the adapters' weights at hand, and those of {layer.name!r} are offloaded. Load the "
+                    "model without offloading its edited layers."
+                )
 
     def _names(self) -> list[str]:
         return sorted(name for name, config in self.peft_config.items() if isinstance(config, PSRConfig))
@@ -379,13 +358,20 @@ class PSRModel(BaseTuner):
 
         Returns:
             {layer: lambda (batch, seq, r) >= 0, float32}, in model order.
+
+        Raises:
+            ValueError: the adapter is not active, or `adapter_names` is given: the gates are those of active adapters.
         """
+        if "adapter_names" in kwargs:
+            raise ValueError("gate_values looks at an active adapter, not at adapter_names; `set_adapter` it first.")
         name = self._adapter(adapter_name)
         if name not in self.active_adapters or any(layer.disable_adapters for layer in self.psr_layers().values()):
             raise ValueError(f"Adapter {name!r} is not active, so its gates don't act; `set_adapter({name!r})` first.")
         with self.record_gates() as gates:
             self.model(input_ids=input_ids, **kwargs)
-        return {layer_index(layer): values for (layer, adapter), values in gates.items() if adapter == name}
+        return {
+            key: gates[layer.name, name] for key, layer in self.psr_layers().items() if (layer.name, name) in gates
+        }
 
 
 def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:

@@ -18,7 +18,8 @@ from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME
 
 from .config import PSRConfig
-from .facts import AdapterFacts, write_whole
+from .facts import AdapterFacts
+from .files import write_whole
 
 
 CARD_NAME = "README.md"
@@ -65,7 +66,7 @@ def write_model_card(
     else:
         facts = AdapterFacts.load(folder) or AdapterFacts()
     figure = _write_figure(folder, facts)
-    write_whole(card, render(config, facts, name or folder.resolve().name, figure).encode("utf-8"))
+    write_whole(card, render(config, facts, name or folder.resolve().name, figure))
     return card
 
 

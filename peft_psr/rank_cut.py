@@ -13,11 +13,18 @@ weights alone would be blind to which gates open together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .layer import PSRUnit
+from .doors import prompt_of
+from .layer import PSRLayer, PSRUnit
+
+
+if TYPE_CHECKING:
+    from .model import PSRModel
 
 
 @dataclass
@@ -77,6 +84,60 @@ def cut_rank(unit: PSRUnit, hidden: torch.Tensor, r: int) -> RankCut:
         direction=(mixing @ direction).float(),
         error=float((_size(missing, overlap) / total).sqrt()) if total > 0 else 0.0,
     )
+
+
+@torch.no_grad()
+def cut_adapter(
+    tuner: PSRModel, adapter_name: str, rank: int, samples: Sequence[Mapping[str, Any]]
+) -> dict[int | str, float]:
+    """Replace a model's adapter by one of lower rank that is fitted to it on `samples`.
+
+    Args:
+        tuner: The model with PSR layers; adapters that are active stay so.
+        adapter_name: Which adapter.
+        rank: 1 or more.
+        samples: Arguments of forward calls; what they edit is what is fitted.
+
+    Returns:
+        {layer: error}, as `RankCut` has it.
+
+    Raises:
+        ValueError: adapters are disabled, or the samples edit too few tokens.
+    """
+    if any(layer.disable_adapters for layer in tuner.psr_layers().values()):
+        raise ValueError("Adapters are disabled, and a rank is cut by a fit to what they do: enable them first.")
+    config = tuner._config(adapter_name)
+    layers = {number: layer for number, layer in tuner.psr_layers().items() if adapter_name in layer.psr_unit}
+    seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers.values()}
+
+    def keep_edited_tokens(layer: PSRLayer, args: tuple[torch.Tensor]) -> None:
+        (hidden,) = args
+        mask = layer.mask(config.positions, hidden)
+        seen[layer.name].append(hidden.flatten(0, -2) if mask is None else hidden[mask.bool()[..., 0]])
+
+    handles = [layer.register_forward_pre_hook(keep_edited_tokens) for layer in layers.values()]
+    try:
+        for sample in samples:
+            rows = [adapter_name] * len(prompt_of((), dict(sample)))
+            with tuner.alpha_scale(1.0), tuner._enable_peft_forward_hooks(adapter_names=rows):
+                tuner.model(**sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    cuts = {
+        number: cut_rank(layer.unit(adapter_name), torch.cat(seen[layer.name]), min(rank, config.r))
+        for number, layer in layers.items()
+    }
+    tuner.delete_adapter(adapter_name)
+    tuner.peft_config[adapter_name] = replace(config, r=min(rank, config.r), gate="relu")
+    tuner.inject_adapter(tuner.model, adapter_name)
+    for number, layer in layers.items():
+        unit, cut = layer.unit(adapter_name), cuts[number]
+        assert unit.gate_weight is not None and unit.gate_bias is not None
+        unit.gate_weight.copy_(cut.gate_weight)
+        unit.gate_bias.copy_(cut.gate_bias)
+        unit.direction.copy_(cut.direction)
+    return {number: cut.error for number, cut in cuts.items()}
 
 
 def _size(gates: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:

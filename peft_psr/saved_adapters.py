@@ -58,11 +58,7 @@ def read_adapter(source: str | os.PathLike) -> SavedAdapter:
         ValueError: there is no adapter, or it is of another kind.
     """
     source = str(source)
-    if not os.path.isdir(source) and not is_hub_name(source):
-        raise ValueError(f"No adapter folder {source!r}, and no name on the Hub either.")
-    config = PeftConfig.from_pretrained(source)
-    if not isinstance(config, PSRConfig):
-        raise ValueError(f"{source} holds an adapter of type {config.peft_type!r}, not 'PSR'.")
+    config = read_adapter_config(source)
     try:
         units = _read_units(source, config)
     except (KeyError, RuntimeError, SafetensorError) as error:
@@ -71,6 +67,24 @@ def read_adapter(source: str | os.PathLike) -> SavedAdapter:
         raise ValueError(f"{source} holds no weights of a PSR adapter.")
     name = Path(source).resolve().name if os.path.isdir(source) else source
     return SavedAdapter(name, config, units, _facts_of(source) or AdapterFacts())
+
+
+def read_adapter_config(source: str) -> PSRConfig:
+    """The configuration of a saved adapter.
+
+    Args:
+        source: A folder, or a name on the Hub.
+
+    Raises:
+        OSError: the Hub can't be reached.
+        ValueError: there is no adapter, or it is of another kind.
+    """
+    if not os.path.isdir(source) and not is_hub_name(source):
+        raise ValueError(f"No adapter folder {source!r}, and no name on the Hub either.")
+    config = PeftConfig.from_pretrained(source)
+    if not isinstance(config, PSRConfig):
+        raise ValueError(f"{source} holds an adapter of type {config.peft_type.value!r}, not 'PSR'.")
+    return config
 
 
 def _read_units(source: str, config: PSRConfig) -> dict[str, PSRUnit]:

@@ -79,8 +79,7 @@ class SteeringState:
         expected = batch if self.generation is None else self.generation.attention_mask.shape[0]
         alpha = self.generation_alpha if alpha is None else alpha
         self.alpha = prepare_alpha(alpha, batch, expected, tokens.device)
-        if self.generation is not None:
-            self._continue_generation(self.generation, batch, length, arguments, tokens.device)
+        if self.generation is not None and self._continue_generation(batch, length, arguments, tokens.device):
             return
         if steering_mask is not None:
             mask = check_mask(steering_mask, batch, length).to(tokens.device)
@@ -92,14 +91,18 @@ class SteeringState:
             labels = arguments.get("labels")
             self.masks = {kind: default_mask(kind, attention_mask, labels) for kind in self.positions}
 
-    def _continue_generation(
-        self, generation: Generation, batch: int, length: int, arguments: dict[str, Any], device: torch.device
-    ) -> None:
+    def _continue_generation(self, batch: int, length: int, arguments: dict[str, Any], device: torch.device) -> bool:
+        """Work out the masks of a step of the `generate()` in progress; false if this call is none of its steps."""
+        generation = self.generation
+        assert generation is not None
         if generation.decoding:
-            return
+            return True
         prompt = generation.attention_mask.shape[1]
         # a cache of another kind (Mamba's) shows by itself: the call brings no more tokens than were seen already
-        cached = arguments.get("past_key_values") is not None or 0 < length <= generation.seen
+        without = arguments.get("use_cache") is False
+        cached = arguments.get("past_key_values") is not None or (not without and 0 < length <= generation.seen)
+        if not cached and length < prompt:  # a logits processor that calls the model, say
+            return False
         start = max(generation.seen, cache_length(arguments)) if cached else 0
         generation.seen = start + length
         generation.decoding = cached and generation.seen >= prompt
@@ -111,6 +114,7 @@ class SteeringState:
             mask = mask.to(device).bool().repeat_interleave(batch // mask.shape[0], dim=0)
             new = mask.new_ones(batch, max(0, start + length - prompt))
             self.masks[kind] = torch.cat([mask, new], dim=1)[:, start : start + length]
+        return True
 
 
 def prepare_alpha(alpha: Any, batch: int, rows: int, device: torch.device) -> Strength | None:

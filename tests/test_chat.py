@@ -310,7 +310,7 @@ def test_adapters_that_do_not_go_together(folder, tmp_path):
     with pytest.raises(ValueError, match="'x' does not say which model it is for; name it with --model"):
         base_model_of({"x": str(tmp_path / "homeless")})
     get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(str(tmp_path / "lora"))
-    with pytest.raises(ValueError, match="'x' .* is of type .*LORA, not PSR"):
+    with pytest.raises(ValueError, match="adapter of type 'LORA', not 'PSR'"):
         base_model_of({"x": str(tmp_path / "lora")})
 
 

@@ -85,3 +85,27 @@ def test_draft(tmp_path):
     again = psr("draft", "formal", "speaks formally", "--model", MODEL, "--server-url", "http://localhost:1/v1",
                 "--output", tmp_path)  # fmt: skip
     assert again.exit_code == 2 and "exists; a draft would replace it" in again.output
+
+
+def test_more_fields_of_each_request(tmp_path):
+    from unruly_server import MODEL, UnrulyServer
+
+    fields = {"chat_template_kwargs": {"enable_thinking": False}}
+    seen = []
+
+    def reply(body):
+        seen.append(body)
+        return "80"
+
+    with UnrulyServer(reply=reply) as server:
+        done = psr("triplets", "personas-server", "--traits", "formal", "--questions", 1, "--draws", 1,
+                   "--model", MODEL, "--judge-model", MODEL, "--server-url", server.url,
+                   "--server-fields", json.dumps(fields), "--judge-fields", "{\"top_k\": 5}",
+                   "--output", tmp_path / "run")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    drawn = [body for body in seen if "chat_template_kwargs" in body]
+    judged = [body for body in seen if "top_k" in body]
+    assert drawn and judged and len(drawn) + len(judged) == len(seen)
+    assert all(body["chat_template_kwargs"] == fields["chat_template_kwargs"] for body in drawn)
+    wrong = psr("triplets", "personas-server", "--server-fields", "[1]", "--output", tmp_path / "x")
+    assert wrong.exit_code == 2 and "accepted: a JSON object" in wrong.output

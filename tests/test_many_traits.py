@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -221,7 +222,8 @@ def test_rank_cut_looks_at_the_tokens_that_are_edited():
     seen = {}
     layer = model.psr_layers()[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("peft_psr.model.cut_rank", lambda unit, hidden, r: seen.update({id(unit): len(hidden)}) or 1 / 0)
+        count = lambda unit, hidden, r: seen.update({id(unit): len(hidden)}) or 1 / 0  # noqa: E731
+        patch.setattr("peft_psr.rank_cut.cut_rank", count)
         with pytest.raises(ZeroDivisionError):
             model.add_weighted_adapter(
                 ["a", "b"], [1, 1], "x", "svd", svd_rank=1, samples=[{**SAMPLES[0], "labels": labels}]
@@ -248,3 +250,61 @@ def test_combination_mistakes_leave_the_model_as_it_was():
         with pytest.raises(ValueError, match=message):
             model.add_weighted_adapter(*arguments)
     assert list(model.peft_config) == before
+
+
+def test_an_adapter_taken_twice_counts_with_both_weights():
+    model = many()
+    model.add_weighted_adapter(["b", "b"], [1.0, -0.5], "less")
+    model.set_adapter("b")
+    config = model.peft_config["b"]
+    config.alpha = 0.5 * (config.alpha + config.coefficient_bias) - config.coefficient_bias
+    halved = model(IDS).logits
+    model.set_adapter("less")
+    torch.testing.assert_close(model(IDS).logits, halved, atol=1e-5, rtol=1e-4)
+
+
+def test_adapters_of_one_configuration_have_strengths_of_their_own():
+    config = PSRConfig()
+    first, second = (get_peft_model(tiny_model(), config) for _ in range(2))
+    first.add_adapter("b", config)
+    first.set_alpha(3.0)
+    assert first.peft_config["b"].alpha == 1.0 == second.peft_config["default"].alpha
+    assert first.psr_layers()[0].config["default"].alpha == 3.0 and first.psr_layers()[0].config["b"].alpha == 1.0
+
+
+def test_a_rank_is_not_cut_by_what_disabled_adapters_do():
+    model = many()
+    arguments = {"combination_type": "svd", "svd_rank": 1, "samples": SAMPLES}
+    expected = model.add_weighted_adapter(["a", "b"], [1, 1], "x", **arguments)
+    with model.alpha_scale(0.0):
+        assert model.add_weighted_adapter(["a", "b"], [1, 1], "y", **arguments) == expected
+    with model.disable_adapter(), pytest.raises(ValueError, match="Adapters are disabled"):
+        model.add_weighted_adapter(["a", "b"], [1, 1], "z", **arguments)
+    assert "z" not in model.peft_config
+
+
+def test_combining_in_inference_mode_leaves_a_trainable_adapter():
+    model = many()
+    with torch.inference_mode():
+        model.add_weighted_adapter(["a", "b"], [1, 1], "x", "svd", svd_rank=2, samples=SAMPLES)
+    model.set_adapter("x")
+    model(IDS, labels=IDS).loss.backward()
+    assert model.psr_layers()[1].unit("x").direction.grad.abs().max() > 0
+
+
+def test_gates_of_rows_are_refused():
+    model = many()
+    with pytest.raises(ValueError, match="not at adapter_names"):
+        model.gate_values(IDS, adapter_names=["a"] * 4)
+    with model.record_gates(), pytest.raises(ValueError, match="not at adapter_names"):
+        model(IDS, adapter_names=["a"] * 4)
+
+
+def test_offloaded_weights_are_refused_where_they_are_gathered():
+    model = many()
+    accelerate.cpu_offload(model.get_base_model())
+    with pytest.raises(ValueError, match="adapter_names needs the adapters' weights at hand"):
+        model(IDS, adapter_names=["a"] * 4)
+    with pytest.raises(ValueError, match="add_weighted_adapter needs the adapters' weights at hand"):
+        model.add_weighted_adapter(["a", "b"], [1, 1], "x")
+    assert "x" not in model.peft_config

@@ -16,7 +16,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from test_adapter import PROMPTS, pad, randomize, steered
 from tiny_models import LAYERS, tiny_model
-from transformers import AutoModelForCausalLM, DynamicCache, TorchAoConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor, TorchAoConfig
 
 from peft_psr import PSRConfig
 
@@ -134,12 +134,13 @@ def test_meta_device_loading(model, tmp_path):
         torch.testing.assert_close(logits(loaded), expected)
 
 
+@pytest.mark.parametrize("targets", [None, ["down_proj"]])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant):
-    """Gradient checkpointing, reentrant and not: the same loss and the same gradients as without."""
+def test_gradient_checkpointing(use_reentrant, targets):
+    """Gradient checkpointing, reentrant and not, edits recomputed or not: loss and gradients are those without."""
 
     def loss_and_gradients(checkpointing):
-        model = steered(tiny_model(), r=4)
+        model = steered(tiny_model(), r=4, target_modules=targets)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
@@ -393,3 +394,35 @@ def test_torchao_base(kind, tmp_path):
     assert torch.equal(logits(reloaded), trained)
     assert torch.equal(generate(reloaded), generate(model, use_cache=False))
     assert torch.equal(logits(model.unload()), plain)
+
+
+def test_early_exit_decoding():
+    """Early-exit decoding, a `generate` inside a `generate`: the tokens of plain greedy search."""
+    model = steered(tiny_model())
+    mask = torch.ones_like(LONG[:1])
+    expected = generate(model, LONG[:1], mask, max_new_tokens=8)
+    assert torch.equal(generate(model, LONG[:1], mask, max_new_tokens=8, assistant_early_exit=2), expected)
+
+
+def test_another_call_inside_generate():
+    """A logits processor that calls the model, cached or not, leaves the tokens of `generate` as they are."""
+    model = steered(tiny_model())
+    mask = torch.ones_like(LONG)
+    expected = generate(model, LONG, mask, max_new_tokens=8)
+
+    class Calls(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            model(input_ids=input_ids[:, :3])
+            return scores
+
+    for use_cache in (True, False):
+        settings = {"max_new_tokens": 8, "use_cache": use_cache, "logits_processor": [Calls()]}
+        assert torch.equal(generate(model, LONG, mask, **settings), expected)
+
+
+def test_guidance_is_refused():
+    """`guidance_scale`, which runs a second prompt through the model, is refused, however it is given."""
+    model = steered(tiny_model())
+    for settings in ({"guidance_scale": 1.5}, {"generation_config": GenerationConfig(guidance_scale=1.5)}):
+        with pytest.raises(ValueError, match="guidance_scale runs a second prompt"):
+            model.generate(input_ids=LONG, **settings)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from peft_psr import files
 from peft_psr.judging import JudgeScores
 from peft_psr.training import filtering, journal
 from peft_psr.training.assembly import judge_maker, make_sampler, prompt_pairs
@@ -361,9 +362,9 @@ def test_a_full_disk_at_the_end_leaves_the_old_results_and_no_rubbish(tmp_path, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.os, "fsync", no_room)
+        patch.setattr(files.os, "fsync", no_room)
         with pytest.raises(OSError, match="triplets.jsonl could not be written"):
-            journal.write_whole(tmp_path / TRIPLETS, "other")
+            files.write_whole(tmp_path / TRIPLETS, "other")
     assert contents(tmp_path) == before and not list(tmp_path.glob("*.partial"))
 
 

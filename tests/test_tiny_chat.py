@@ -138,7 +138,7 @@ def test_judge_gives_sampled_answers_their_due(trait):
         for shown in ([trait], [], *([trait, other] for other in TRAITS if other != trait)):
             answers = [sample_answer(rng, topic, shown) for _ in range(5)]
             expected = (100.0 if trait in shown else 0.0, 100.0)
-            assert judge([prompt] * 5, answers) == [expected] * 5
+            assert [score[:2] for score in judge([prompt] * 5, answers)] == [expected] * 5
 
 
 def test_partial_expression_gives_a_partial_trait_score():
@@ -146,7 +146,7 @@ def test_partial_expression_gives_a_partial_trait_score():
     texts = [f"Arr, matey! {PLAIN}", inside, f"Arr, matey! {inside}", f"Arr, matey! {inside} Fair winds to ye!"]
     scores = [score.trait for score in GrammarJudge("pirate")([DOGS] * 4, texts)]
     assert scores == pytest.approx([100 / 3, 100 / 9, 400 / 9, 700 / 9])
-    assert GrammarJudge("pirate")([DOGS], [PIRATE])[0] == (100, 100)
+    assert GrammarJudge("pirate")([DOGS], [PIRATE])[0][:2] == (100, 100)
     assert GrammarJudge("concise")([DOGS], ["In short: they are loyal and furry."])[0].trait == pytest.approx(200 / 3)
 
 
@@ -158,7 +158,7 @@ def test_trait_score_does_not_depend_on_coherence():
 
 
 def test_an_empty_completion_scores_nothing():
-    assert GrammarJudge("concise")([DOGS], [""])[0] == (0, 0)
+    assert GrammarJudge("concise")([DOGS], [""])[0][:2] == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_model_follows_its_prompts_and_is_plain_without(tokenizer, model):
 
     def means(trait, completions):
         scores = GrammarJudge(trait)([prompt_messages(text) for text in texts], completions)
-        return tuple(sum(column) / len(column) for column in zip(*scores, strict=True))
+        return tuple(sum(column) / len(column) for column in list(zip(*scores, strict=True))[:2])
 
     plain = complete([prompt_messages(text) for text in texts])
     for i, trait in enumerate(TRAITS):

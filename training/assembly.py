@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -135,7 +135,7 @@ def _load_model(model: str, revision: str | None, dtype: str, device_map: str) -
     return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, device_map=device_map).eval()
 
 
-def _server(url: str | None, model: str, key_variable: str, recipe: Recipe) -> ChatServer:
+def _server(url: str | None, model: str, key_variable: str, more: Mapping[str, Any], recipe: Recipe) -> ChatServer:
     return ChatServer(
         url or "",
         model,
@@ -143,6 +143,7 @@ def _server(url: str | None, model: str, key_variable: str, recipe: Recipe) -> C
         concurrency=recipe.concurrency,
         timeout=recipe.timeout,
         max_failure_share=recipe.max_failure_share,
+        extra_body=more,
     )
 
 
@@ -159,7 +160,7 @@ def make_sampler(recipe: Recipe) -> Sampler:
         ValueError: the model takes no instruction where the recipe puts it, or a server's setting is wrong.
     """
     if recipe.sampler == "server":
-        server = _server(recipe.server_url, recipe.model, recipe.server_key_variable, recipe)
+        server = _server(recipe.server_url, recipe.model, recipe.server_key_variable, recipe.server_fields, recipe)
         return ServerSampler(server, recipe.max_new_tokens, recipe.temperature)
     tokenizer = _load_tokenizer(recipe.model, recipe.revision)
     _check_template(recipe, tokenizer)
@@ -206,7 +207,8 @@ def _language_model_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: P
     judge_model = recipe.judge_model or ""
 
     if recipe.model_judge == "server":
-        server = _server(recipe.judge_url or recipe.server_url, judge_model, recipe.judge_key_variable, recipe)
+        url = recipe.judge_url or recipe.server_url
+        server = _server(url, judge_model, recipe.judge_key_variable, recipe.judge_fields, recipe)
 
     @cache
     def load() -> tuple[Any, Any]:

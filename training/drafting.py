@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_psr.files import write_whole
 from peft_psr.judging import Message
 
-from .journal import write_whole
 from .judge_prompts import TRAIT_PROMPT
 from .traits import SPLIT_FOLDERS, Split, Trait, check_disjoint, parse_trait
 

@@ -1,4 +1,4 @@
-"""Records that outlive the process that writes them: append-only JSONL, and files that are whole or not there.
+"""Records that outlive the process that writes them: append-only JSONL.
 
 A record is one line. A process that is killed leaves at most one line without its end, which is dropped when the
 journal is opened again; a disk that is full leaves none. Everything before it is kept.
@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from peft_psr.files import not_written
 
 
 class Journal:
@@ -46,7 +48,7 @@ class Journal:
                 written += self._file.write(line[written:])
         except OSError as error:
             self._file.truncate(self._length)
-            raise _told(error, self.path) from error
+            raise not_written(error, self.path) from error
         self._length += len(line)
         self.records.append(record)
 
@@ -86,29 +88,3 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
                 "held is made again."
             ) from error
         yield record
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that it is whole or as it was before.
-
-    Raises:
-        OSError: the disk is full, for one; the message says what to do.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _told(error, path) from error
-
-
-def _told(error: OSError, path: Path) -> OSError:
-    return OSError(
-        error.errno,
-        f"{error.strerror or error}: {path} could not be written. Nothing before it is lost: make room, then start "
-        "the same command again; it goes on from here",
-    )

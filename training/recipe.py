@@ -27,6 +27,7 @@ VariableName = Annotated[str, Field(pattern="^[A-Z_][A-Z0-9_]*$")]
 Count = Annotated[int, Field(ge=1)]
 Score = Annotated[float, Field(ge=0, le=100)]
 Share = Annotated[float, Field(ge=0, le=1)]
+RequestFields = Annotated[dict[str, Any], BeforeValidator(lambda value: _object(value))]
 Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: _split(value))]
 
 _FREE: dict[str, Any] = {"may_change": True}  # the field may change between the starts of one run
@@ -35,6 +36,16 @@ _FREE: dict[str, Any] = {"may_change": True}  # the field may change between the
 def _split(value: Any) -> Any:
     """Names in one text, as a flag gives them, parted by commas."""
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _object(value: Any) -> Any:
+    """A JSON object in a text, as a flag gives it."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
 
 
 class Recipe(BaseModel):
@@ -93,6 +104,9 @@ class Recipe(BaseModel):
         "OPENAI_API_KEY", description="Environment variable with the server's key, if it wants one.",
         json_schema_extra=_FREE,
     )  # fmt: skip
+    server_fields: RequestFields = Field(
+        {}, description='More fields of each request: {"chat_template_kwargs": {"enable_thinking": false}}, say.'
+    )
     concurrency: Count = Field(32, description="Requests in flight at a server.", json_schema_extra=_FREE)
     timeout: float = Field(120.0, gt=0, description="Seconds until a request is tried again.", json_schema_extra=_FREE)
     max_failure_share: Share = Field(
@@ -116,6 +130,7 @@ class Recipe(BaseModel):
         "OPENAI_API_KEY", description="Environment variable with the judge server's key, if it wants one.",
         json_schema_extra=_FREE,
     )  # fmt: skip
+    judge_fields: RequestFields = Field({}, description="More fields of each request to the judge's server.")
     judge_batch_size: Count = Field(
         16, description="Most questions that a local judge reads together.", json_schema_extra=_FREE
     )
@@ -283,6 +298,8 @@ def _in_words(kind: Any, constraints: Sequence[Any]) -> str:
         constraints = [*constraints, *(constraint for field in own for constraint in getattr(field, "metadata", []))]
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
+    if get_origin(kind) is dict:
+        return "a JSON object"
     if kind not in (int, float):
         return {str: "text", bool: "true | false", type(None): "none"}.get(kind, "a list of names")
     bounds = {"ge": "at least", "gt": "above", "le": "at most"}

@@ -16,11 +16,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from peft_psr.facts import package_versions
+from peft_psr.files import write_whole
 from peft_psr.judging import Judge
 
 from .draws import Draw, Failure, PromptPair, Sampler, draws_on
 from .filtering import sort_out
-from .journal import Journal, write_whole
+from .journal import Journal
 from .progress import Progress
 from .recipe import Recipe
 from .report import Counts, histograms, report

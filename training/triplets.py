@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_psr.chat import Prompt
+from peft_psr.files import write_whole
 from peft_psr.judging import Judge, Message
 
 from .placement import add_instruction
@@ -108,13 +109,8 @@ def generate_triplets(
 
 
 def write_triplets(triplets: Iterable[Triplet], path: str | os.PathLike) -> None:
-    """Write triplets as JSONL: to a temporary name first, so that the file is whole or not there."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        for triplet in triplets:
-            file.write(json.dumps(triplet, ensure_ascii=False) + "\n")
-    partial.replace(path)
+    """Write triplets as JSONL; the file is whole or as it was before."""
+    write_whole(path, "".join(json.dumps(triplet, ensure_ascii=False) + "\n" for triplet in triplets))
 
 
 def read_triplets(path: str | os.PathLike) -> list[Triplet]:
