@@ -25,11 +25,6 @@ from .rows import RowAdapters
 from .state import SteeringState, Strength
 
 
-def as_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`tensor.to(dtype)`, without the cost of a call that does nothing: in decoding every microsecond shows."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
 def add_edit(stream: torch.Tensor, gates: torch.Tensor, direction: torch.Tensor, strength: Strength) -> torch.Tensor:
     """`stream + strength * gates @ direction`, float32, in as few operations as there are.
 
@@ -86,14 +81,6 @@ class PSRUnit(nn.Module):
             self.gate_weight.zero_()
             self.gate_bias.fill_(1.0)
 
-    def gate(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Gate values lambda (..., r) >= 0, float32, of hidden states (..., d)."""
-        weight = self.gate_weight
-        if weight is None:
-            return hidden.new_ones(*hidden.shape[:-1], self.direction.shape[0], dtype=torch.float32)
-        bias = None if self.gate_bias is None else as_dtype(self.gate_bias, torch.float32)
-        return torch.relu(F.linear(as_dtype(hidden, torch.float32), as_dtype(weight, torch.float32), bias))
-
     def forward(
         self, hidden: torch.Tensor, stream: torch.Tensor, strength: Strength
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,9 +88,17 @@ class PSRUnit(nn.Module):
 
         `strength` broadcasts over (..., r). The two streams differ where several adapters edit one after another.
         """
-        gates = self.gate(hidden)
-        # FSDP2's mixed precision hands the weights over in half precision
-        return add_edit(stream, gates, as_dtype(self.direction, torch.float32), strength), gates
+        weights = self._parameters
+        weight, bias, direction = weights.get("gate_weight"), weights.get("gate_bias"), weights["direction"]
+        assert direction is not None
+        if direction.dtype is not torch.float32:  # FSDP2's mixed precision hands the weights over in half precision
+            direction = direction.float()
+            weight, bias = (None, None) if weight is None or bias is None else (weight.float(), bias.float())
+        if weight is None or bias is None:
+            gates = hidden.new_ones(*hidden.shape[:-1], direction.shape[0], dtype=torch.float32)
+        else:
+            gates = F.linear(hidden if hidden.dtype is torch.float32 else hidden.float(), weight, bias).relu()
+        return add_edit(stream, gates, direction, strength), gates
 
     def _apply(self, fn, recurse: bool = True):
         """Follow the model to another device, but not to another dtype: the edit is computed in float32."""
@@ -173,8 +168,9 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         config, state = self.config[adapter_name], self.state
         alpha = config.alpha if state.alpha is None else _for_rows(state.alpha, hidden.shape[0])
         strength: Strength = state.scale * (alpha + config.coefficient_bias)
-        mask = self.mask(config.positions, hidden)
-        return strength if mask is None else strength * mask
+        if state.masks.get(config.positions) is None:
+            return strength
+        return strength * self.mask(config.positions, hidden)  # type: ignore[operator]
 
     def mask(self, positions: str, hidden: torch.Tensor) -> torch.Tensor | None:
         """The current call's mask as float32 (batch, seq, 1), or `None` to edit every token."""
@@ -193,28 +189,31 @@ class PSRLayer(nn.Module, BaseTunerLayer):
 
         A module may see its tokens as rows: (batch * seq, d).
         """
-        if hidden.dim() == 2:
-            return self.forward(hidden[:, None])[:, 0]
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self._edit(hidden)
-        return self._edit(hidden)
-
-    def _edit(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._disable_adapters:
             return hidden
-        if self.state.adapter_names is not None:
-            return self._edit_rows(hidden, self.state.adapter_names)
-        stream = hidden
-        recorded = self.state.gates
-        for name in self.active_adapters:
-            if name not in self.config:
+        if hidden.dim() == 2:
+            return self.forward(hidden[:, None])[:, 0]
+        if torch.is_autocast_enabled(hidden.device.type):
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self.forward(hidden)
+        state = self.state
+        if state.adapter_names is not None:
+            return self._edit_rows(hidden, state.adapter_names)
+        stream, active, units = hidden, self._active_adapter, self._modules["psr_unit"]._modules  # type: ignore
+        for name in (active,) if isinstance(active, str) else active:
+            unit = units.get(name)
+            if unit is None:
                 continue
-            stream, gates = self.unit(name)(hidden, stream, self.strength(name, hidden))
-            if recorded is not None:
-                recorded[self.name, name] = gates
-        return as_dtype(stream, hidden.dtype)
+            strength = state.strengths.get(name)
+            if strength is None:
+                strength = self.strength(name, hidden)
+                if isinstance(strength, float):  # the same on every layer of this call
+                    state.strengths[name] = strength
+            # not by its `__call__`: its only hooks are accelerate's, which take the place of `forward`
+            stream, gates = unit.forward(hidden, stream, strength)
+            if state.gates is not None:
+                state.gates[self.name, name] = gates
+        return stream if stream.dtype is hidden.dtype else stream.to(hidden.dtype)
 
     def _edit_rows(self, hidden: torch.Tensor, names: list[str]) -> torch.Tensor:
         """Each row edited by its own adapter."""
@@ -236,7 +235,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
             mask = self.mask(kind, hidden)
             chosen = chosen + (using if mask is None else using * mask)
         edited = add_edit(hidden, rows.gates(hidden), rows.direction, strength * chosen)
-        return as_dtype(edited, hidden.dtype)
+        return edited.to(hidden.dtype)
 
     def extra_repr(self) -> str:
         """Name and width, for printing."""
@@ -251,7 +250,12 @@ def _for_rows(alpha: Strength, rows: int) -> Strength:
 
 
 def edit_output(module: nn.Module, args: tuple, output: Any) -> Any:
-    """Forward hook of a decoder layer, first in line, so that every later hook sees the edited stream."""
-    layer: PSRLayer = module.psr  # type: ignore[assignment]
-    hidden = layer(hidden_of(output, layer.name))
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    """Forward hook of a decoder layer, first in line, so that every later hook sees the edited stream.
+
+    In decoding each layer streams megabytes of weights through the processor's caches, so all that Python looks up is
+    cold: hence plain dictionaries and few calls from here to the edit.
+    """
+    layer: PSRLayer = module._modules["psr"]  # type: ignore[assignment]
+    if isinstance(output, torch.Tensor):
+        return layer.forward(output)
+    return (layer.forward(hidden_of(output, layer.name)), *output[1:])

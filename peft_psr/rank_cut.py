@@ -18,7 +18,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from .decoder import hidden_of
 from .doors import prompt_of
 from .layer import PSRLayer, PSRUnit
 
@@ -110,12 +112,15 @@ def cut_adapter(
     layers = {number: layer for number, layer in tuner.psr_layers().items() if adapter_name in layer.psr_unit}
     seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers.values()}
 
-    def keep_edited_tokens(layer: PSRLayer, args: tuple[torch.Tensor]) -> None:
-        (hidden,) = args
+    def keep_edited_tokens(module: nn.Module, args: tuple, output: Any) -> None:
+        layer: PSRLayer = module.psr  # type: ignore[assignment]
+        hidden = hidden_of(output, layer.name)
         mask = layer.mask(config.positions, hidden)
         seen[layer.name].append(hidden.flatten(0, -2) if mask is None else hidden[mask.bool()[..., 0]])
 
-    handles = [layer.register_forward_pre_hook(keep_edited_tokens) for layer in layers.values()]
+    # before the hook that edits
+    edited = [tuner.model.get_submodule(layer.name) for layer in layers.values()]
+    handles = [module.register_forward_hook(keep_edited_tokens, prepend=True) for module in edited]
     try:
         for sample in samples:
             rows = [adapter_name] * len(prompt_of((), dict(sample)))

@@ -43,6 +43,7 @@ class SteeringState:
         positions: Kinds of positions that the model's adapters use.
         scale: Factor on every strength, set by `alpha_scale`.
         alpha: Strength for this call in place of the adapters' own: a float, (batch, 1, 1), or `None`.
+        strengths: {adapter: strength of this call}, where that is one number for all tokens and layers.
         masks: For each kind of positions (batch, seq) bool, or `None` to edit every token.
         gates: Where layers leave their gate values, {(layer name, adapter): (batch, seq, r)}, while someone looks.
         adapter_names: One adapter's name for each row, or `None` for the active adapters on all.
@@ -54,6 +55,7 @@ class SteeringState:
     positions: set[str] = field(default_factory=set)
     scale: float = 1.0
     alpha: Strength | None = None
+    strengths: dict[str, float] = field(default_factory=dict)
     masks: dict[str, torch.Tensor | None] = field(default_factory=dict)
     gates: dict[tuple[str, str], torch.Tensor] | None = None
     adapter_names: list[str] | None = None
@@ -72,6 +74,7 @@ class SteeringState:
         given = (arguments.get(name) for name in (*names, "input_ids", "inputs_embeds"))
         tokens = next((value for value in given if value is not None), None)
         self.masks = dict.fromkeys(self.positions)
+        self.strengths = {}
         self.alpha = None
         if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
             return

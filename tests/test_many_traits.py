@@ -176,10 +176,12 @@ def test_rank_cut_beats_dropping_ranks_and_reports_its_error(tmp_path):
     assert model.peft_config["exact"].r == 5 and model.peft_config["cut"].r == 2
     model.set_adapter("exact")
     layers = model.psr_layers()
-    inputs = {}
+    inputs = {index: [] for index in layers}
     handles = [
-        layer.register_forward_pre_hook(lambda layer, args, index=index: inputs.setdefault(index, []).append(args[0]))
-        for index, layer in layers.items()
+        model.get_submodule(f"base_model.model.model.layers.{index}").register_forward_hook(
+            lambda module, args, output, index=index: inputs[index].append(output), prepend=True
+        )
+        for index in layers
     ]
     for sample in SAMPLES:
         model(**sample)
