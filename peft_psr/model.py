@@ -107,8 +107,6 @@ class PSRModel(BaseTuner):
         **kwargs: Any,
     ) -> None:
         """Add an adapter; PEFT takes the edited layers from the keys of `state_dict` where one is given."""
-        # its own copy: `set_alpha` is not to reach other adapters and models made from the same configuration
-        self.peft_config[adapter_name] = copy(self.peft_config[adapter_name])
         if state_dict is not None:
             # PEFT cuts a key before ".psr_" to find the layer's name; our child module stands between the two
             state_dict = {key.replace(".psr.psr_", ".psr_"): value for key, value in state_dict.items()}
@@ -318,8 +316,14 @@ class PSRModel(BaseTuner):
             TypeError: alpha is not a number.
             ValueError: alpha is not finite, there is no such adapter, or several are active and none is named.
         """
-        config = cast(PSRConfig, self.peft_config[self._adapter(adapter_name)])
+        name = self._adapter(adapter_name)
+        # a copy: other adapters and models may have been made from the same configuration
+        config = copy(self._config(name))
         config.alpha = check_strength(alpha, "alpha")
+        self.peft_config[name] = config
+        for layer in self.psr_layers().values():
+            if name in layer.config:
+                layer.config[name] = config
 
     @contextmanager
     def alpha_scale(self, scale: float) -> Iterator[None]:
