@@ -88,9 +88,8 @@ class PSRUnit(nn.Module):
 
         `strength` broadcasts over (..., r). The two streams differ where several adapters edit one after another.
         """
-        weights = self._parameters
+        weights: dict[str, Any] = self._parameters
         weight, bias, direction = weights.get("gate_weight"), weights.get("gate_bias"), weights["direction"]
-        assert direction is not None
         if direction.dtype is not torch.float32:  # FSDP2's mixed precision hands the weights over in half precision
             direction = direction.float()
             weight, bias = (None, None) if weight is None or bias is None else (weight.float(), bias.float())
@@ -204,7 +203,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
             unit = units.get(name)
             if unit is None:
                 continue
-            strength = state.strengths.get(name)
+            strength: Strength | None = state.strengths.get(name)
             if strength is None:
                 strength = self.strength(name, hidden)
                 if isinstance(strength, float):  # the same on every layer of this call

@@ -427,3 +427,16 @@ def test_unknown_adapter_is_named():
     model = steered(tiny_model())
     with pytest.raises(ValueError, match="No adapter 'formal'; there are: default"):
         model.set_alpha(1.0, "formal")
+
+
+def test_a_layer_called_by_itself_takes_the_strength_of_now():
+    model = get_peft_model(tiny_model(), PSRConfig(init_weights=False, gate="constant", positions="all"))
+    layer = model.psr_layers()[1]
+    hidden = torch.zeros(1, 1, layer.width)
+    model(torch.tensor([[9]]))
+    once = layer(hidden)
+    model.set_alpha(3.0)
+    torch.testing.assert_close(layer(hidden), 3 * once)
+    with model.alpha_scale(0.5):
+        torch.testing.assert_close(layer(hidden), 1.5 * once)
+    torch.testing.assert_close(layer(hidden), 3 * once)
