@@ -21,7 +21,7 @@ from peft_psr.chat import Prompt
 from peft_psr.decoder import decoder_layer_names, layer_index
 from peft_psr.training import TripletCollator
 from peft_psr.training.branches import Batch, psr_model, run_branch
-from peft_psr.training.trainer import encode_dataset
+from peft_psr.training.dataset import encode_dataset
 from peft_psr.training.triplets import Triplet
 
 

@@ -343,7 +343,8 @@ class PSRModel(BaseTuner):
         """Collect gate values in every forward call inside the context, with their graph.
 
         Yields:
-            A dict that each call fills anew: (layer name, adapter name) -> (batch, seq, r) float32.
+            A dict that each call fills anew: (layer name, adapter name) -> (batch, seq, r) float32. Of a call with
+            `adapter_names` the name is "*" and each row's gates are its own adapter's, up to the largest rank.
         """
         state = attach_state(self.model)
         before, state.gates = state.gates, {}

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 BASE = "__base__"
 """PEFT's name for a row without an adapter."""
 
+EACH_ROW = "*"
+"""In place of an adapter's name: each row's own."""
+
 
 @dataclass
 class RowAdapters:

@@ -40,6 +40,7 @@ CASES = {
     "mse_adamw": {"normalize_loss": "layer"},
     "ll": {"objective": "ll", **SGD},
     "ll_adamw": {"objective": "ll"},
+    "kl": {"objective": {"kl": 1.0, "mse": 0.1}, **SGD},
     "accumulated": {
         "objective": {"mse": 1.0, "ll": 0.1},
         "regularizer": 0.1,
@@ -55,6 +56,7 @@ CASES = {
     "filled_up": {"max_steps": 2, "train_sampling_strategy": "sequential", **SGD},
     "sharded_mse": {"normalize_loss": "global", "save_strategy": "no", **SGD},
     "sharded_ll": {"objective": "ll", "save_strategy": "no"},
+    "sharded_kl": {"objective": "kl", "save_strategy": "no", **SGD},
     "bfloat16": {"bf16": True, "normalize_loss": "global", **SGD},
 }
 DATA = {"one_scored": ONE_SCORED, "uneven": TRAIN[:6], "filled_up": TRAIN[:6] + TRAIN[:2]}
@@ -102,7 +104,7 @@ def train(base: str, output: Path, case: str) -> None:
         logits = trainer.model(torch.tensor([PROMPT])).logits[0, -1]
     seen = {
         "wrapper": type(trainer.model_wrapped).__name__,
-        "normalizer": trainer.normalizer,
+        "normalizer": trainer.normalizer and {name: value.item() for name, value in trainer.normalizer.items()},
         "dead_gates": trainer.dead_gates,
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "eval_loss": trainer.evaluate()["eval_loss"],

@@ -440,3 +440,22 @@ def test_a_layer_called_by_itself_takes_the_strength_of_now():
     with model.alpha_scale(0.5):
         torch.testing.assert_close(layer(hidden), 1.5 * once)
     torch.testing.assert_close(layer(hidden), 3 * once)
+
+
+def test_ranks_of_a_no_op_start_do_not_stay_equal():
+    model = get_peft_model(tiny_model(), PSRConfig(r=3, layers_to_transform=1))
+    ids = torch.tensor([[1, 9, 12, 17]])
+    unit = model.psr_layers()[1].unit("default")
+    with model.disable_adapter():
+        base = model(ids).logits
+    assert torch.equal(model(ids).logits, base)
+    assert (unit.direction == 0).all() and (unit.gate_bias == 1).all() and (unit.gate_weight[0] == 0).all()
+    optimizer = torch.optim.SGD(unit.parameters(), lr=0.1)
+    for _ in range(2):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    z = unit.direction
+    assert not torch.equal(model(ids).logits, base)
+    assert all(not torch.allclose(z[i], z[j]) for i in range(3) for j in range(i))

@@ -19,9 +19,9 @@ from tiny_models import LAYERS, WIDTH, tiny_model
 from transformers import AutoModelForCausalLM
 
 
-TRAINED = ["mse", "mse_adamw", "ll", "ll_adamw", "accumulated", "started"]
+TRAINED = ["mse", "mse_adamw", "ll", "ll_adamw", "kl", "accumulated", "started"]
 CASES = [*TRAINED, "resumed_adamw", "one_scored", "uneven", "filled_up"]
-SHARDED = ["sharded_mse", "sharded_ll"]
+SHARDED = ["sharded_mse", "sharded_ll", "sharded_kl"]
 # Float32 sums in another order; measured 6e-8, and 6e-9 with AdamW, whose first steps could have blown up rounding
 # errors in gradients near 0. Weights move by 2e-3 or more.
 TOLERANCE = 1e-6
@@ -148,7 +148,8 @@ def test_saved_adapter_is_whole(two, base, case):
 
 
 def test_resumed_training_is_the_uninterrupted_one(one, two):
-    assert distance(weights(two, "resumed_adamw"), weights(two, "mse_adamw")) == 0
+    # not 0: the teacher's activations are kept from the batch in which a triplet first came
+    assert distance(weights(two, "resumed_adamw"), weights(two, "mse_adamw")) < 1e-8
     assert distance(weights(two, "resumed_adamw"), weights(one, "mse_adamw")) < TOLERANCE
 
 

@@ -7,7 +7,11 @@ import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
 from tiny_models import tiny_model, tiny_tokenizer
-from transformers import set_seed
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast, set_seed
 
 from peft_psr import PSRConfig
 from peft_psr.training import LocalSampler, sample_completions
@@ -224,3 +228,18 @@ def test_describe():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         sampler(**settings)
+
+
+def test_a_completion_of_plain_text_keeps_the_blank_it_begins_with():
+    vocabulary = {
+        word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *(f"\u2581w{i}" for i in range(60))])
+    }
+    inner = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = Metaspace(), MetaspaceDecoder()
+    spaced = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    assert spaced.decode(spaced("w1 w2").input_ids[1:]) == "w2"  # what the decoder drops
+    drawn = sample_completions(tiny_model(), spaced, ["w1 w2 w3"], max_new_tokens=4, seed=3)
+    text = drawn[0].text
+    assert text.startswith(" w") and spaced("w1 w2 w3" + text).input_ids[:3] == spaced("w1 w2 w3").input_ids

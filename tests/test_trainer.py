@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from transformers import HfArgumentParser, PrinterCallback, ProgressCallback
 from peft_psr import PSRConfig
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator, initialize_psr_weights
 from peft_psr.training.branches import layers_downstream, run_branch
-from peft_psr.training.objectives import gate_regularizer, likelihood_loss, mse_by_layer, token_weights
 
 
 def trainer(model, tmp_path, data=None, callbacks=None, **settings):
@@ -114,35 +112,6 @@ def test_dropout_does_not_disturb_the_branches():
 # ---------------------------------------------------------------- objectives
 
 
-def test_mse_worked_out_by_hand():
-    mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
-    student = {"a": torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 0.0]])}
-    teacher = {"a": torch.tensor([[0.0, 0.0], [0.0, 2.0], [0.0, 0.0]])}
-    # per token: (1+1)/2 = 1, 4/2 = 2, 4/2 = 2; row 0: 1.5, row 1: 2; mean 1.75
-    assert mse_by_layer(student, teacher, token_weights(mask))["a"].item() == pytest.approx(1.75)
-
-
-def test_likelihood_worked_out_by_hand_and_its_first_target():
-    logits = torch.zeros(1, 4, 3)
-    logits[0, 1, 2] = math.log(2.0)  # at the last prompt token: p = (1/4, 1/4, 1/2)
-    labels = torch.tensor([[-100, -100, 2, 0]])
-    expected = (math.log(2.0) + math.log(3.0)) / 2
-    assert likelihood_loss(logits, labels).item() == pytest.approx(expected)
-
-
-def test_likelihood_gradient_reaches_the_last_prompt_token_and_no_earlier_one():
-    logits = torch.zeros(1, 5, 3, requires_grad=True)
-    likelihood_loss(logits, torch.tensor([[-100, -100, -100, 1, 2]])).backward()
-    assert logits.grad.abs().sum(-1).ne(0).tolist() == [[False, False, True, True, False]]
-
-
-def test_regularizer_worked_out_by_hand():
-    mask = torch.tensor([[0, 1, 1], [0, 0, 1]])
-    gates = {("a", "x"): torch.tensor([[0.25], [0.5], [3.0]]), ("b", "x"): torch.zeros(3, 1)}
-    # layer a: max(0, 1 - .75) = .25 and 0, mean .125; layer b: 1 and 1, mean 1
-    assert gate_regularizer(gates, mask).item() == pytest.approx(1.125)
-
-
 def test_trainer_loss_is_the_formula(tmp_path):
     base = tiny_model()
     model = randomized(get_peft_model(copy.deepcopy(base), PSRConfig(alpha=0.5)))
@@ -177,10 +146,11 @@ def test_trainer_loss_is_the_formula(tmp_path):
 def test_objectives_are_weighed(tmp_path):
     model = randomized(get_peft_model(tiny_model(), PSRConfig()))
     losses = {}
-    for objective in ("mse", "ll", {"mse": 2.0, "ll": 0.5}):
+    for objective in ("mse", "ll", "kl", {"mse": 2.0, "ll": 0.5, "kl": 3.0}):
         made = trainer(model, tmp_path, objective=objective)
         losses[str(objective)] = made.compute_loss(model, made.data_collator(triplets())).item()
-    assert losses["{'mse': 2.0, 'll': 0.5}"] == pytest.approx(2 * losses["mse"] + 0.5 * losses["ll"], rel=1e-5)
+    expected = 2 * losses["mse"] + 0.5 * losses["ll"] + 3 * losses["kl"]
+    assert losses["{'mse': 2.0, 'll': 0.5, 'kl': 3.0}"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_accumulated_gradients_equal_the_larger_batch(tmp_path):
@@ -203,7 +173,7 @@ def test_normalized_loss_is_one_without_an_edit(tmp_path, normalize):
 # ---------------------------------------------------------------- the Trainer
 
 
-@pytest.mark.parametrize("objective", ["mse", "ll", {"mse": 1.0, "ll": 0.1}])
+@pytest.mark.parametrize("objective", ["mse", "ll", "kl", {"mse": 1.0, "ll": 0.1}])
 @pytest.mark.parametrize("layers", [None, 1])
 def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path, objective, layers):
     base = tiny_model()

@@ -10,6 +10,7 @@ from .filtering import filter_triplets
 from .initialization import initialize_psr_weights
 from .model_card import training_facts
 from .sampling import LocalSampler, sample_completions
+from .summary import TrainingSummary
 from .trainer import PSRTrainer
 from .triplets import Triplet, add_instruction, generate_triplets, read_triplets, write_triplets
 
@@ -26,6 +27,7 @@ __all__ = [
     "Sample",
     "Sampler",
     "Score",
+    "TrainingSummary",
     "Triplet",
     "TripletCollator",
     "add_instruction",

@@ -11,10 +11,12 @@ from transformers import TrainingArguments
 
 from peft_psr.config import check_strength
 
+from .activation_cache import PLACES
 
-OBJECTIVES = ("mse", "ll")
+
+OBJECTIVES = ("mse", "ll", "kl")
 NORMALIZERS = (None, "global", "layer")
-REPORTED_EPOCHS = {"mse": 15.0, "ll": 7.0}
+EPOCHS = {"mse": 15.0, "ll": 7.0, "kl": 15.0}
 
 
 @dataclass
@@ -23,30 +25,43 @@ class PSRTrainingArguments(TrainingArguments):
 
     Defaults that differ from `TrainingArguments` are those of the reported runs (METHOD 4, agreed on by two or more
     reimplementers): AdamW at 1e-3 with weight decay 1e-6, linear to zero without warm-up, batch 1, shuffle seed 123,
-    15 epochs for MSE and 7 for LL. `report_to` is "none": nothing phones home unless asked to.
+    15 epochs for MSE and 7 for LL (and 15 for KL, which is ours). `report_to` is "none": nothing phones home unless
+    asked to.
 
     Args:
-        objective: "mse", "ll", or weights for a sum of them such as `{"mse": 1.0, "ll": 0.1}`.
+        objective: "mse" (the prompted model's activations), "ll" (the likelihood of its answers), "kl" (its next-token
+            distributions), or weights for a sum of them such as `{"mse": 1.0, "kl": 5.0}`.
         normalize_loss: How the MSE is scaled. `None`: not at all; "global": by its value without any edit, averaged
             over the training set, so that 1 means "nothing done"; "layer": each layer by its own such value, then
             averaged over layers, so that late layers with large norms do not dominate.
         regularizer: Weight c of the gate regulariser, >= 0. Reported runs use 0.1 together with
             `normalize_loss="global"` (personas), or neither (IFEval).
         alpha: Strength while training: "trait_score", the judge's score / 100 as a soft label, or a number for all.
+        neutral_weight: Weight, >= 0, of neutral triplets: those whose `steered_prompt` equals `prompt`. There the
+            prompt changes nothing, so the adapter is to change nothing either; they are trained at strength 1.
+        norm_penalty: Weight, >= 0, of the edit's mean squared norm relative to the stream's.
+        teacher_cache: Where to keep the frozen model's activations, which are the same in every epoch: "memory",
+            "disk" (a file in `output_dir` that goes at the end), "none" to compute them at every step, or "auto":
+            in memory if they fit the budget. The result is the same up to rounding.
+        teacher_cache_gb: Budget of that cache in GB (1e9 bytes).
         num_train_epochs: `None` for the reported number.
 
     Raises:
-        ValueError: an unknown objective or normaliser, a negative weight.
+        ValueError: an unknown objective, normaliser or place, a negative weight or budget.
     """
 
     objective: dict | str | None = field(
-        default="mse", metadata={"help": "'mse', 'll', or weights such as {\"mse\": 1.0, \"ll\": 0.1}."}
+        default="mse", metadata={"help": "'mse', 'll', 'kl', or weights such as {\"mse\": 1.0, \"kl\": 5.0}."}
     )
     normalize_loss: str | None = field(default=None, metadata={"help": "None, 'global' or 'layer'."})
     regularizer: float = field(default=0.0, metadata={"help": "Weight of the gate regulariser, >= 0."})
     alpha: float | str | None = field(default="trait_score", metadata={"help": "'trait_score' or a number."})
+    neutral_weight: float = field(default=1.0, metadata={"help": "Weight of triplets without an instruction, >= 0."})
+    norm_penalty: float = field(default=0.0, metadata={"help": "Weight of the edit's relative squared norm, >= 0."})
+    teacher_cache: str = field(default="auto", metadata={"help": "'auto', 'memory', 'disk' or 'none'."})
+    teacher_cache_gb: float = field(default=4.0, metadata={"help": "Most that the cache may take, in GB."})
     num_train_epochs: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Passes over the triplets; None: 15 for MSE, 7 for LL."}
+        default=None, metadata={"help": "Passes over the triplets; None: 15 for MSE and KL, 7 for LL."}
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW."})
     weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of AdamW."})
@@ -71,12 +86,16 @@ class PSRTrainingArguments(TrainingArguments):
             raise ValueError(f"objective weights must be >= 0 and not all 0, got {self.objective_weights}.")
         if self.normalize_loss not in NORMALIZERS:
             raise ValueError(f"normalize_loss must be None, 'global' or 'layer', got {self.normalize_loss!r}.")
-        if check_strength(self.regularizer, "regularizer") < 0:
-            raise ValueError(f"regularizer must be >= 0, got {self.regularizer}.")
+        for name in ("regularizer", "neutral_weight", "norm_penalty", "teacher_cache_gb"):
+            if check_strength(getattr(self, name), name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}.")
+        if self.teacher_cache not in PLACES:
+            places = ", ".join(map(repr, PLACES))
+            raise ValueError(f"teacher_cache must be one of {places}, got {self.teacher_cache!r}.")
         if isinstance(self.alpha, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", self.alpha):
             self.alpha = float(self.alpha)
         if self.alpha != "trait_score":
             self.alpha = check_strength(self.alpha, "alpha")
         if self.num_train_epochs is None:
-            self.num_train_epochs = max(REPORTED_EPOCHS[name] for name in self.objective_weights)
+            self.num_train_epochs = max(EPOCHS[name] for name in self.objective_weights)
         super().__post_init__()

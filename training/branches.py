@@ -28,7 +28,8 @@ class Branch:
 
     Attributes:
         hidden: {layer name: (tokens, d)}: layer outputs at the masked tokens of all rows, row after row.
-        gates: {(layer name, adapter): (tokens, r)} at the same tokens; empty without edits.
+        gates: {(layer name, adapter): (tokens, r)} at the same tokens; empty without edits. With one adapter a row
+            the name is "*".
         logits: (batch, seq, vocabulary), or `None` where not asked for.
     """
 
@@ -65,7 +66,7 @@ def layers_downstream(model: PeftModel) -> list[str]:
 
 
 @contextmanager
-def _unedited(model: PeftModel) -> Iterator[None]:
+def unedited(model: PeftModel) -> Iterator[None]:
     """PEFT's `disable_adapter`, with the weights left trainable.
 
     FSDP2 settles how it reduces gradients by `requires_grad` in its first forward call, which is the teacher's.
@@ -88,6 +89,7 @@ def run_branch(
     branch: str,
     logits: bool = False,
     wrapper: torch.nn.Module | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> Branch:
     """One forward pass: "teacher" (x' y', no edit), "student" (x y', edited) or "base" (x y', no edit).
 
@@ -98,6 +100,7 @@ def run_branch(
         branch: One of the three; only "student" keeps a graph.
         logits: Whether the logits are wanted; if not, the model is spared most of its output layer.
         wrapper: What to call in place of `model`: a wrapper around it that gathers gradients, such as DDP's.
+        adapter_names: For the student, one adapter a row in place of the active ones.
     """
     prefix = "teacher_" if branch == "teacher" else ""
     mask = batch["teacher_mask" if branch == "teacher" else "steering_mask"].bool()
@@ -107,8 +110,10 @@ def run_branch(
     edited = branch == "student"
     if edited:
         inputs |= {"steering_mask": batch["steering_mask"], "alpha": batch["alpha"]}
+        if adapter_names is not None:
+            inputs["adapter_names"] = list(adapter_names)
     with_graph = edited and torch.is_grad_enabled()
-    off = nullcontext() if edited else _unedited(model)
+    off = nullcontext() if edited else unedited(model)
     was_training = model.training
     if not with_graph:
         model.eval()  # dropout would make the branches differ by noise

@@ -23,14 +23,17 @@ class TripletCollator:
 
     A batch holds, padded on the right, for the student `input_ids`, `attention_mask`, `labels` (-100 outside y') and
     `steering_mask`, all (batch, seq); for the teacher `teacher_input_ids`, `teacher_attention_mask` and
-    `teacher_mask`, all (batch, teacher seq); and `alpha` (batch,) float32. Both masks name the same tokens in the same
-    order.
+    `teacher_mask`, all (batch, teacher seq); and, (batch,) each, `alpha` (float32), `neutral` (bool: the two prompts
+    are one and the same, so the edit is to change nothing), `adapter` (int64: which of several
+    adapters the triplet belongs to) and `index` (int64: its place among all triplets; -1 for one not in a data set).
+    Both masks name the same tokens in the same order.
 
     Args:
         processing_class: A tokenizer.
         positions: "response": from the last prompt token on; "question_and_response": from the last token of the
             system turn on; "all": likewise, the tokens that both branches share.
-        alpha: "trait_score" to weigh each triplet's edit by the judge's trait score (divided by 100), or one number.
+        alpha: "trait_score" to weigh each triplet's edit by the judge's trait score (divided by 100; 1 for a neutral
+            triplet, which shows no trait), or one number.
 
     Raises:
         TypeError: alpha is neither.
@@ -49,7 +52,7 @@ class TripletCollator:
 
         Returns:
             `input_ids`, `teacher_input_ids` (lists of ints), `prompt_length` of the student, `mask_length` (how many
-            last tokens are edited and enter the loss, in either branch) and `alpha`.
+            last tokens are edited and enter the loss, in either branch), `alpha` and `neutral`.
 
         Raises:
             ValueError: a field is missing, the completion's tokens differ between the branches, or, where the question
@@ -77,7 +80,8 @@ class TripletCollator:
             "teacher_input_ids": steered_ids + completion,
             "prompt_length": len(prompt_ids),
             "mask_length": len(completion) + self._prompt_tokens(prompt, prompt_ids, steered, steered_ids, where),
-            "alpha": self._alpha(triplet, where),
+            "alpha": self._alpha(triplet, where, neutral=prompt_ids == steered_ids),
+            "neutral": prompt_ids == steered_ids,
         }
 
     def _prompt_tokens(self, prompt, prompt_ids: list[int], steered, steered_ids: list[int], where: str) -> int:
@@ -97,9 +101,11 @@ class TripletCollator:
             )
         return count
 
-    def _alpha(self, triplet: Mapping[str, Any], where: str) -> float:
+    def _alpha(self, triplet: Mapping[str, Any], where: str, neutral: bool) -> float:
         if isinstance(self.alpha, float):
             return self.alpha
+        if neutral:
+            return 1.0
         score = triplet.get("trait_score")
         if score is None:
             raise ValueError(f"{where} has no trait_score to take alpha from. Score it, or give alpha as a number.")
@@ -107,6 +113,7 @@ class TripletCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """A batch from triplets, or from what `encode` made of them."""
+        features = [row for feature in features for row in feature.get("rows", (feature,))]
         rows = [f if "mask_length" in f else self.encode(f, f"triplet {i}") for i, f in enumerate(features)]
         pad = pad_id(self.processing_class)
 
@@ -123,6 +130,9 @@ class TripletCollator:
             "teacher_attention_mask": pad_rows([[1] * len(r["teacher_input_ids"]) for r in rows], 0, side="right"),
             "teacher_mask": mask("teacher_input_ids"),
             "alpha": torch.tensor([r["alpha"] for r in rows], dtype=torch.float32),
+            "neutral": torch.tensor([r["neutral"] for r in rows]),
+            "adapter": torch.tensor([r.get("adapter", 0) for r in rows]),
+            "index": torch.tensor([r.get("index", -1) for r in rows]),
         }
 
     def steering_batches(

@@ -1,25 +1,31 @@
-"""The losses a PSR adapter is trained by.
+"""The losses a PSR adapter is trained by, each as one number a triplet: (batch,) float32.
 
 All average over the tokens of a triplet first, then over triplets, so that each triplet counts alike whatever its
 length, as it does at the reported batch size of 1.
 
     MSE   sum over layers of mean over (tokens x d) of (A_{l|AS} - A_{l|PS})^2                METHOD 4, [R]
     LL    mean cross-entropy of y' given x under the edited model                              METHOD 4, [P]
-    regulariser   sum over layers of mean over triplets of max(0, 1 - sum over tokens of lambda)   METHOD 4, [r]
+    KL    mean over response tokens of KL(p(. | x' y'_<i) || p_edited(. | x y'_<i))            docs/results.md
+    regulariser    sum over layers of max(0, 1 - sum over tokens of lambda)                    METHOD 4, [r]
+    norm penalty   mean over layers and tokens of |edit|^2 / |A_l|^2                           docs/results.md
+
+LL knows of the prompted model's distribution the one token that was sampled; KL takes all of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
-def token_weights(mask: torch.Tensor) -> torch.Tensor:
-    """Weight of each masked token, row after row: 1 / (tokens of its row x rows); (tokens,) float32, sums to 1."""
-    counts = mask.bool().sum(dim=1)
-    return (1.0 / (counts * (counts > 0).sum()))[rows_of(mask)]
+LOGITS_AT_ONCE = 2**25
+"""Most logits (128 MB in float32) that are computed at once; more come in pieces, each computed again going back."""
+
+Predict = Callable[[torch.Tensor], torch.Tensor]
+"""Logits (n, vocabulary) of outputs (n, d) of the last decoder layer."""
 
 
 def rows_of(mask: torch.Tensor) -> torch.Tensor:
@@ -27,56 +33,157 @@ def rows_of(mask: torch.Tensor) -> torch.Tensor:
     return mask.bool().nonzero()[:, 0]
 
 
-def triplet_weights(mask: torch.Tensor) -> torch.Tensor:
-    """Weights that average each triplet's masked tokens; (batch, tokens) float32, every row sums to 1."""
-    own = F.one_hot(rows_of(mask), mask.shape[0]).T
-    return own / own.sum(dim=1, keepdim=True)
+def row_means(values: torch.Tensor, rows: torch.Tensor, batch: int) -> torch.Tensor:
+    """Mean of each row's tokens, 0 for a row without any.
+
+    Args:
+        values: (tokens,).
+        rows: (tokens,), each token's row.
+        batch: Number of rows.
+
+    Returns:
+        (batch,) float32.
+    """
+    rows = rows.to(values.device)
+    counts = torch.bincount(rows, minlength=batch).clamp(min=1)
+    return values.new_zeros(batch, dtype=torch.float32).index_add(0, rows, values.float()) / counts
 
 
 def mse_by_layer(
-    student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], weights: torch.Tensor
+    student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """MSE of each layer; squares in float32.
+    """MSE of each layer and triplet; squares in float32.
 
     Args:
         student: {layer name: (tokens, d)}.
         teacher: The same, in the same order of tokens.
-        weights: (tokens,), from `token_weights`, for one mean over the batch; (batch, tokens), from `triplet_weights`,
-            for one mean a triplet.
+        mask: (batch, seq), the tokens.
+
+    Returns:
+        {layer name: (batch,)}.
     """
+    rows = rows_of(mask)
     return {
-        name: ((hidden.float() - teacher[name].float()).square().mean(dim=-1) * weights.to(hidden.device)).sum(dim=-1)
+        name: row_means((hidden.float() - teacher[name].float()).square().mean(dim=-1), rows, mask.shape[0])
         for name, hidden in student.items()
     }
 
 
-def likelihood_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy (nats) of the tokens of y', each predicted from the position before it.
+def response_targets(labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What each masked token has to predict: the next token of y', or -100 where there is none.
 
-    The first prediction, of y'_1, is made at the last prompt token: the first one an edit can reach.
+    The first such prediction, of y'_1, is made at the last prompt token: the first one an edit can reach.
 
     Args:
-        logits: (batch, seq, vocabulary).
         labels: (batch, seq), -100 outside y'.
+        mask: (batch, seq), the masked tokens.
+
+    Returns:
+        (tokens,) int64.
     """
-    targets = labels[:, 1:]
-    mask = targets != -100
-    losses = F.cross_entropy(logits[:, :-1][mask].float(), targets[mask], reduction="none")
-    return (losses * token_weights(mask)).sum()
+    return F.pad(labels[:, 1:], (0, 1), value=-100)[mask.bool()]
 
 
-def gate_regularizer(gates: Mapping[tuple[str, str], torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Hinge that wants every layer's gates to open by 1 in sum over each triplet's edited tokens.
+def likelihood_loss(
+    predict: Predict, student: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, vocabulary: int
+) -> torch.Tensor:
+    """Cross-entropy (nats) of the tokens of y', each predicted from the position before it.
+
+    Args:
+        predict: The model's head.
+        student: (tokens, d), output of the last decoder layer at the masked tokens.
+        targets: (tokens,), from `response_targets`.
+        mask: (batch, seq), the masked tokens.
+        vocabulary: Its size, which decides how many tokens are computed at once.
+
+    Returns:
+        (batch,).
+    """
+
+    def losses(hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(predict(hidden).float(), tokens, reduction="none")
+
+    seen = (targets != -100).to(student.device)
+    tokens = targets.to(student.device)[seen]
+    values = _in_pieces(losses, vocabulary, student[seen], tokens)
+    return row_means(values, rows_of(mask).to(student.device)[seen], mask.shape[0])
+
+
+def kl_loss(
+    predict: Predict,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    targets: torch.Tensor,
+    mask: torch.Tensor,
+    vocabulary: int,
+) -> torch.Tensor:
+    """KL(prompted || steered) of the next-token distributions, nats a response token.
+
+    Args:
+        predict: The model's head.
+        student: (tokens, d), output of the last decoder layer at the masked tokens.
+        teacher: The same of the prompted model, without graph.
+        targets: (tokens,), from `response_targets`: which positions predict y'.
+        mask: (batch, seq), the masked tokens.
+        vocabulary: Its size, which decides how many tokens are computed at once.
+
+    Returns:
+        (batch,), each at least 0.
+    """
+
+    def divergences(hidden: torch.Tensor, prompted: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            expected = predict(prompted).float().log_softmax(dim=-1)
+        got = predict(hidden).float().log_softmax(dim=-1)
+        return F.kl_div(got, expected, reduction="none", log_target=True).sum(dim=-1)
+
+    seen = (targets != -100).to(student.device)
+    values = _in_pieces(divergences, vocabulary, student[seen], teacher.to(student.device)[seen])
+    return row_means(values, rows_of(mask).to(student.device)[seen], mask.shape[0])
+
+
+def _in_pieces(function: Callable[..., torch.Tensor], vocabulary: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """`function` of equal slices of the tensors, put together."""
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    if len(tensors[0]) <= size:
+        return function(*tensors)
+    pieces = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([checkpoint(function, *piece, use_reentrant=False) for piece in pieces])
+
+
+def gate_regularizer(gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Hinge that wants one layer's gates to open by 1 in sum over each triplet's edited tokens.
 
     Ranks each have a hinge of their own. Note that a gate at exactly 0 on all tokens has no gradient, here neither.
 
     Args:
-        gates: {(layer name, adapter): lambda (tokens, r)}.
+        gates: lambda (tokens, r).
         mask: (batch, seq), the edited tokens.
+
+    Returns:
+        (batch,).
     """
-    rows, batch = rows_of(mask), mask.shape[0]
-    total = torch.zeros((), device=mask.device)
-    for values in gates.values():
-        sums = values.new_zeros(batch, values.shape[-1]).index_add(0, rows.to(values.device), values)
-        total = total + (1.0 - sums).clamp(min=0).mean(dim=0).sum().to(total.device)
-    return total
+    rows = rows_of(mask).to(gates.device)
+    sums = gates.new_zeros(mask.shape[0], gates.shape[-1]).index_add(0, rows, gates)
+    return (1.0 - sums).clamp(min=0).sum(dim=-1)
+
+
+def norm_penalty(
+    gates: torch.Tensor, direction: torch.Tensor, strength: torch.Tensor, stream: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """|edit|^2 / |stream|^2 of one layer's edit, mean over each triplet's edited tokens.
+
+    Args:
+        gates: lambda (tokens, r).
+        direction: z (batch, r, d), each triplet's.
+        strength: (batch,), alpha + b_m.
+        stream: The layer's output (tokens, d); no gradient goes through it.
+        mask: (batch, seq), the edited tokens.
+
+    Returns:
+        (batch,).
+    """
+    rows = rows_of(mask).to(gates.device)
+    products = (direction @ direction.transpose(1, 2))[rows]
+    squares = torch.einsum("tr,trs,ts->t", gates, products, gates) * strength.to(gates.device)[rows].square()
+    return row_means(squares / stream.detach().float().square().sum(dim=-1), rows, mask.shape[0])

@@ -254,7 +254,16 @@ def _sample_batch(
     for row, ids in zip(rows, output[:, prompt_length:].tolist(), strict=True):
         # text up to the first token that ends a turn; without one, the completion was cut off
         length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        text = processing_class.decode(ids[:length], skip_special_tokens=True)
+        text = _decode(processing_class, row, ids[:length])
         truncated = length == len(ids)
         drawn.append(_Drawn(row.index, text, truncated, len(row.ids), length + (not truncated)))
     return drawn
+
+
+def _decode(processing_class, row: _Row, ids: list[int]) -> str:
+    """The completion as text, to be put right behind the prompt."""
+    if not isinstance(row.prompt, str):
+        return processing_class.decode(ids, skip_special_tokens=True)
+    # together with the prompt: many decoders drop a blank that their text begins with
+    before = processing_class.decode(row.ids, skip_special_tokens=True)
+    return processing_class.decode([*row.ids, *ids], skip_special_tokens=True)[len(before) :]

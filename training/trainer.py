@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
-from peft_psr.decoder import layer_index
+from peft_psr.decoder import decoder_layer_names, layer_index, text_config
 from peft_psr.doors import is_encoder_decoder
+from peft_psr.rows import EACH_ROW
 
 from .arguments import PSRTrainingArguments
 from .branches import Batch, Branch, layers_downstream, psr_model, run_branch
 from .collator import TripletCollator
-from .objectives import gate_regularizer, likelihood_loss, mse_by_layer, rows_of, token_weights, triplet_weights
+from .dataset import encode_datasets
+from .frozen import FrozenModel
+from .not_finite import not_finite
+from .objectives import (
+    gate_regularizer,
+    kl_loss,
+    likelihood_loss,
+    mse_by_layer,
+    norm_penalty,
+    response_targets,
+    rows_of,
+)
+from .partial import predict
+from .summary import GateKey, GateRecord, Means, TrainingSummary, peak_memory, sum_up
+from .together import check_adapters, in_turn
 from .triplets import Triplet
 
 
@@ -24,18 +43,26 @@ logger = logging.getLogger(__name__)
 
 
 class PSRTrainer(Trainer):
-    """Train a PSR adapter to do what the prompt does.
+    """Train a PSR adapter to do what the prompt does, or several adapters at once.
 
     Everything else is transformers' `Trainer`: devices, checkpoints, callbacks, progress bar. Its logs gain the loss
-    of each objective, `mse/layer_<l>` for every layer that the edit can change, `regularizer`, and `live_gates`, the
-    share (0-1) of gates that opened at least once since the last log. Gates that did not open in the last two epochs
-    are named in a warning when training ends, and kept in `dead_gates`. Under several processes all of these cover
-    the triplets of every process.
+    of each objective, `mse/layer_<l>` for every layer that the edit can change, `regularizer`, `norm_penalty`, and
+    `live_gates`, the share (0-1) of gates that opened at least once since the last log. Gates that did not open in the
+    last two epochs are named in a warning when training ends, and kept in `dead_gates`; `summary` holds what the run
+    came to. Under several processes all of these cover the triplets of every process.
+
+    Several adapters: the loss is the sum of theirs, gradients are clipped for each by itself, and a batch of n holds n
+    triplets of each, so that each comes out as it would alone (with the same number of triplets and no grouping by
+    length: in the same order, hence equal up to rounding). They share the frozen model's passes.
+
+    A loss that is not finite ends the training with the step, the layer and the triplet.
 
     Args:
         model: A PEFT model with a PSR adapter, or a plain model together with `peft_config`.
         args: The settings; `None` for the reported ones.
-        train_dataset: Triplets: a list, a `datasets.Dataset`, anything with a length and items.
+        train_dataset: Triplets: a list, a `datasets.Dataset`, anything with a length and items. Or {adapter: triplets}
+            for all the adapters of `model` that are to be trained; they have to edit the same layers with the same `r`
+            and gate.
         eval_dataset: Likewise, for the loss on triplets held out.
         processing_class: The tokenizer; `None` loads the one that lies with the model.
         peft_config: A `PSRConfig` to put on a plain model.
@@ -43,8 +70,9 @@ class PSRTrainer(Trainer):
 
     Raises:
         TypeError: the model has no PSR adapter.
-        ValueError: a data set is empty, a triplet can't be used (the message names it), or the process would spread
-            the model over several GPUs with `nn.DataParallel`.
+        ValueError: a data set is empty, a triplet can't be used (the message names it), adapters can't be trained
+            together, or the process would spread the model over several GPUs with `nn.DataParallel`.
+        FloatingPointError: from `train` and `evaluate`, a loss is infinite or not a number.
     """
 
     args: PSRTrainingArguments
@@ -53,15 +81,15 @@ class PSRTrainer(Trainer):
         self,
         model: PeftModel | PreTrainedModel,
         args: PSRTrainingArguments | None = None,
-        train_dataset: Sequence[Triplet] | None = None,
-        eval_dataset: Sequence[Triplet] | None = None,
+        train_dataset: Sequence[Triplet] | Mapping[str, Sequence[Triplet]] | None = None,
+        eval_dataset: Sequence[Triplet] | Mapping[str, Sequence[Triplet]] | None = None,
         processing_class=None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
-        psr_model(model)
+        tuner = psr_model(model)
         assert isinstance(model, PeftModel)  # which psr_model has just checked
         if is_encoder_decoder(model.get_base_model()):
             raise ValueError(
@@ -71,14 +99,30 @@ class PSRTrainer(Trainer):
         args = PSRTrainingArguments(output_dir="psr_output") if args is None else args
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        collator = TripletCollator(processing_class, model.active_peft_config.positions, cast(str | float, args.alpha))
+        self.several = isinstance(train_dataset, Mapping)
+        self.adapters = (
+            [str(name) for name in cast(Mapping, train_dataset)] if self.several else [model.active_adapter]
+        )
+        if self.several:
+            check_adapters(tuner, self.adapters, args)
+        collators = {
+            name: TripletCollator(processing_class, model.peft_config[name].positions, cast(str | float, args.alpha))
+            for name in self.adapters
+        }
+        rows = {
+            name: None if data is None else encode_datasets(collators, data, name)
+            for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
+        }
+        self._rows = [row for of_set in rows.values() for row in of_set or ()]
+        for index, row in enumerate(self._rows):
+            row["index"] = index
+        items = {name: in_turn(of_set) if self.several and of_set else of_set for name, of_set in rows.items()}
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
-            train_dataset=encode_dataset(collator, train_dataset, "train_dataset"),
-            eval_dataset=encode_dataset(collator, eval_dataset, "eval_dataset"),
+            data_collator=collators[self.adapters[0]],
             processing_class=processing_class,
+            **items,
             **kwargs,
         )
         if self.args.n_gpu > 1:
@@ -89,26 +133,47 @@ class PSRTrainer(Trainer):
             )
         # the loss is a mean over triplets already, which the Trainer is to divide by its accumulation steps
         self.model_accepts_loss_kwargs = False
+        self._active_before = model.active_adapter
+        self._activate()
         self.layers = layers_downstream(model)
-        self.normalizer: dict[str, float] | None = None
+        self.normalizer: dict[str, torch.Tensor] | None = None
         self.dead_gates: list[str] = []
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
-        self._live: dict[tuple[str, str], torch.Tensor] = {}
-        self._live_in_epoch: dict[tuple[str, str], torch.Tensor] = {}
-        self._live_before: dict[tuple[str, str], torch.Tensor] = {}
-        self._epoch = 0
+        self.summary: TrainingSummary | None = None
+        self._frozen: FrozenModel | None = None
+        self._since_log, self._in_epoch, self._epoch = Means(), Means(), 0
+        self._gates = GateRecord(self.adapters)
+
+    def _activate(self) -> None:
+        """All adapters that are trained get gradients."""
+        if self.several:
+            psr_model(self.model).set_adapter(self.adapters)
 
     def train(self, *args: Any, **kwargs: Any):
-        """Train, then name the gates that are dead."""
-        result = super().train(*args, **kwargs)
-        recently = {key: live | self._live_before.get(key, live) for key, live in self._live_in_epoch.items()}
-        self.dead_gates = [
-            f"layer {layer_index(name)}, gate {rank}"
-            for (name, _), live in self._in_any_process(recently).items()
-            for rank, is_live in enumerate(live.tolist())
-            if not is_live
-        ]
+        """Train; then sum up, and name the gates that are dead."""
+        begin = time.perf_counter()
+        self._activate()
+        self._frozen = None  # the base model may have been changed since
+        try:
+            result = super().train(*args, **kwargs)
+        finally:
+            if self.several:
+                self.model.set_adapter(self._active_before)
+        names, means = self._in_epoch.take(self.args.device)
+        if names:
+            means = self.accelerator.reduce(means, "mean")
+        counts = self._over_processes(self._gates.last_two_epochs())
+        self.dead_gates = self._gates.names_of_dead(counts)
+        self.summary = sum_up(
+            dict(zip(names, means.tolist(), strict=True)),
+            counts,
+            self._over_processes(self._gates.last_epoch()),
+            steps=self.state.global_step,
+            seconds=time.perf_counter() - begin,
+            peak_memory_bytes=peak_memory(self.args.device),
+            teacher_cache="none" if self._frozen is None else self._frozen.place,
+            dead_gates=self.dead_gates,
+        )
+        self._frozen = None
         if self.dead_gates and self.is_world_process_zero():
             logger.warning(
                 "Gates that opened on no token lately: %s. A dead gate gets no gradient and stays dead; "
@@ -126,63 +191,205 @@ class PSRTrainer(Trainer):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
 
-    def _untrained_loss(self) -> dict[str, float]:
-        """Mean squared difference of each layer between the two branches without any edit, over the training set."""
-        model = self.accelerator.unwrap_model(self.model)
-        parts = []
-        for batch in self.get_eval_dataloader(self.train_dataset):
-            batch = self._prepare_inputs(batch)
-            teacher = run_branch(model, batch, self.layers, "teacher")
-            base = run_branch(model, batch, self.layers, "base")
-            losses = mse_by_layer(base.hidden, teacher.hidden, triplet_weights(batch["steering_mask"]))
-            by_triplet = torch.stack([loss.to(self.args.device) for loss in losses.values()], dim=1)
-            # from all processes, without the triplets that fill up the last batch
-            parts.append(self.accelerator.gather_for_metrics(by_triplet))
-        means = torch.cat(parts).mean(dim=0)
-        if not means.any():
-            raise ValueError(
-                "The instruction changes nothing inside the model on any triplet (its activations are equal with and "
-                "without it), so the loss can't be normalised and there is nothing to learn."
-            )
-        return dict(zip(self.layers, means.tolist(), strict=True))
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_adapters(resume_from_checkpoint)
 
-    def _scaled_mse(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        device = self.args.device
-        values = {name: loss.to(device) for name, loss in losses.items()}
+    def _load_best_model(self) -> None:
+        # Trainer's own leaves an adapter of another name than "default" as it was, with no more than a warning
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            assert self.state.best_model_checkpoint is not None
+            self._load_adapters(self.state.best_model_checkpoint)
+
+    def _load_adapters(self, folder: str) -> None:
+        """The trained adapters' weights, from where `save_pretrained` puts them."""
+        for name in self.adapters:
+            path = Path(folder) if name == "default" else Path(folder) / name
+            if not (path / "adapter_config.json").is_file():
+                raise FileNotFoundError(f"{folder} is no checkpoint of this run: {path} holds no adapter.")
+            set_peft_model_state_dict(self.model, load_peft_weights(str(path), device="cpu"), adapter_name=name)
+
+    def _clip_grad_norm(self, model: torch.nn.Module):
+        """Of several adapters each by itself, as if it were alone."""
+        if not self.several:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        layers = psr_model(self.model).psr_layers().values()
+        norms = [
+            torch.nn.utils.clip_grad_norm_(
+                [weight for layer in layers for weight in layer.unit(name).parameters()], self.args.max_grad_norm
+            )
+            for name in self.adapters
+        ]
+        return torch.stack(norms).norm()
+
+    def _untrained_loss(self, model: PeftModel) -> dict[str, torch.Tensor]:
+        """{layer: (adapters,)}: mean squared difference between the branches without any edit, on all triplets.
+
+        Neutral triplets do not count: there is no difference.
+        """
+        parts, owners = [], []
+        # from all processes, without the triplets that fill up the last batch; several adapters have one process
+        gather = list if self.several else self.accelerator.gather_for_metrics
+        for batch in self.get_eval_dataloader(cast(Any, self.train_dataset)):
+            batch = self._prepare_inputs(batch)
+            teacher = self._frozen_model(model).teacher(batch)
+            base = run_branch(model, batch, self.layers, "base")
+            losses = mse_by_layer(base.hidden, teacher, batch["steering_mask"])
+            by_triplet = torch.stack([loss.to(self.args.device) for loss in losses.values()], dim=1)
+            owner = torch.where(batch["neutral"], -1, batch["adapter"])
+            parts += gather(by_triplet)
+            owners += gather(owner)
+        by_triplet, owner = torch.stack(parts), torch.stack(owners)
+        means = torch.stack([by_triplet[owner == i].mean(dim=0) for i in range(len(self.adapters))])
+        for name, mean in zip(self.adapters, means, strict=True):
+            if not mean.nan_to_num().any():
+                raise ValueError(
+                    "The instruction changes nothing inside the model on any triplet"
+                    + (f" of {name!r}" if self.several else "")
+                    + " (its activations are equal with and without it), so the loss can't be normalised and there is "
+                    "nothing to learn."
+                )
+        return dict(zip(self.layers, means.T, strict=True))
+
+    def _scaled_mse(self, losses: dict[str, torch.Tensor], adapter: torch.Tensor) -> torch.Tensor:
+        """(batch,): the layers' losses as one."""
+        values = torch.stack([loss.to(self.args.device) for loss in losses.values()])
         if self.normalizer is None:
-            return torch.stack(list(values.values())).sum()
+            return values.sum(dim=0)
+        scales = torch.stack([scale.to(self.args.device) for scale in self.normalizer.values()])[:, adapter]
         if self.args.normalize_loss == "global":
-            return torch.stack(list(values.values())).sum() / sum(self.normalizer.values())
+            return values.sum(dim=0) / scales.sum(dim=0)
         # a layer where the prompt changes nothing has nothing to say
-        scaled = [loss / self.normalizer[name] for name, loss in values.items() if self.normalizer[name] > 0]
-        return torch.stack(scaled).mean()
+        counted = scales > 0
+        return torch.where(counted, values / scales.clamp(min=1e-30), 0.0).sum(dim=0) / counted.sum(dim=0)
+
+    def _frozen_model(self, model: PeftModel) -> FrozenModel:
+        if self._frozen is None:
+            args, weights = self.args, self.args.objective_weights
+            layers = self.layers if "mse" in weights else self.layers[-1:] if "kl" in weights else []
+            base = model.get_base_model()
+            names = decoder_layer_names(base, model.active_peft_config.layers_pattern)
+            below = names[: names.index(self.layers[0]) + 1]
+            trained_elsewhere = any(p.requires_grad and ".psr_unit." not in n for n, p in model.named_parameters())
+            if args.gradient_checkpointing or args.torch_compile or trained_elsewhere:
+                below = []
+            reason = None
+            if any(parameter.is_meta for parameter in base.parameters()):
+                reason = "part of the base model is offloaded"
+            elif self._sharded:
+                reason = "the base model is sharded, so that all processes have to run each layer at the same time"
+            self._frozen = FrozenModel(
+                model,
+                self._rows,
+                layers,
+                below,
+                args.teacher_cache,
+                args.teacher_cache_gb,
+                Path(cast(str, args.output_dir)),
+                reason,
+            )
+        return self._frozen
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ):
-        """The weighted sum of objectives and regulariser on one batch; () float32."""
-        weights, unwrapped = self.args.objective_weights, self.accelerator.unwrap_model(model)
-        if not self.args.gradient_checkpointing:  # which works in training mode only
+        """The weighted sum of objectives and penalties on one batch; () float32. Of several adapters, their sum."""
+        args, weights = self.args, self.args.objective_weights
+        unwrapped = cast(PeftModel, self.accelerator.unwrap_model(model))
+        if not args.gradient_checkpointing:  # which works in training mode only
             model.eval()  # dropout would make the branches differ by noise
-        if "mse" in weights and self.args.normalize_loss is not None and self.normalizer is None:
-            self.normalizer = self._untrained_loss()
-        teacher = run_branch(unwrapped, inputs, self.layers, "teacher") if "mse" in weights else None
+        frozen = self._frozen_model(unwrapped)
+        if "mse" in weights and args.normalize_loss is not None and self.normalizer is None:
+            self.normalizer = self._untrained_loss(unwrapped)
+        teacher = frozen.teacher(inputs)
+        names = [self.adapters[i] for i in inputs["adapter"].tolist()] if self.several else None
         # last, so that what the call left for the layers is still there when checkpoints are computed again
-        student = run_branch(unwrapped, inputs, self.layers, "student", logits="ll" in weights, wrapper=model)
-        parts: dict[str, torch.Tensor] = {}
+        with frozen.layers_below_known(inputs):
+            student = run_branch(
+                unwrapped, inputs, self.layers, "student", self._logits_at_once, wrapper=model, adapter_names=names
+            )
+        mask, adapter = inputs["steering_mask"], inputs["adapter"]
+        parts: dict[str, torch.Tensor] = {}  # (batch,) each
         by_layer: dict[str, torch.Tensor] = {}
-        if teacher is not None:
-            by_layer = mse_by_layer(student.hidden, teacher.hidden, token_weights(inputs["steering_mask"]))
-            parts["mse"] = self._scaled_mse(by_layer)
-        if "ll" in weights:
-            parts["ll"] = likelihood_loss(student.logits, inputs["labels"])  # type: ignore[arg-type]
-        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        if self.args.regularizer:
-            parts["regularizer"] = gate_regularizer(student.gates, inputs["steering_mask"])
-            loss = loss + self.args.regularizer * parts["regularizer"]
+        if "mse" in weights:
+            by_layer = mse_by_layer(student.hidden, teacher, mask)
+            parts["mse"] = self._scaled_mse(by_layer, adapter)
+        if "ll" in weights or "kl" in weights:
+            parts |= self._predicted(unwrapped, student, teacher, inputs)
+        factors = dict(weights)
+        if args.regularizer:
+            hinges = [gate_regularizer(gates, mask).to(args.device) for gates in student.gates.values()]
+            parts["regularizer"] = torch.stack(hinges).sum(dim=0) * ~inputs["neutral"]
+            factors["regularizer"] = args.regularizer
+        if args.norm_penalty:
+            parts["norm_penalty"] = self._norm_penalty(unwrapped, student, inputs)
+            factors["norm_penalty"] = args.norm_penalty
+        values = torch.stack([factors[name] * part.to(args.device) for name, part in parts.items()]).sum(dim=0)
+        # the mean over each adapter's triplets
+        share = (1.0 / torch.bincount(adapter, minlength=len(self.adapters)))[adapter]
+        loss = (torch.where(inputs["neutral"], args.neutral_weight, 1.0) * share * values).sum()
+        if not torch.isfinite(loss):
+            index, where = not_finite(parts, student.hidden, teacher, inputs)
+            triplet = self._rows[index]["where"] if index >= 0 else "a triplet of no data set"
+            raise FloatingPointError(
+                f"Step {self.state.global_step}: {where} not finite on {triplet}. If it is the steered model, a "
+                "smaller learning_rate or max_grad_norm may help; if the prompted one, the base model's dtype is too "
+                "small for this triplet: load it in bfloat16 or float32."
+            )
         if torch.is_grad_enabled():
-            self._observe(parts, by_layer, student, inputs)
+            self._observe(parts, by_layer, values, share, student, inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    @property
+    def _sharded(self) -> bool:
+        return self.is_fsdp_enabled or any(isinstance(weight, DTensor) for weight in self.model.parameters())
+
+    @property
+    def _logits_at_once(self) -> bool:
+        """Whether logits come with the forward call: a sharded head can't be called once more before going back."""
+        return bool({"ll", "kl"} & set(self.args.objective_weights)) and self._sharded
+
+    def _predicted(
+        self, model: PeftModel, student: Branch, teacher: Mapping[str, torch.Tensor], inputs: Batch
+    ) -> dict[str, torch.Tensor]:
+        """The objectives on what the model predicts, (batch,) each."""
+        mask, weights, last = inputs["steering_mask"], self.args.objective_weights, self.layers[-1]
+        if self._logits_at_once:
+            assert student.logits is not None
+            steered, head = student.logits[mask.bool()], lambda logits: logits
+            if "kl" in weights:
+                prompted = run_branch(model, inputs, [], "teacher", logits=True).logits[inputs["teacher_mask"].bool()]  # type: ignore[index]
+        else:
+            steered = student.hidden[last]
+            head = partial(predict, model, layers_pattern=model.active_peft_config.layers_pattern)
+            prompted = teacher.get(last)
+        vocabulary = text_config(model.get_base_model()).vocab_size
+        targets = response_targets(inputs["labels"], mask)
+        parts = {}
+        if "ll" in weights:
+            parts["ll"] = likelihood_loss(head, steered, targets, mask, vocabulary)
+        if "kl" in weights:
+            parts["kl"] = kl_loss(head, steered, prompted, targets, mask, vocabulary)
+        return parts
+
+    def _norm_penalty(self, model: PeftModel, student: Branch, inputs: Batch) -> torch.Tensor:
+        layers = {layer.name: layer for layer in psr_model(model).psr_layers().values()}
+        penalties = []
+        for (name, key), gates in student.gates.items():
+            owners = self.adapters if key == EACH_ROW else [key]
+            directions = torch.stack([layers[name].unit(owner).direction for owner in owners])
+            biases = torch.tensor([layers[name].config[owner].coefficient_bias for owner in owners])
+            own = inputs["adapter"] if key == EACH_ROW else torch.zeros_like(inputs["adapter"])
+            strength = inputs["alpha"] + biases.to(own.device)[own]
+            direction = directions[own.to(directions.device)]
+            penalty = norm_penalty(gates, direction, strength, student.hidden[name], inputs["steering_mask"])
+            penalties.append(penalty.to(self.args.device))
+        return torch.stack(penalties).mean(dim=0)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone: there is nothing else to predict."""
@@ -190,51 +397,43 @@ class PSRTrainer(Trainer):
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def _observe(
-        self, parts: dict[str, torch.Tensor], by_layer: dict[str, torch.Tensor], student: Branch, inputs: Batch
+        self,
+        parts: dict[str, torch.Tensor],
+        by_layer: dict[str, torch.Tensor],
+        values: torch.Tensor,
+        share: torch.Tensor,
+        student: Branch,
+        inputs: Batch,
     ) -> None:
         """Sum up what the logs will show, without waiting for the device."""
+        epoch = int(self.state.epoch or 0)
+        if epoch != self._epoch:
+            self._epoch, self._in_epoch = epoch, Means()
         layers = {f"mse/layer_{layer_index(name)}": loss for name, loss in by_layer.items()}
-        for name, value in {**parts, **layers}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
-        self._count += 1
-        if int(self.state.epoch or 0) != self._epoch:
-            self._epoch, self._live_before, self._live_in_epoch = int(self.state.epoch or 0), self._live_in_epoch, {}
-        edited = inputs["alpha"][rows_of(inputs["steering_mask"])] != 0
-        for key, gates in student.gates.items():
-            live = (gates[edited.to(gates.device)] > 0).any(dim=0)
-            self._live[key] = live | self._live.get(key, live)
-            self._live_in_epoch[key] = live | self._live_in_epoch.get(key, live)
+        mean = share / share.sum()  # over adapters, too
+        means = {name: (value.detach().to(mean.device) * mean).sum() for name, value in {**parts, **layers}.items()}
+        self._since_log.add(means)
+        if self.several:
+            own = values.new_zeros(len(self.adapters)).index_add(0, inputs["adapter"], values.detach() * share)
+            means |= {f"loss/{name}": loss for name, loss in zip(self.adapters, own, strict=True)}
+        self._in_epoch.add(means)
+        rows = rows_of(inputs["steering_mask"])
+        self._gates.add(epoch, student.gates, inputs["alpha"][rows] != 0, inputs["adapter"][rows])
 
-    def _in_any_process(self, live: dict[tuple[str, str], torch.Tensor]) -> dict[tuple[str, str], torch.Tensor]:
-        """Which gates opened on the triplets of at least one process."""
-        if not live:
+    def _over_processes(self, counts: dict[GateKey, torch.Tensor]) -> dict[GateKey, torch.Tensor]:
+        """The counts of all processes together."""
+        if not counts:
             return {}
-        counts = torch.cat([gates.to(self.args.device).float() for gates in live.values()])
-        opened = self.accelerator.reduce(counts, "sum") > 0
-        return dict(zip(live, opened.split([len(gates) for gates in live.values()]), strict=True))
+        flat = torch.cat([values.to(self.args.device).flatten() for values in counts.values()])
+        pieces = self.accelerator.reduce(flat, "sum").split([values.numel() for values in counts.values()])
+        return {key: piece.view_as(values) for (key, values), piece in zip(counts.items(), pieces, strict=True)}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the means since the last log to a training log; every process has to call it, as `Trainer` does."""
-        if "loss" in logs and self._count:
-            sums = torch.stack([total.to(self.args.device) for total in self._sums.values()])
-            means = self.accelerator.reduce(sums / self._count, "mean")
-            logs |= dict(zip(self._sums, means.tolist(), strict=True))
-            live = torch.cat(list(self._in_any_process(self._live).values()))
+        if "loss" in logs and self._since_log.count:
+            names, means = self._since_log.take(self.args.device)
+            logs |= dict(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+            counts = self._over_processes(self._gates.since_log())
+            live = torch.cat([opened.flatten() for opened, _ in counts.values()]) > 0
             logs["live_gates"] = live.float().mean().item()
-            self._sums.clear()
-            self._live.clear()
-            self._count = 0
         super().log(logs, *args, **kwargs)
-
-
-def encode_dataset(collator: TripletCollator, dataset: Any, name: str) -> list[dict[str, Any]] | None:
-    """Tokenise every triplet once, so that a bad one shows before any long work starts.
-
-    Raises:
-        ValueError: the data set is empty, or a triplet can't be used.
-    """
-    if dataset is None:
-        return None
-    if len(dataset) == 0:
-        raise ValueError(f"{name} is empty: there are no triplets to work on.")
-    return [collator.encode(triplet, f"{name}[{i}]") for i, triplet in enumerate(dataset)]

@@ -1,0 +1,164 @@
+"""What is kept of the frozen model gives what computing it anew gives, and is computed once."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from peft import get_peft_model
+from test_layouts import DECODERS
+from tiny_models import LAYERS, tiny_model, tiny_tokenizer
+from tiny_triplets import COMPLETIONS, triplets
+from transformers import PrinterCallback, ProgressCallback
+
+from peft_psr import PSRConfig
+from peft_psr.training import PSRTrainer, PSRTrainingArguments
+from peft_psr.training.activation_cache import ActivationCache
+
+
+DATA = triplets(completions=[*COMPLETIONS, "dogs dogs", "tea now"])
+
+
+def made_trainer(base, folder, layers=None, held_out=None, **settings):
+    torch.manual_seed(3)
+    model = get_peft_model(base, PSRConfig(layers_to_transform=layers, init_weights=False))
+    settings = {
+        "num_train_epochs": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no",
+        "use_cpu": True, **settings,
+    }  # fmt: skip
+    arguments = PSRTrainingArguments(output_dir=str(folder), **settings)
+    made = PSRTrainer(model, arguments, DATA, held_out, processing_class=tiny_tokenizer())
+    made.remove_callback(PrinterCallback)
+    made.remove_callback(ProgressCallback)
+    return made
+
+
+def trained(*args, **settings):
+    made = made_trainer(*args, **settings)
+    made.train()
+    return [p.detach() for n, p in made.model.named_parameters() if "psr_unit" in n], made
+
+
+@pytest.mark.parametrize("objective", ["mse", "ll", "kl"])
+@pytest.mark.parametrize("layers", [None, 2])
+def test_kept_activations_change_nothing(tmp_path, objective, layers):
+    plain, _ = trained(tiny_model(), tmp_path, layers, objective=objective, teacher_cache="none")
+    for place in ("memory", "disk"):
+        kept, made = trained(tiny_model(), tmp_path, layers, objective=objective, teacher_cache=place)
+        assert made.summary.teacher_cache == place
+        for ours, theirs in zip(kept, plain, strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert not list(tmp_path.glob(".activations*"))
+
+
+def count_calls(model):
+    counts = [0] * LAYERS
+    for i, layer in enumerate(model.get_base_model().model.layers):
+
+        def count(*_, i=i):
+            counts[i] += 1
+
+        layer.self_attn.register_forward_hook(count)
+    return counts
+
+
+def test_each_layer_runs_as_often_as_it_has_to(tmp_path):
+    made = made_trainer(tiny_model(), tmp_path, layers=2, teacher_cache="memory")
+    counts = count_calls(made.model)
+    made.train()
+    # 3 epochs of 3 steps: the student needs the layer above the edited one each time; the first epoch computes
+    # the teacher (all layers) and the stream up to layer 2; one step checks the short way against the whole (layers
+    # 0-3, and 3 again); two calls of one token tell what the layers return
+    assert counts == [3 + 3 + 1 + 2, 3 + 3 + 1 + 2, 3 + 3 + 1 + 2, 9 + 3 + 2 + 2]
+    made = made_trainer(tiny_model(), tmp_path, layers=2, teacher_cache="none")
+    counts = count_calls(made.model)
+    made.train()
+    assert counts == [9 + 9] * 4
+
+
+@pytest.mark.parametrize("layout", DECODERS)
+def test_every_layout_can_start_above_the_first_edit(layout, tmp_path, caplog):
+    base = DECODERS[layout]().eval()
+    if layout == "gemma3 multimodal":
+        pytest.skip("a model of text and images gets no triplets")
+    with caplog.at_level(logging.WARNING):
+        kept, made = trained(base, tmp_path, 1, objective={"mse": 1.0, "kl": 1.0}, num_train_epochs=2)
+    assert made.summary.teacher_cache == "memory" and "from the middle" not in caplog.text
+    made.model.unload()
+    plain, _ = trained(base, tmp_path, 1, objective={"mse": 1.0, "kl": 1.0}, num_train_epochs=2, teacher_cache="none")
+    for ours, theirs in zip(kept, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-3)
+
+
+def test_a_model_that_cannot_start_in_the_middle_is_computed_whole(tmp_path, caplog):
+    class Remembers(torch.nn.Module):
+        """Adds what the layer before it was given, which is not in its own input."""
+
+        def __init__(self, layer, memory):
+            super().__init__()
+            self.layer, self.memory = layer, memory
+
+        def forward(self, hidden, *args, **kwargs):
+            self.memory.append(hidden)
+            return self.layer(hidden, *args, **kwargs) + self.memory[-2 if len(self.memory) > 1 else -1]
+
+    def odd():
+        base = tiny_model()
+        memory = []
+        base.model.register_forward_pre_hook(lambda *_: memory.clear())
+        for i, layer in enumerate(base.model.layers):
+            base.model.layers[i] = Remembers(layer, memory)
+        return base
+
+    plain, _ = trained(odd(), tmp_path, 2, teacher_cache="none")
+    with caplog.at_level(logging.WARNING):
+        kept, _ = trained(odd(), tmp_path, 2, teacher_cache="memory")
+    assert "can't be run from the middle" in caplog.text
+    for ours, theirs in zip(kept, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("setting", [{"gradient_checkpointing": True}, {"bf16": True}])
+def test_modes_that_go_another_way(tmp_path, setting):
+    plain, _ = trained(tiny_model(), tmp_path, 1, teacher_cache="none", **setting)
+    kept, _ = trained(tiny_model(), tmp_path, 1, teacher_cache="memory", **setting)
+    for ours, theirs in zip(kept, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-2 if "bf16" in setting else 1e-5, rtol=1e-2)
+
+
+def test_what_does_not_fit_is_said(tmp_path, caplog):
+    settings = {"teacher_cache_gb": 1e-9, "max_steps": 1}
+    with caplog.at_level(logging.INFO):
+        _, made = trained(tiny_model(), tmp_path, **settings)
+    assert made.summary.teacher_cache == "none" and "more than teacher_cache_gb=1e-09" in caplog.text
+    for place in ("memory", "disk"):
+        with pytest.raises(ValueError, match="Raise the budget"):
+            trained(tiny_model(), tmp_path, teacher_cache=place, **settings)
+    with pytest.raises(ValueError, match="teacher_cache must be one of"):
+        made_trainer(tiny_model(), tmp_path, teacher_cache="gpu")
+
+
+def test_held_out_triplets_are_kept_beside_the_others(tmp_path):
+    settings = {"eval_strategy": "epoch", "per_device_eval_batch_size": 3, "num_train_epochs": 2}
+    losses = []
+    for place in ("none", "memory"):
+        made = made_trainer(tiny_model(), tmp_path, None, triplets("dogs are good"), teacher_cache=place, **settings)
+        made.train()
+        losses.append([entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_cache_gives_back_what_was_put_in(tmp_path, on_disk):
+    cache = ActivationCache([2, 3, 1], ["a", "b"], 4, torch.bfloat16, tmp_path if on_disk else None)
+    first = {name: torch.randn(4, 4, dtype=torch.bfloat16) for name in "ab"}
+    cache.put(torch.tensor([1, 2]), first)
+    assert cache.holds(torch.tensor([2])) and not cache.holds(torch.tensor([0, 1]))
+    devices = dict.fromkeys("ab", torch.device("cpu"))
+    turned = cache.get(torch.tensor([2, 1]), devices)
+    for name in "ab":
+        assert torch.equal(turned[name], first[name][[3, 0, 1, 2]])
+    assert bool(list(tmp_path.iterdir())) == on_disk
+    del cache, turned
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,55 @@
+"""Triplets as the rows that training works on, tokenised once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .collator import TripletCollator
+
+
+Row = dict[str, Any]
+"""What `TripletCollator.encode` makes of a triplet, with its `index` and `adapter`."""
+
+
+def encode_dataset(collator: TripletCollator, dataset: Any, name: str, adapter: int = 0) -> list[Row]:
+    """Tokenise every triplet once, so that a bad one shows before any long work starts.
+
+    Args:
+        collator: The adapter's.
+        dataset: Triplets: anything with a length and items.
+        name: What to call the data set in errors.
+        adapter: Place of the adapter that the triplets belong to.
+
+    Raises:
+        ValueError: the data set is empty, or a triplet can't be used.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: there are no triplets to work on.")
+    rows = (collator.encode(triplet, f"{name}[{i}]") for i, triplet in enumerate(dataset))
+    return [{**row, "adapter": adapter, "where": f"{name}[{i}]"} for i, row in enumerate(rows)]
+
+
+def encode_datasets(collators: Mapping[str, TripletCollator], datasets: Any, name: str) -> list[Row]:
+    """Tokenise the triplets of all adapters.
+
+    Args:
+        collators: One for each adapter.
+        datasets: {adapter: triplets}, or the triplets of the only adapter.
+        name: What to call the data set in errors.
+
+    Raises:
+        ValueError: as `encode_dataset`, or the adapters are others than those of `collators`.
+    """
+    if not isinstance(datasets, Mapping):
+        return encode_dataset(*collators.values(), datasets, name)
+    if set(datasets) != set(collators):
+        raise ValueError(
+            f"{name} must hold triplets for each adapter that is trained ({', '.join(collators)}), got them for "
+            f"{', '.join(map(str, datasets)) or 'none'}."
+        )
+    return [
+        row
+        for i, (adapter, collator) in enumerate(collators.items())
+        for row in encode_dataset(collator, datasets[adapter], f"{name}[{adapter!r}]", i)
+    ]

@@ -1,0 +1,64 @@
+"""Several adapters in one run: which may train together, and how their triplets share batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft_psr.model import PSRModel
+
+from .arguments import PSRTrainingArguments
+from .dataset import Row
+
+
+def check_adapters(tuner: PSRModel, names: Sequence[str], args: PSRTrainingArguments) -> None:
+    """Check that adapters can be trained together.
+
+    Raises:
+        ValueError: one does not exist, they edit other layers or differ in `r` or gate, or there are several
+            processes.
+    """
+    known = [name for name in tuner.peft_config]
+    if not names:
+        raise ValueError("train_dataset is an empty mapping: name at least one adapter.")
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"train_dataset names adapter {name!r}, which the model lacks; it has {', '.join(known)}."
+            )
+    shapes = {
+        name: (
+            tuner.peft_config[name].r,
+            tuner.peft_config[name].gate,
+            [layer.name for layer in tuner.psr_layers().values() if name in layer.psr_unit],
+        )
+        for name in names
+    }
+    for name, shape in shapes.items():
+        if shape != shapes[names[0]]:
+            raise ValueError(
+                f"Adapters that train together edit the same layers with the same r and gate; {names[0]!r} has "
+                f"{shapes[names[0]]}, {name!r} has {shape}. Train them one after the other."
+            )
+    if args.world_size > 1:
+        raise ValueError(
+            f"Several adapters train together in one process, here are {args.world_size}. Give each process its own "
+            "adapters, or train them one after the other."
+        )
+
+
+def in_turn(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One item for the first rows of all adapters, one for their second rows, and so on.
+
+    A batch of n items is then a batch of n triplets for each adapter, and an epoch is one pass over each adapter's
+    triplets. Adapters with fewer triplets are missing from the last items.
+    """
+    by_adapter: dict[int, list[Row]] = {}
+    for row in rows:
+        by_adapter.setdefault(row["adapter"], []).append(row)
+    items = []
+    for i in range(max(map(len, by_adapter.values()))):
+        group = [own[i] for own in by_adapter.values() if i < len(own)]
+        # Trainer's grouping by length looks at `input_ids`
+        items.append({"rows": group, "input_ids": max((row["input_ids"] for row in group), key=len)})
+    return items
