@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import typer
 import yaml
 from rich.console import Console
 from rich.text import Text
+
+from peft_psr.training.recipe_fields import RecipeFields, in_words
 
 
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -42,3 +45,28 @@ def errors(console: Console, *others: type[Exception]) -> Iterator[None]:
     except kinds as error:
         console.print(Text.assemble(("error: ", "bold red"), str(error)))
         raise typer.Exit(2) from error
+
+
+def recipe_options(recipe: type[RecipeFields]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one option for each field of a recipe; those that are set arrive as its `**options`."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        fields = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=typer.Option(
+                    None,
+                    help=f"{field.description} ({in_words(recipe, name)})",
+                    metavar=None if field.annotation is bool else "VALUE",
+                ),
+                annotation=bool | None if field.annotation is bool else str | None,
+            )
+            for name, field in recipe.model_fields.items()
+        ]
+        command.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+        return command
+
+    return decorate

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -12,33 +10,12 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from peft_psr.training.recipe import Recipe, accepted
+from peft_psr.training.recipe import Recipe
 
-from .cli_common import errors, load_config
-
-
-def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one option for each field of a recipe; those that are set arrive as its `**options`."""
-    signature = inspect.signature(command)
-    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-    fields = [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=typer.Option(
-                None,
-                help=f"{field.description} ({accepted(name)})",
-                metavar=None if field.annotation is bool else "VALUE",
-            ),
-            annotation=bool | None if field.annotation is bool else str | None,
-        )
-        for name, field in Recipe.model_fields.items()
-    ]
-    command.__signature__ = signature.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
-    return command
+from .cli_common import errors, load_config, recipe_options
 
 
-@_recipe_options
+@recipe_options(Recipe)
 def triplets(
     recipe: str = typer.Argument("", help="A YAML file, or the name of a recipe that ships (see `psr recipes`)."),
     output: Path = typer.Option(..., help="A new folder, or one that the same recipe's run has left."),
@@ -96,10 +73,12 @@ def triplets(
 def recipes(
     name: str = typer.Argument("", help="Print this one, to make your own of it: psr recipes embedded > my.yaml"),
 ) -> None:
-    """List the recipes for `psr triplets` that ship, or print one."""
+    """List the recipes for `psr triplets` and `psr train` that ship, or print one."""
     from peft_psr.training.recipe import shipped_recipes
+    from peft_psr.training.train_recipe import shipped_train_recipes
 
-    shipped = shipped_recipes()
+    kinds = {"psr triplets": shipped_recipes(), "psr train": shipped_train_recipes()}
+    shipped = {title: path for recipes in kinds.values() for title, path in recipes.items()}
     console = Console(soft_wrap=True, highlight=False, markup=False)
     with errors(console):
         if name and name not in shipped:
@@ -108,8 +87,9 @@ def recipes(
         typer.echo(shipped[name].read_text(encoding="utf-8"), nl=False)
         return
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for title, path in shipped.items():
-        table.add_row(title, yaml.safe_load(path.read_text(encoding="utf-8"))["description"])
+    for command, recipes in kinds.items():
+        for title, path in recipes.items():
+            table.add_row(command, title, yaml.safe_load(path.read_text(encoding="utf-8"))["description"])
     Console(highlight=False).print(table)
 
 

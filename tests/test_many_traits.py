@@ -294,12 +294,26 @@ def test_combining_in_inference_mode_leaves_a_trainable_adapter():
     assert model.psr_layers()[1].unit("x").direction.grad.abs().max() > 0
 
 
-def test_gates_of_rows_are_refused():
+def test_recorded_gates_of_rows_are_each_rows_own():
     model = many()
     with pytest.raises(ValueError, match="not at adapter_names"):
         model.gate_values(IDS, adapter_names=["a"] * 4)
-    with model.record_gates(), pytest.raises(ValueError, match="not at adapter_names"):
-        model(IDS, adapter_names=["a"] * 4)
+    names = ["b", "__base__", "a", "b"]
+    with model.record_gates() as gates, torch.no_grad():
+        model(IDS, adapter_names=names)
+    key, layer = next(iter(model.psr_layers().items()))
+    for row, name in enumerate(names):
+        got = gates[layer.name, "*"][row]
+        if name == "__base__":
+            assert not got.any()
+            continue
+        model.set_adapter(name)
+        if name not in layer.psr_unit:
+            assert not got.any()
+            continue
+        expected = model.gate_values(IDS)[key][row]
+        torch.testing.assert_close(got[:, : expected.shape[-1]], expected)
+        assert not got[:, expected.shape[-1] :].any()
 
 
 def test_offloaded_weights_are_refused_where_they_are_gathered():

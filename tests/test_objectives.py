@@ -15,15 +15,14 @@ from peft_psr import PSRConfig
 from peft_psr.training import TripletCollator, objectives
 from peft_psr.training.branches import layers_downstream, run_branch
 from peft_psr.training.objectives import (
-    gate_regularizer,
     kl_loss,
     likelihood_loss,
     mse_by_layer,
-    norm_penalty,
     response_targets,
     row_means,
 )
 from peft_psr.training.partial import predict
+from peft_psr.training.penalties import gate_regularizer, norm_penalty
 
 
 def itself(hidden):

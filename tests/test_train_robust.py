@@ -115,8 +115,7 @@ def test_a_loss_that_is_not_finite_names_step_layer_and_triplet(tmp_path, where)
 
 def test_summary_and_tensorboard(tmp_path):
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    logs = tmp_path / "logs"
-    made = made_trainer(tmp_path, report_to="tensorboard", logging_dir=str(logs), regularizer=0.1, norm_penalty=0.1)
+    made = made_trainer(tmp_path, report_to="tensorboard", regularizer=0.1, norm_penalty=0.1)
     made.train()
     files = list(tmp_path.rglob("events.out.tfevents*"))
     events = loader.EventAccumulator(str(files[0].parent))

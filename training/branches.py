@@ -10,11 +10,12 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
 
+from peft_psr.config import PSRConfig
 from peft_psr.decoder import capture_layer_outputs, decoder_layer_names
 from peft_psr.model import PSRModel
 
@@ -51,6 +52,11 @@ def psr_model(model: torch.nn.Module) -> PSRModel:
             "`get_peft_model(model, PSRConfig(...))`."
         )
     return tuner
+
+
+def config_of(model: PeftModel, adapter: str) -> PSRConfig:
+    """The configuration of a PSR adapter."""
+    return cast(PSRConfig, model.peft_config[adapter])
 
 
 def layers_downstream(model: PeftModel) -> list[str]:

@@ -42,7 +42,8 @@ def encode_datasets(collators: Mapping[str, TripletCollator], datasets: Any, nam
         ValueError: as `encode_dataset`, or the adapters are others than those of `collators`.
     """
     if not isinstance(datasets, Mapping):
-        return encode_dataset(*collators.values(), datasets, name)
+        (only,) = collators.values()
+        return encode_dataset(only, datasets, name)
     if set(datasets) != set(collators):
         raise ValueError(
             f"{name} must hold triplets for each adapter that is trained ({', '.join(collators)}), got them for "

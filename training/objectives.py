@@ -6,8 +6,6 @@ length, as it does at the reported batch size of 1.
     MSE   sum over layers of mean over (tokens x d) of (A_{l|AS} - A_{l|PS})^2                METHOD 4, [R]
     LL    mean cross-entropy of y' given x under the edited model                              METHOD 4, [P]
     KL    mean over response tokens of KL(p(. | x' y'_<i) || p_edited(. | x y'_<i))            docs/results.md
-    regulariser    sum over layers of max(0, 1 - sum over tokens of lambda)                    METHOD 4, [r]
-    norm penalty   mean over layers and tokens of |edit|^2 / |A_l|^2                           docs/results.md
 
 LL knows of the prompted model's distribution the one token that was sampled; KL takes all of it.
 """
@@ -67,6 +65,34 @@ def mse_by_layer(
         name: row_means((hidden.float() - teacher[name].float()).square().mean(dim=-1), rows, mask.shape[0])
         for name, hidden in student.items()
     }
+
+
+def scaled_mse(
+    losses: Mapping[str, torch.Tensor],
+    normalizer: Mapping[str, torch.Tensor] | None,
+    how: str | None,
+    adapter: torch.Tensor,
+) -> torch.Tensor:
+    """The layers' losses as one.
+
+    Args:
+        losses: {layer name: (batch,)}.
+        normalizer: {layer name: (adapters,)}, each layer's loss without any edit; `None` to take the plain sum.
+        how: "global" divides the sum by that of the normaliser; "layer" each layer by its own, then takes the mean.
+        adapter: (batch,), whose triplet each is.
+
+    Returns:
+        (batch,), on the device of `adapter`.
+    """
+    values = torch.stack([loss.to(adapter.device) for loss in losses.values()])
+    if normalizer is None:
+        return values.sum(dim=0)
+    scales = torch.stack([scale.to(adapter.device) for scale in normalizer.values()])[:, adapter]
+    if how == "global":
+        return values.sum(dim=0) / scales.sum(dim=0)
+    # a layer where the prompt changes nothing has nothing to say
+    counted = scales > 0
+    return torch.where(counted, values / scales.clamp(min=1e-30), 0.0).sum(dim=0) / counted.sum(dim=0)
 
 
 def response_targets(labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -149,41 +175,3 @@ def _in_pieces(function: Callable[..., torch.Tensor], vocabulary: int, *tensors:
         return function(*tensors)
     pieces = zip(*(tensor.split(size) for tensor in tensors), strict=True)
     return torch.cat([checkpoint(function, *piece, use_reentrant=False) for piece in pieces])
-
-
-def gate_regularizer(gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Hinge that wants one layer's gates to open by 1 in sum over each triplet's edited tokens.
-
-    Ranks each have a hinge of their own. Note that a gate at exactly 0 on all tokens has no gradient, here neither.
-
-    Args:
-        gates: lambda (tokens, r).
-        mask: (batch, seq), the edited tokens.
-
-    Returns:
-        (batch,).
-    """
-    rows = rows_of(mask).to(gates.device)
-    sums = gates.new_zeros(mask.shape[0], gates.shape[-1]).index_add(0, rows, gates)
-    return (1.0 - sums).clamp(min=0).sum(dim=-1)
-
-
-def norm_penalty(
-    gates: torch.Tensor, direction: torch.Tensor, strength: torch.Tensor, stream: torch.Tensor, mask: torch.Tensor
-) -> torch.Tensor:
-    """|edit|^2 / |stream|^2 of one layer's edit, mean over each triplet's edited tokens.
-
-    Args:
-        gates: lambda (tokens, r).
-        direction: z (batch, r, d), each triplet's.
-        strength: (batch,), alpha + b_m.
-        stream: The layer's output (tokens, d); no gradient goes through it.
-        mask: (batch, seq), the edited tokens.
-
-    Returns:
-        (batch,).
-    """
-    rows = rows_of(mask).to(gates.device)
-    products = (direction @ direction.transpose(1, 2))[rows]
-    squares = torch.einsum("tr,trs,ts->t", gates, products, gates) * strength.to(gates.device)[rows].square()
-    return row_means(squares / stream.detach().float().square().sum(dim=-1), rows, mask.shape[0])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+from peft_psr.config import PSRConfig
 from peft_psr.model import PSRModel
 
 from .arguments import PSRTrainingArguments
@@ -26,10 +27,11 @@ def check_adapters(tuner: PSRModel, names: Sequence[str], args: PSRTrainingArgum
             raise ValueError(
                 f"train_dataset names adapter {name!r}, which the model lacks; it has {', '.join(known)}."
             )
+    configs = {name: cast(PSRConfig, tuner.peft_config[name]) for name in names}
     shapes = {
         name: (
-            tuner.peft_config[name].r,
-            tuner.peft_config[name].gate,
+            configs[name].r,
+            configs[name].gate,
             [layer.name for layer in tuner.psr_layers().values() if name in layer.psr_unit],
         )
         for name in names

@@ -16,24 +16,24 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
 from peft_psr.decoder import decoder_layer_names, layer_index, text_config
 from peft_psr.doors import is_encoder_decoder
-from peft_psr.rows import EACH_ROW
 
 from .arguments import PSRTrainingArguments
-from .branches import Batch, Branch, layers_downstream, psr_model, run_branch
+from .branches import Batch, Branch, config_of, layers_downstream, psr_model, run_branch
 from .collator import TripletCollator
 from .dataset import encode_datasets
 from .frozen import FrozenModel
+from .length_grouping import LengthGroupedSampler
 from .not_finite import not_finite
 from .objectives import (
-    gate_regularizer,
     kl_loss,
     likelihood_loss,
     mse_by_layer,
-    norm_penalty,
     response_targets,
     rows_of,
+    scaled_mse,
 )
 from .partial import predict
+from .penalties import gate_regularizer, relative_norm
 from .summary import GateKey, GateRecord, Means, TrainingSummary, peak_memory, sum_up
 from .together import check_adapters, in_turn
 from .triplets import Triplet
@@ -106,7 +106,7 @@ class PSRTrainer(Trainer):
         if self.several:
             check_adapters(tuner, self.adapters, args)
         collators = {
-            name: TripletCollator(processing_class, model.peft_config[name].positions, cast(str | float, args.alpha))
+            name: TripletCollator(processing_class, config_of(model, name).positions, cast(str | float, args.alpha))
             for name in self.adapters
         }
         rows = {
@@ -116,7 +116,9 @@ class PSRTrainer(Trainer):
         self._rows = [row for of_set in rows.values() for row in of_set or ()]
         for index, row in enumerate(self._rows):
             row["index"] = index
-        items = {name: in_turn(of_set) if self.several and of_set else of_set for name, of_set in rows.items()}
+        items: dict[str, Any] = {
+            name: in_turn(of_set) if self.several and of_set else of_set for name, of_set in rows.items()
+        }
         super().__init__(
             model=model,
             args=args,
@@ -143,10 +145,14 @@ class PSRTrainer(Trainer):
         self._since_log, self._in_epoch, self._epoch = Means(), Means(), 0
         self._gates = GateRecord(self.adapters)
 
+    @property
+    def _peft_model(self) -> PeftModel:
+        return cast(PeftModel, self.model)
+
     def _activate(self) -> None:
         """All adapters that are trained get gradients."""
         if self.several:
-            psr_model(self.model).set_adapter(self.adapters)
+            psr_model(self._peft_model).set_adapter(self.adapters)
 
     def train(self, *args: Any, **kwargs: Any):
         """Train; then sum up, and name the gates that are dead."""
@@ -157,7 +163,7 @@ class PSRTrainer(Trainer):
             result = super().train(*args, **kwargs)
         finally:
             if self.several:
-                self.model.set_adapter(self._active_before)
+                self._peft_model.set_adapter(self._active_before)
         names, means = self._in_epoch.take(self.args.device)
         if names:
             means = self.accelerator.reduce(means, "mean")
@@ -211,14 +217,14 @@ class PSRTrainer(Trainer):
             path = Path(folder) if name == "default" else Path(folder) / name
             if not (path / "adapter_config.json").is_file():
                 raise FileNotFoundError(f"{folder} is no checkpoint of this run: {path} holds no adapter.")
-            set_peft_model_state_dict(self.model, load_peft_weights(str(path), device="cpu"), adapter_name=name)
+            set_peft_model_state_dict(self._peft_model, load_peft_weights(str(path), device="cpu"), adapter_name=name)
 
     def _clip_grad_norm(self, model: torch.nn.Module):
         """Of several adapters each by itself, as if it were alone."""
         if not self.several:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        layers = psr_model(self.model).psr_layers().values()
+        layers = psr_model(self._peft_model).psr_layers().values()
         norms = [
             torch.nn.utils.clip_grad_norm_(
                 [weight for layer in layers for weight in layer.unit(name).parameters()], self.args.max_grad_norm
@@ -227,12 +233,20 @@ class PSRTrainer(Trainer):
         ]
         return torch.stack(norms).norm()
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler([len(row["input_ids"]) for row in rows], size, self.args.data_seed or 0)
+
     def _untrained_loss(self, model: PeftModel) -> dict[str, torch.Tensor]:
         """{layer: (adapters,)}: mean squared difference between the branches without any edit, on all triplets.
 
         Neutral triplets do not count: there is no difference.
         """
-        parts, owners = [], []
+        parts: list[torch.Tensor] = []
+        owners: list[torch.Tensor] = []
         # from all processes, without the triplets that fill up the last batch; several adapters have one process
         gather = list if self.several else self.accelerator.gather_for_metrics
         for batch in self.get_eval_dataloader(cast(Any, self.train_dataset)):
@@ -255,18 +269,6 @@ class PSRTrainer(Trainer):
                     "nothing to learn."
                 )
         return dict(zip(self.layers, means.T, strict=True))
-
-    def _scaled_mse(self, losses: dict[str, torch.Tensor], adapter: torch.Tensor) -> torch.Tensor:
-        """(batch,): the layers' losses as one."""
-        values = torch.stack([loss.to(self.args.device) for loss in losses.values()])
-        if self.normalizer is None:
-            return values.sum(dim=0)
-        scales = torch.stack([scale.to(self.args.device) for scale in self.normalizer.values()])[:, adapter]
-        if self.args.normalize_loss == "global":
-            return values.sum(dim=0) / scales.sum(dim=0)
-        # a layer where the prompt changes nothing has nothing to say
-        counted = scales > 0
-        return torch.where(counted, values / scales.clamp(min=1e-30), 0.0).sum(dim=0) / counted.sum(dim=0)
 
     def _frozen_model(self, model: PeftModel) -> FrozenModel:
         if self._frozen is None:
@@ -318,7 +320,7 @@ class PSRTrainer(Trainer):
         by_layer: dict[str, torch.Tensor] = {}
         if "mse" in weights:
             by_layer = mse_by_layer(student.hidden, teacher, mask)
-            parts["mse"] = self._scaled_mse(by_layer, adapter)
+            parts["mse"] = scaled_mse(by_layer, self.normalizer, args.normalize_loss, adapter)
         if "ll" in weights or "kl" in weights:
             parts |= self._predicted(unwrapped, student, teacher, inputs)
         factors = dict(weights)
@@ -327,7 +329,12 @@ class PSRTrainer(Trainer):
             parts["regularizer"] = torch.stack(hinges).sum(dim=0) * ~inputs["neutral"]
             factors["regularizer"] = args.regularizer
         if args.norm_penalty:
-            parts["norm_penalty"] = self._norm_penalty(unwrapped, student, inputs)
+            units = {
+                (layer.name, name): (layer.unit(name).direction, layer.config[name].coefficient_bias)
+                for layer in psr_model(unwrapped).psr_layers().values()
+                for name in layer.psr_unit
+            }
+            parts["norm_penalty"] = relative_norm(student, units, self.adapters, inputs)
             factors["norm_penalty"] = args.norm_penalty
         values = torch.stack([factors[name] * part.to(args.device) for name, part in parts.items()]).sum(dim=0)
         # the mean over each adapter's triplets
@@ -347,7 +354,7 @@ class PSRTrainer(Trainer):
 
     @property
     def _sharded(self) -> bool:
-        return self.is_fsdp_enabled or any(isinstance(weight, DTensor) for weight in self.model.parameters())
+        return self.is_fsdp_enabled or any(isinstance(weight, DTensor) for weight in self._peft_model.parameters())
 
     @property
     def _logits_at_once(self) -> bool:
@@ -376,20 +383,6 @@ class PSRTrainer(Trainer):
         if "kl" in weights:
             parts["kl"] = kl_loss(head, steered, prompted, targets, mask, vocabulary)
         return parts
-
-    def _norm_penalty(self, model: PeftModel, student: Branch, inputs: Batch) -> torch.Tensor:
-        layers = {layer.name: layer for layer in psr_model(model).psr_layers().values()}
-        penalties = []
-        for (name, key), gates in student.gates.items():
-            owners = self.adapters if key == EACH_ROW else [key]
-            directions = torch.stack([layers[name].unit(owner).direction for owner in owners])
-            biases = torch.tensor([layers[name].config[owner].coefficient_bias for owner in owners])
-            own = inputs["adapter"] if key == EACH_ROW else torch.zeros_like(inputs["adapter"])
-            strength = inputs["alpha"] + biases.to(own.device)[own]
-            direction = directions[own.to(directions.device)]
-            penalty = norm_penalty(gates, direction, strength, student.hidden[name], inputs["steering_mask"])
-            penalties.append(penalty.to(self.args.device))
-        return torch.stack(penalties).mean(dim=0)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone: there is nothing else to predict."""

@@ -1,0 +1,174 @@
+"""What recipes of every kind share: YAML files whose fields are checked one by one and explained in words."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+FREE: dict[str, Any] = {"may_change": True}
+"""As a field's `json_schema_extra`: it may change between the starts of one run."""
+
+
+def split(value: Any) -> Any:
+    """Items in one text, as a flag gives them, parted by commas."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(split)]
+
+
+class RecipeFields(BaseModel):
+    """The base of a recipe: unknown fields are refused, and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, values: Any) -> Any:
+        """From the command line, `none` is YAML's null where null is accepted, and lists and mappings are texts."""
+        if not isinstance(values, Mapping):
+            return values
+        return {name: _from_text(value, cls.model_fields.get(name)) for name, value in values.items()}
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields that decide the result, as JSON; a run goes on only if they are equal."""
+        free = {name for name, field in type(self).model_fields.items() if field.json_schema_extra == FREE}
+        return self.model_dump(mode="json", exclude=free)
+
+    def fixed_hash(self) -> str:
+        """SHA-256 of `fixed()`."""
+        return hashlib.sha256(json.dumps(self.fixed(), sort_keys=True).encode()).hexdigest()
+
+
+def _from_text(value: Any, field: Any) -> Any:
+    if not isinstance(value, str) or field is None:
+        return value
+    kinds = _kinds(field.annotation)
+    if value in ("none", "null") and type(None) in kinds:
+        return None
+    if value[:1] in ("[", "{") and str not in kinds:
+        for parse in (json.loads, yaml.safe_load):  # YAML takes 1e-3 for a text
+            try:
+                return parse(value)
+            except (ValueError, yaml.YAMLError):
+                continue
+    return value
+
+
+Kind = TypeVar("Kind", bound=RecipeFields)
+
+
+def read_recipe(
+    kind: type[Kind], recipe: str | Path | None, options: Mapping[str, Any] | None, shipped: Mapping[str, Path]
+) -> Kind:
+    """Reads and checks a recipe.
+
+    Args:
+        kind: What it describes.
+        recipe: A YAML file, or the name of a recipe that ships; `None` if `options` say everything.
+        options: Fields that go before those of the file.
+        shipped: {name: file} of those that ship.
+
+    Raises:
+        FileNotFoundError: no such file and no such recipe.
+        ValueError: the file is no YAML mapping, or a field is wrong; the message names each wrong field, the value and
+            what is accepted.
+    """
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        path = _find(recipe, shipped)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} must hold fields such as 'seed: 1', got {type(content).__name__}.")
+        values = {str(name): value for name, value in content.items()}
+    values.update(options or {})
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        # a field that takes one of several kinds has a problem with each of them
+        problems = {problem["loc"][:1]: problem for problem in reversed(error.errors())}
+        lines = [_explain(kind, problem, values) for problem in reversed(problems.values())]
+        raise ValueError(f"{recipe or 'the options'}: " + "\n".join(lines)) from None
+
+
+def yaml_files(folder: Path) -> dict[str, Path]:
+    """Returns {name: file} of the recipes in a folder."""
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _find(recipe: str | Path, shipped: Mapping[str, Path]) -> Path:
+    if str(recipe) in shipped:
+        return shipped[str(recipe)]
+    path = Path(recipe)
+    if not path.is_file():
+        raise FileNotFoundError(f"No recipe file {str(path)!r}, and none of that name ships; there are: "
+                                f"{', '.join(shipped)}.")  # fmt: skip
+    return path
+
+
+def _explain(kind: type[RecipeFields], problem: Any, values: Mapping[str, Any]) -> str:
+    """One wrong field: its name, the value, what is accepted."""
+    where = problem["loc"]
+    if not where:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    name = str(where[0])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, kind.model_fields, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        fields = ", ".join(kind.model_fields)
+        return f"unknown field {name} (value {problem['input']!r}).{hint} The fields are {fields}."
+    about = f"{in_words(kind, name)}. {kind.model_fields[name].description}"
+    if problem["type"] == "missing":
+        return f"{name} is missing; accepted: {about}"
+    if name.endswith("_url"):  # it may hold a password
+        return f"{name} must look like http://localhost:8000/v1, without user name, password or query. {about}"
+    if name.endswith("key_variable"):  # it may be the key itself, put in the wrong place
+        return f"{name} must be the name of an environment variable, in capitals. {about}"
+    return f"{name}: {values[name]!r} is wrong; accepted: {about}"
+
+
+def in_words(kind: type[RecipeFields], name: str) -> str:
+    """What a field takes: `a whole number, at least 1`, `local | server`, ..."""
+    field = kind.model_fields[name]
+    return " | ".join(_kind_in_words(part, field.metadata) for part in _kinds(field.annotation))
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """What a union is of; anything else by itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _kind_in_words(kind: Any, constraints: Sequence[Any]) -> str:
+    if get_origin(kind) is Annotated:
+        kind, *own = get_args(kind)
+        constraints = [*constraints, *(constraint for field in own for constraint in getattr(field, "metadata", []))]
+    if get_origin(kind) is Literal:
+        return " | ".join(get_args(kind))
+    if get_origin(kind) is dict:
+        return "a JSON object"
+    if get_origin(kind) is tuple and get_args(kind)[0] is not str:
+        return "a list of whole numbers"
+    if kind not in (int, float):
+        return {str: "text", bool: "true | false", type(None): "none"}.get(kind, "a list of names")
+    bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    limits = [
+        f"{text} {getattr(constraint, bound):g}"
+        for constraint in constraints
+        for bound, text in bounds.items()
+        if getattr(constraint, bound, None) is not None
+    ]
+    return ", ".join(["a whole number" if kind is int else "a number", *limits])

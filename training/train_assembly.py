@@ -1,0 +1,262 @@
+"""From a training recipe to its parts: configuration, arguments, base model with its adapters, trainer, checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.integrations import TensorBoardCallback
+
+from peft_psr.config import PSRConfig
+from peft_psr.tiny_chat import tiny_chat_path
+
+from .arguments import PSRTrainingArguments
+from .initialization import initialize_psr_weights
+from .recipe import EMBEDDED
+from .train_recipe import TrainRecipe
+from .trainer import PSRTrainer
+from .triplets import Triplet
+
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def make_config(recipe: TrainRecipe) -> PSRConfig:
+    """Returns the configuration of every adapter of a recipe."""
+    layers = recipe.layers_to_transform
+    return PSRConfig(
+        r=recipe.r,
+        gate=recipe.gate,
+        layers_to_transform=list(layers) if isinstance(layers, tuple) else layers,
+        positions=recipe.positions,
+        init_weights=recipe.start != "linear",
+        revision=recipe.revision,
+    )
+
+
+def make_arguments(recipe: TrainRecipe, folder: Path) -> PSRTrainingArguments:
+    """Returns the arguments of a recipe, with checkpoints in `folder`.
+
+    Raises:
+        ValueError: this machine can't do what the recipe asks for, such as `bf16`.
+    """
+    by_steps = recipe.checkpoint_steps is not None
+    interval: dict[str, Any] = dict.fromkeys(("save_steps", "eval_steps"), recipe.checkpoint_steps) if by_steps else {}
+    when = "steps" if by_steps else "epoch"
+    return PSRTrainingArguments(
+        output_dir=str(folder.resolve()),
+        objective=recipe.objective,
+        normalize_loss=recipe.normalize_loss,
+        regularizer=recipe.regularizer,
+        alpha=recipe.alpha,
+        neutral_weight=recipe.neutral_weight,
+        norm_penalty=recipe.norm_penalty,
+        teacher_cache=recipe.teacher_cache,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=recipe.learning_rate,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        bf16=recipe.bf16,
+        use_cpu=PartialState().device.type == "cpu",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        # the order inside an epoch can be had again only where it begins
+        train_sampling_strategy="random" if by_steps or recipe.batch_size == 1 else "group_by_length",
+        report_to=recipe.report_to,
+        logging_steps=0.01,  # of all steps
+        save_strategy=when,
+        eval_strategy=when if recipe.eval_share else "no",
+        **interval,
+        save_total_limit=None if recipe.keep_checkpoints else 2,
+        load_best_model_at_end=recipe.early_stopping is not None,
+        metric_for_best_model="eval_loss" if recipe.early_stopping else None,
+        greater_is_better=False if recipe.early_stopping else None,
+        restore_callback_states_from_checkpoint=True,
+    )
+
+
+def load_tokenizer(recipe: TrainRecipe) -> Any:
+    """Returns the base model's tokenizer.
+
+    Raises:
+        OSError: it can't be had.
+    """
+    return AutoTokenizer.from_pretrained(_source(recipe), revision=recipe.revision)
+
+
+def load_base(recipe: TrainRecipe, device: torch.device) -> Any:
+    """Returns the base model.
+
+    Raises:
+        OSError: it can't be had.
+    """
+    model = AutoModelForCausalLM.from_pretrained(_source(recipe), revision=recipe.revision, dtype=recipe.dtype)
+    return model.eval().to(device)
+
+
+def _source(recipe: TrainRecipe) -> str:
+    return tiny_chat_path() if recipe.model == EMBEDDED else recipe.model
+
+
+def add_adapters(base: Any, recipe: TrainRecipe, adapters: Sequence[str]) -> PeftModel:
+    """Puts adapters on a base model, each as it would begin alone."""
+    model = None
+    for name in adapters:
+        set_seed(recipe.seed)
+        if model is None:
+            model = get_peft_model(base, make_config(recipe), adapter_name=name)
+        else:
+            model.add_adapter(name, make_config(recipe))
+    assert model is not None
+    return model
+
+
+def start_from_data(
+    model: PeftModel, recipe: TrainRecipe, triplets: Mapping[str, Sequence[Triplet]], tokenizer: Any
+) -> None:
+    """Sets the weights of each adapter from its triplets, if that is how the recipe begins.
+
+    Args:
+        model: With the adapters.
+        recipe: What to do.
+        triplets: {adapter: triplets}.
+        tokenizer: The model's.
+
+    Raises:
+        ValueError: the instruction changes nothing at an edited layer.
+    """
+    if recipe.start not in ("ridge", "mean_difference"):
+        return
+    bar = PartialState().is_main_process and sys.stderr.isatty()
+    for name, rows in triplets.items():
+        model.set_adapter(name)
+        initialize_psr_weights(model, rows, recipe.start, processing_class=tokenizer, progress=bar)
+
+
+def make_trainer(
+    model: PeftModel,
+    recipe: TrainRecipe,
+    arguments: PSRTrainingArguments,
+    train: Mapping[str, Sequence[Triplet]],
+    held_out: Mapping[str, Sequence[Triplet]],
+    tokenizer: Any,
+    title: str,
+    logs: Path,
+) -> PSRTrainer:
+    """Returns a trainer with a bar, and with early stopping and TensorBoard if the recipe asks for them.
+
+    Args:
+        model: With the adapters.
+        recipe: What to do.
+        arguments: From `make_arguments`.
+        train: {adapter: triplets} to train on.
+        held_out: Likewise for the held-out loss, where the recipe has one.
+        tokenizer: The model's.
+        title: What the bar calls it.
+        logs: Folder for TensorBoard.
+
+    Raises:
+        ValueError: as `PSRTrainer`.
+    """
+    name = model.active_adapter
+    trainer = PSRTrainer(
+        model,
+        arguments,
+        train if recipe.parallel else train[name],
+        None if not recipe.eval_share else held_out if recipe.parallel else held_out[name],
+        processing_class=tokenizer,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    if trainer.is_world_process_zero():
+        trainer.add_callback(StepProgress(title))
+    if recipe.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(recipe.early_stopping))
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(logs)
+    return trainer
+
+
+class StepProgress(TrainerCallback):
+    """A bar of optimiser steps on a terminal; elsewhere a log line now and then.
+
+    Args:
+        title: What is trained.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title, self._losses = title, ""
+        self._bar: Any = None
+        self._logged = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Begin where a checkpoint has ended."""
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit=" steps",
+                         disable=None, dynamic_ncols=True)  # fmt: skip
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """One more."""
+        self._bar.update()
+        if self._bar.disable and time.monotonic() - self._logged >= SECONDS_BETWEEN_LINES:
+            self._logged = time.monotonic()
+            logger.info("%s: step %d of %d%s", self.title, state.global_step, state.max_steps, self._losses)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Show the newest losses."""
+        for name in ("loss", "eval_loss"):
+            if name in (logs or {}):
+                self._losses = f", {name} {logs[name]:.4g}"
+                self._bar.set_postfix_str(self._losses.removeprefix(", "))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """The last line."""
+        self._bar.close()
+        logger.info("%s: %d steps done%s", self.title, state.global_step, self._losses)
+
+
+def last_checkpoint(folder: Path, patience: int | None) -> Path | None:
+    """The newest whole checkpoint after which there is something left to do; later ones are removed.
+
+    transformers would train beyond the end if it went on from the last checkpoint of a run.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+    for path in found:
+        try:  # the last file that is written
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            state = None
+        if state is not None and not _has_ended(state, patience):
+            return path
+        if PartialState().is_main_process:
+            shutil.rmtree(path, ignore_errors=True)
+    return None
+
+
+def _has_ended(state: Mapping[str, Any], patience: int | None) -> bool:
+    stopping = state["stateful_callbacks"].get("EarlyStoppingCallback", {}).get("attributes", {})
+    waited = stopping.get("early_stopping_patience_counter", 0)
+    return state["global_step"] >= state["max_steps"] or (patience is not None and waited >= patience)

@@ -1,0 +1,299 @@
+"""A run of `psr train`: one adapter a trait, in a folder that can be left at any moment and gone on with.
+
+Each adapter appears in its folder when it is finished, whole. Until then its checkpoints are in `checkpoints/`; a
+later start goes on from the last one that training had not come to its end with, and the adapter is that of a run that
+was never stopped, up to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from filelock import FileLock, Timeout
+
+from peft_psr.files import write_whole
+
+from .collator import TripletCollator
+from .dataset import encode_dataset
+from .train_assembly import (
+    add_adapters,
+    last_checkpoint,
+    load_base,
+    load_tokenizer,
+    make_arguments,
+    make_config,
+    make_trainer,
+    start_from_data,
+)
+from .train_data import check_origin, folder_name, hold_out, read_traits
+from .train_recipe import TrainRecipe
+from .train_results import SUMMARY, write_adapter_folder
+from .triplets import Triplet
+
+
+STATE, LOCK, CHECKPOINTS, LOGS = "run.json", ".lock", "checkpoints", "logs"
+SAVED, STAGED, FINISHED = "saved", "staged", "finished"
+"""Beside the checkpoints: the weights at the end, adapter folders in the making, and those that are whole."""
+TOGETHER = "together"
+"""What a parallel run is called where one trait's would have the trait's name."""
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What a run will do for one trait.
+
+    Attributes:
+        trait: Its name.
+        train: How many triplets to train on.
+        held_out: How many for the held-out loss.
+        steps: Optimiser steps at most.
+        finished: Its adapter is there already.
+    """
+
+    trait: str
+    train: int
+    held_out: int
+    steps: int
+    finished: bool
+
+
+class TrainRun:
+    """One recipe's run in its folder.
+
+    The folder holds a subfolder for each trait (see `write_adapter_folder`), `run.json`, which says what the run was
+    begun with, `logs/` for TensorBoard if that is asked for, and while the run lasts `checkpoints/`.
+
+    Args:
+        folder: A new one, or one that a run of the same recipe has left.
+        recipe: What to do.
+
+    Raises:
+        FileNotFoundError: there are no triplets there.
+        ValueError: a line is no triplet, a trait is not there, or nothing would be left to train on.
+    """
+
+    def __init__(self, folder: Path, recipe: TrainRecipe) -> None:
+        self.folder, self.recipe = Path(folder), recipe
+        self.triplets = read_traits(recipe.triplets, recipe.traits)
+        sides = {name: hold_out(rows, recipe.eval_share, recipe.seed, name) for name, rows in self.triplets.items()}
+        self.train = {name: train for name, (train, _) in sides.items()}
+        self.held_out = {name: held_out for name, (_, held_out) in sides.items()}
+        self._tokenizer: Any = None
+        self._base: Any = None
+
+    def check(self) -> list[TrainPlan]:
+        """Checks all that can be known before the base model is loaded; writes nothing.
+
+        Returns:
+            What there is to do, a plan for each trait.
+
+        Raises:
+            FileExistsError: the folder holds something else.
+            ImportError: TensorBoard is asked for and missing.
+            OSError: the model's tokenizer can't be had.
+            ValueError: the folder's run has another recipe or other triplets; a setting is wrong; a triplet can't be
+                used, or was drawn from another model.
+        """
+        self._check_folder()
+        recipe = self.recipe
+        if recipe.report_to == "tensorboard" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+            raise ImportError("report_to: tensorboard needs a package that is missing: pip install tensorboard")
+        if os.environ.get("ACCELERATE_USE_FSDP"):
+            raise ValueError(
+                "psr train runs in one process or under DDP, where each holds the whole model. For FSDP call "
+                "PSRTrainer from a script; see docs/distributed.md."
+            )
+        make_config(recipe)
+        arguments = make_arguments(recipe, self.folder)
+        if recipe.parallel and arguments.world_size > 1:
+            raise ValueError("parallel trains the traits in one process; leave it out under accelerate launch.")
+        self._tokenizer = load_tokenizer(recipe)
+        check_origin(self.triplets, recipe.model, recipe.triplets_model, self._tokenizer)
+        collator = TripletCollator(self._tokenizer, recipe.positions, recipe.alpha)
+        for name, rows in self.triplets.items():
+            encode_dataset(collator, rows, name)
+        plans = []
+        for name, rows in self.train.items():
+            batches = math.ceil(len(rows) / (recipe.batch_size * arguments.world_size))
+            an_epoch = math.ceil(batches / recipe.gradient_accumulation_steps)
+            steps = math.ceil(an_epoch * float(arguments.num_train_epochs or 0))
+            plans.append(TrainPlan(name, len(rows), len(self.held_out[name]), steps, self._is_finished(name)))
+        return plans
+
+    def _check_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is a file; name a folder.")
+        names = {path.name for path in self.folder.glob("*")} - {LOCK, STATE + ".partial"}
+        state = self._state()
+        if names and not {"fixed", "triplets", "together"} <= set(state):
+            raise FileExistsError(f"{self.folder} is not empty and holds no run of psr train; name another folder.")
+        if state:
+            self._compare(state)
+        for name in self.triplets:
+            if folder_name(name) in (CHECKPOINTS, LOGS):
+                raise ValueError(f"traits: {name!r} is what another folder of the run is called; rename the trait.")
+            if self.folder_of(name).exists() and not self._is_finished(name):
+                raise FileExistsError(f"{self.folder_of(name)} is in the way: it holds no adapter of psr train.")
+
+    def _compare(self, state: Mapping[str, Any]) -> None:
+        """Raise `ValueError` unless this run is the one that was begun."""
+        begun, now = state["fixed"], self.recipe.fixed()
+        differ = sorted(name for name in {*begun, *now} if begun.get(name) != now.get(name))
+        if differ:
+            changes = ", ".join(f"{name}: {begun.get(name)!r} -> {now.get(name)!r}" for name in differ)
+            raise ValueError(
+                f"The run in {self.folder} was begun with another recipe ({changes}). Put the recipe back to go on "
+                "with it, or name another folder."
+            )
+        for name, rows in self.triplets.items():
+            if state["triplets"].get(name, _digest(rows)) != _digest(rows):
+                raise ValueError(
+                    f"The triplets of {name!r} are not those that the run in {self.folder} was begun with. Put them "
+                    "back to go on with it, or name another folder."
+                )
+        left = self._left()
+        if state["together"] is not None and left and state["together"] != left:
+            raise ValueError(
+                f"The run in {self.folder} has begun to train {', '.join(state['together'])} together; left to train "
+                f"now are {', '.join(left)}. Put traits back to go on with it, or name another folder."
+            )
+
+    def _state(self) -> dict[str, Any]:
+        path = self.folder / STATE
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def _write_state(self, together: Sequence[str] | None) -> None:
+        triplets = self._state().get("triplets", {}) | {name: _digest(rows) for name, rows in self.triplets.items()}
+        state = {"fixed": self.recipe.fixed(), "triplets": triplets, "together": together}
+        write_whole(self.folder / STATE, json.dumps(state, indent=2, ensure_ascii=False) + "\n")
+
+    def folder_of(self, trait: str) -> Path:
+        """Where a trait's adapter is, or will be."""
+        return self.folder / folder_name(trait)
+
+    def _is_finished(self, trait: str) -> bool:
+        """Whether its adapter is whole, in its place or about to be put there."""
+        waiting = self.folder.glob(f"{CHECKPOINTS}/*/{FINISHED}/{folder_name(trait)}/{SUMMARY}")
+        return (self.folder_of(trait) / SUMMARY).is_file() or any(waiting)
+
+    def _left(self) -> list[str]:
+        return [name for name in self.triplets if not self._is_finished(name)]
+
+    def run(self) -> dict[str, dict[str, Any]]:
+        """Trains what is not finished.
+
+        Returns:
+            {trait: what its `summary.json` says}, of all traits, in their order.
+
+        Raises:
+            BlockingIOError: another process is at work in the folder.
+            FloatingPointError: a loss is infinite or not a number.
+            OSError, ValueError, ImportError: as `check`; or the disk is full, for one, and nothing is lost.
+        """
+        parallel = self.recipe.parallel
+        self.check()
+        with self._locked():
+            left = self._left()
+            if self.writes:
+                self._write_state(left if parallel and left else None)
+                self._put_in_place()
+            PartialState().wait_for_everyone()
+            for names in [left] if parallel and left else [[name] for name in left]:
+                self._train(names)
+            if self.writes:
+                self._write_state(None)
+                if not self.recipe.keep_checkpoints:
+                    shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
+        return {
+            name: json.loads((self.folder_of(name) / SUMMARY).read_text(encoding="utf-8")) for name in self.triplets
+        }
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is the process that writes files, of several."""
+        return PartialState().is_main_process
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        if not self.writes:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BlockingIOError(
+                f"Another process is at work in {self.folder}. Wait for it or stop it; the system frees the folder "
+                "when it ends."
+            ) from None
+        try:
+            self._check_folder()  # another process may have had it meanwhile
+            yield
+        finally:
+            lock.release()
+
+    def _train(self, names: Sequence[str]) -> None:
+        """Train one trait, or several together, and put their adapters in place."""
+        recipe = self.recipe
+        title = TOGETHER if recipe.parallel else folder_name(names[0])
+        adapters = {name: folder_name(name) if recipe.parallel else "default" for name in names}
+        train = {adapter: self.train[name] for name, adapter in adapters.items()}
+        held_out = {adapter: self.held_out[name] for name, adapter in adapters.items()}
+        checkpoints = self.folder / CHECKPOINTS / title
+        arguments = make_arguments(recipe, checkpoints)
+        checkpoint = last_checkpoint(checkpoints, recipe.early_stopping)
+        if self._base is None:
+            self._base = load_base(recipe, arguments.device)
+        begin = time.perf_counter()
+        model = add_adapters(self._base, recipe, list(train))
+        try:
+            if checkpoint is None:
+                start_from_data(model, recipe, train, self._tokenizer)
+            start_seconds = time.perf_counter() - begin
+            trainer = make_trainer(
+                model, recipe, arguments, train, held_out, self._tokenizer, title, self.folder / LOGS / title
+            )
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.save_model(str(checkpoints / SAVED))
+            if self.writes:
+                shutil.rmtree(checkpoints / STAGED, ignore_errors=True)
+                for name, adapter in adapters.items():
+                    more = {
+                        "held_out": len(self.held_out[name]),
+                        "trained_with": [other for other in names if other != name],
+                        "resumed_from_step": None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]),
+                        "start_seconds": start_seconds,
+                    }
+                    write_adapter_folder(
+                        checkpoints / STAGED / folder_name(name), trainer, adapter, checkpoints / SAVED, recipe, name,
+                        self.train[name], more,
+                    )  # fmt: skip
+                os.replace(checkpoints / STAGED, checkpoints / FINISHED)
+                self._put_in_place()
+                if not recipe.keep_checkpoints:
+                    shutil.rmtree(checkpoints)
+            trainer.accelerator.wait_for_everyone()
+        finally:
+            model.unload()
+
+    def _put_in_place(self) -> None:
+        """Move finished adapter folders to where they belong."""
+        for folder in sorted(self.folder.glob(f"{CHECKPOINTS}/*/{FINISHED}/*")):
+            os.replace(folder, self.folder / folder.name)
+
+
+def _digest(triplets: Sequence[Triplet]) -> str:
+    return hashlib.sha256(json.dumps(triplets, sort_keys=True).encode()).hexdigest()
