@@ -74,11 +74,15 @@ class PSRConfig(PeftConfig):
         alpha: Strength at inference, a finite number; 1.0 is what was trained, 0.0 is no edit
             (with a coefficient_bias of 0).
         coefficient_bias: `b_m`, added to alpha. 0.0 in every run the paper reports.
-        init_weights: `True`: a no-op with open gates (w = 0, b = 1, z = 0). `False`: w, b and z uniform within
+        init_weights: `True`: a no-op with open gates (w = 0, b = 1, z = 0; of ranks beyond the first w is uniform
+            within +-1/sqrt(d), since equal ranks would stay equal). `False`: w, b and z uniform within
             +-1/sqrt(d) as a linear layer would start, which is what the reported runs did.
+        freeze_directions: Train the gates alone and leave z, the directions, as they are: for directions that mean
+            something by themselves, such as rows of a sparse autoencoder's decoder, which
+            `peft_psr.training.initialize_psr_weights(..., directions=...)` sets.
 
     Raises:
-        TypeError: alpha or coefficient_bias is not a number; a layer is not an int.
+        TypeError: alpha or coefficient_bias is not a number; a layer is not an int; a switch is not a bool.
         ValueError: a value out of range; the message names it and what is accepted.
     """
 
@@ -108,6 +112,9 @@ class PSRConfig(PeftConfig):
         default=True,
         metadata={"help": "True: a no-op with open gates. False: start as a linear layer does (the reported runs)."},
     )
+    freeze_directions: bool = field(
+        default=False, metadata={"help": "True: train the gates alone, not the directions z."}
+    )
 
     def __post_init__(self) -> None:
         """Check every value, so that a mistake shows before a model is touched."""
@@ -122,7 +129,17 @@ class PSRConfig(PeftConfig):
                 f"init_weights must be True or False, got {self.init_weights!r}; for a start from data see "
                 "`peft_psr.training.initialize_psr_weights`."
             )
+        if not isinstance(self.freeze_directions, bool):
+            raise TypeError(
+                f"freeze_directions must be True or False, got {self.freeze_directions!r}; the directions themselves "
+                "go to `peft_psr.training.initialize_psr_weights(..., directions=...)`."
+            )
         _check_choice(self.gate, "gate", GATES)
+        if self.freeze_directions and self.gate == "constant":
+            raise ValueError(
+                "gate='constant' has nothing to train but its direction, so freeze_directions=True can't go with it. "
+                "Use gate='relu', or leave freeze_directions out."
+            )
         _check_choice(self.positions, "positions", POSITIONS)
         if isinstance(self.layers_to_transform, tuple | set | range):
             self.layers_to_transform = sorted(self.layers_to_transform)

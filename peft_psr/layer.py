@@ -11,6 +11,7 @@ already carries the edits of earlier layers. Several active adapters read the sa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import PSRConfig
 from .decoder import hidden_of
-from .rows import RowAdapters
+from .rows import EACH_ROW, RowAdapters
 from .state import SteeringState, Strength
 
 
@@ -70,15 +71,19 @@ class PSRUnit(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, init_weights: bool) -> None:
-        """A no-op with open gates (`True`), or uniform within +-1/sqrt(d) as a linear layer starts (`False`)."""
+        """A no-op with open gates (`True`), or uniform within +-1/sqrt(d) as a linear layer starts (`False`).
+
+        A no-op's first gate is open everywhere; further ones get a random w, for equal ranks would stay equal.
+        """
+        bound = self.direction.shape[1] ** -0.5
         if not init_weights:
             for parameter in self.parameters():
-                bound = self.direction.shape[1] ** -0.5
                 parameter.uniform_(-bound, bound)
             return
         self.direction.zero_()
         if self.gate_weight is not None and self.gate_bias is not None:
-            self.gate_weight.zero_()
+            self.gate_weight[:1].zero_()
+            self.gate_weight[1:].uniform_(-bound, bound)
             self.gate_bias.fill_(1.0)
 
     def forward(
@@ -153,6 +158,22 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active; what of them is trainable, as `BaseTunerLayer` says and their configurations."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._freeze_directions()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable or not, but for directions that their configurations freeze."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_directions()
+
+    def _freeze_directions(self) -> None:
+        # PEFT goes over the parameters of a unit one by one, so that the unit itself has no say
+        for name, config in self.config.items():
+            if config.freeze_directions and name in self.psr_unit:
+                self.unit(name).direction.requires_grad_(False)
+
     def unit(self, adapter_name: str) -> PSRUnit:
         """The adapter's weights."""
         return self.psr_unit[adapter_name]  # type: ignore[return-value]
@@ -222,8 +243,6 @@ class PSRLayer(nn.Module, BaseTunerLayer):
                 f"{len(names)} names for {hidden.shape[0]} rows at {self.name!r}."
             )
         state = self.state
-        if state.gates is not None:
-            raise ValueError("record_gates looks at the active adapters, not at adapter_names; leave one of them out.")
         if self.rows is None:
             return hidden
         rows = self.rows.repeat(hidden.shape[0] // len(names))
@@ -233,8 +252,10 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         for kind, using in rows.positions.items():
             mask = self.mask(kind, hidden)
             chosen = chosen + (using if mask is None else using * mask)
-        edited = add_edit(hidden, rows.gates(hidden), rows.direction, strength * chosen)
-        return edited.to(hidden.dtype)
+        gates = rows.gates(hidden)
+        if state.gates is not None:
+            state.gates[self.name, EACH_ROW] = gates
+        return add_edit(hidden, gates, rows.direction, strength * chosen).to(hidden.dtype)
 
     def extra_repr(self) -> str:
         """Name and width, for printing."""

@@ -1,68 +1,42 @@
-"""A start made from the data in one pass, without any gradient step.
+"""A start made from the data, without any gradient step.
 
 Edited layers are set in order. For each, with A (tokens x d) the student's stream at the edited tokens while the
 layers before it already do their part, and D what is then still missing,
 
     D = A_l(x' y') - A
 
-`mean_difference` sets z = mean(D) with open gates (w = 0, b = 1): DiM for a single layer, CAA-like. `ridge` keeps that
-z and fits the gate to how much of it each token takes:
-
-    c = (D @ z) / |z|^2 per token;     w, b = argmin sum (A @ w + b - c)^2 + strength * |w|^2
-
-For r > 1, each further z is the main direction of what is left of D and is predictable from A. Measuring D in one pass
-for all layers, as Delta_l - Delta_{l-1}, would count twice what a block makes by itself of an edited stream.
+`mean_difference` sets z = mean(D) with open gates (w = 0, b = 1): DiM for a single layer, CAA-like. `ridge` fits gates
+and directions together, or the gates alone where directions are given; see `ridge.py`. Measuring D in one pass for all
+layers, as Delta_l - Delta_{l-1}, would count twice what a block makes by itself of an edited stream.
 
 Source: docs/results.md of this project; `mean_difference` is the paper's DiM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
+from peft_psr.config import check_strength
+from peft_psr.decoder import layer_index
 from peft_psr.layer import PSRUnit
 
-from .branches import layers_downstream, psr_model, run_branch
+from .branches import layers_downstream, psr_model
 from .collator import TripletCollator
-from .trainer import encode_dataset
+from .dataset import encode_dataset
+from .directions import Directions, directions_by_layer
+from .layer_streams import LayerStreams, Tokens
+from .ridge import Edit, Moments, fit_edit, fit_gates, mean_edit, mean_gates
 from .triplets import Triplet
 
 
 METHODS = ("ridge", "mean_difference")
-
-
-@dataclass
-class _Moments:
-    """Sums over tokens of one layer, float64: all that either method needs, whatever the number of tokens.
-
-    `gram` is sum of a a^T and `cross` sum of a D^T, with a = (A, 1), so that the last row belongs to the bias.
-    """
-
-    width: int
-    gram: torch.Tensor = field(init=False)
-    cross: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.gram = torch.zeros(self.width + 1, self.width + 1, dtype=torch.float64)
-        self.cross = torch.zeros(self.width + 1, self.width, dtype=torch.float64)
-
-    def add(self, stream: torch.Tensor, difference: torch.Tensor) -> None:
-        ones = stream.new_ones(stream.shape[0], 1)
-        inputs = torch.cat([stream, ones], dim=1).double().cpu()
-        self.gram += inputs.T @ inputs
-        self.cross += inputs.T @ difference.double().cpu()
-
-    @property
-    def mean_difference(self) -> torch.Tensor:
-        return self.cross[-1] / self.gram[-1, -1]
+FOLDS = 2
 
 
 def initialize_psr_weights(
@@ -70,92 +44,119 @@ def initialize_psr_weights(
     dataset: Sequence[Triplet],
     method: str = "ridge",
     processing_class=None,
-    ridge_strength: float = 1e-2,
+    ridge_strength: float | None = None,
+    directions: Directions | None = None,
     batch_size: int = 16,
     progress: bool = True,
 ) -> None:
-    """Set the active adapter's weights from triplets, in place. One pass over the data for each edited layer.
+    """Set the active adapter's weights from triplets, in place.
 
-    A constant gate takes z from either method; so does "mean_difference" with r > 1, in whose further ranks z stays 0.
+    Either branch runs about once through the layers up to the last edited one, as long as the hidden states of all
+    triplets fit in 4 GB; else once for each edited layer. The sums over tokens take 0.3 GB (0.5 GB where the strength
+    is to be chosen) at d = 4096 and the fit some 1.5 GB, growing as d^2, on the layer's device.
+
+    A constant gate gets the mean difference from either method. Ranks that there is no use for start with z = 0 behind
+    open gates that differ, so that training can tell them apart.
 
     Args:
         model: A PEFT model with an active PSR adapter on decoder layers.
-        dataset: Triplets.
+        dataset: Triplets; their scores do not matter.
         method: "ridge" or "mean_difference".
         processing_class: The tokenizer; `None` loads the one that lies with the model.
-        ridge_strength: Weight of |w|^2, relative to the mean square of the stream's features.
+        ridge_strength: Penalty on the gates' weights, > 0, relative to the variance of the stream's features. `None`
+            chooses it for each layer by the error on held-out triplets, without further passes over the data.
+        directions: Directions z to use as they are but for their length and sign, which are fitted: a tensor (r, d)
+            for every edited layer, (layers, r, d), {layer: (r, d)}, or a safetensors file with the key "directions" or
+            with layers as keys. For example rows of a sparse autoencoder's decoder. With
+            `PSRConfig(freeze_directions=True)` training leaves them as they are.
         batch_size: Triplets a forward pass.
         progress: Show a progress bar.
 
     Raises:
-        TypeError: the model has no PSR adapter.
-        ValueError: an unknown method, an empty data set, or the instruction changes nothing at an edited layer.
+        FileNotFoundError: `directions` names no file.
+        TypeError: the model has no PSR adapter; a strength or directions of another type.
+        ValueError: an unknown method, a strength that is not positive, directions that do not fit the adapter, an
+            empty data set, activations that are not finite, or an instruction that changes nothing at an edited layer.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
+    if ridge_strength is not None and check_strength(ridge_strength, "ridge_strength") <= 0:
+        raise ValueError(f"ridge_strength must be > 0, got {ridge_strength}; None chooses it by held-out error.")
     tuner = psr_model(model)
+    adapter = model.active_adapter
+    layers = {layer.name: layer for layer in tuner.psr_layers().values() if adapter in layer.psr_unit}
+    names = [name for name in layers_downstream(model) if name in layers]
+    units = {name: layers[name].unit(adapter) for name in names}
+    given = None
+    if directions is not None:
+        shapes = {
+            layer_index(name): (unit.direction.shape[0], unit.direction.shape[1]) for name, unit in units.items()
+        }
+        given = directions_by_layer(directions, shapes)
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
     config = model.active_peft_config
     # a strength of 1 in all, whatever the bias
     collator = TripletCollator(processing_class, config.positions, alpha=1.0 - config.coefficient_bias)
     rows = encode_dataset(collator, dataset, "dataset")
-    adapter = model.active_adapter
-    layers = {layer.name: layer for layer in tuner.psr_layers().values() if adapter in layer.psr_unit}
-    names = [name for name in layers_downstream(model) if name in layers]
-    loader: Any = DataLoader(rows, batch_size=batch_size, collate_fn=collator)  # type: ignore[arg-type]
-    device = next(model.parameters()).device
-    for name in names:
-        layers[name].unit(adapter).reset_parameters(init_weights=True)
-    with torch.no_grad(), tqdm(total=len(names) * len(loader), desc=f"{method} start", disable=not progress) as bar:
-        for name in names:
-            moments = _Moments(layers[name].width)
-            for batch in loader:
-                batch = {key: tensor.to(device) for key, tensor in batch.items()}
-                teacher = run_branch(model, batch, [name], "teacher").hidden[name].float()
-                student = run_branch(model, batch, [name], "student").hidden[name].float()
-                moments.add(student, teacher - student)
-                bar.update()
-            unit = layers[name].unit(adapter)
-            if method == "mean_difference":
-                w, b, z = _mean_difference(moments, unit)
-            else:
-                w, b, z = _ridge(moments, unit.direction.shape[0], ridge_strength)
-            if not z.any():
-                raise ValueError(
-                    f"The instruction changes nothing at {name}: its activations are equal with and without it on "
-                    "every triplet, so there is no direction to start from."
-                )
-            unit.direction.copy_(z)
-            if unit.gate_weight is not None and unit.gate_bias is not None:
-                unit.gate_weight.copy_(w)
-                unit.gate_bias.copy_(b)
+    choosing = method == "ridge" and config.gate == "relu" and ridge_strength is None
+    folds = fold_of_each(rows, FOLDS if choosing else 1)
+    streams = LayerStreams(model, collator, rows, batch_size)
+    for unit in units.values():
+        unit.reset_parameters(init_weights=True)
+    with tqdm(total=len(names) * len(streams), desc=f"{method} start", disable=not progress) as bar:
+        for name, unit in units.items():
+            moments = _sums(streams.at(name), folds, layers[name].width, bar)
+            z = None if given is None else given[layer_index(name)].to(moments[0].gram.device)
+            _set_weights(unit, _edit(moments, unit, method, ridge_strength, z, name))
 
 
-def _mean_difference(moments: _Moments, unit: PSRUnit) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    r = unit.direction.shape[0]
-    z = torch.zeros(r, moments.width, dtype=torch.float64)
-    z[0] = moments.mean_difference
-    return torch.zeros_like(z), torch.ones(r, dtype=torch.float64), z
+def fold_of_each(rows: Sequence[dict[str, Any]], count: int) -> torch.Tensor:
+    """A fold, 0 to `count` - 1, for each triplet: (triplets,) int64; fewer folds where there are fewer triplets.
+
+    Triplets in the order of their prompted tokens are cut into blocks, so that those that share an instruction, or
+    start alike, are held out together.
+    """
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["teacher_input_ids"])
+    folds = torch.empty(len(rows), dtype=torch.long)
+    folds[torch.tensor(order)] = torch.arange(len(rows)) * min(count, len(rows)) // len(rows)
+    return folds
 
 
-def _ridge(moments: _Moments, r: int, strength: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fit w (r, d), b (r,) and z (r, d) to the moments of one layer."""
-    gram, cross, width = moments.gram, moments.cross.clone(), moments.width
-    penalty = torch.full((width + 1,), strength * gram.diagonal()[:-1].mean().item(), dtype=torch.float64)
-    penalty[-1] = 0.0  # the bias is free
-    factor = torch.linalg.cholesky(gram + penalty.diag())
-    solutions, directions = [], []
-    for rank in range(r):
-        if rank == 0:
-            z = moments.mean_difference
-        else:
-            # cross now belongs to the residual; what a linear map can say of it has this second moment
-            predictable = cross.T @ torch.cholesky_solve(cross, factor)
-            z = torch.linalg.eigh(predictable).eigenvectors[:, -1]
-        solution = torch.cholesky_solve((cross @ z / z.square().sum().clamp(min=1e-30)).unsqueeze(1), factor)[:, 0]
-        cross = cross - torch.outer(gram @ solution, z)
-        solutions.append(solution)
-        directions.append(z)
-    fit = torch.stack(solutions)
-    return fit[:, :-1], fit[:, -1], torch.stack(directions)
+def _sums(batches: Iterable[Tokens], folds: torch.Tensor, width: int, bar: tqdm) -> list[Moments]:
+    """Sums over the tokens of each fold."""
+    moments: list[Moments] = []
+    for tokens in batches:
+        device = tokens.stream.device
+        if not moments:
+            place = "cpu" if device.type == "mps" else device  # which has no float64
+            moments = [Moments.zeros(width, place) for _ in range(int(folds.max()) + 1)]
+        fold = folds.to(device)[tokens.triplets]
+        for number, sums in enumerate(moments):
+            chosen = fold == number
+            sums.add(tokens.stream[chosen], tokens.difference[chosen])
+        bar.update()
+    return moments
+
+
+def _edit(
+    moments: list[Moments], unit: PSRUnit, method: str, strength: float | None, z: torch.Tensor | None, name: str
+) -> Edit:
+    total, r = sum(moments[1:], moments[0]), unit.direction.shape[0]
+    if total.square == 0:
+        raise ValueError(
+            f"The instruction changes nothing at {name}: its activations are equal with and without it on "
+            "every triplet, so there is no direction to start from."
+        )
+    if method == "mean_difference" or unit.gate_weight is None:
+        return mean_edit(total, r) if z is None else mean_gates(total, z)
+    return fit_edit(moments, r, strength) if z is None else fit_gates(moments, z, strength)
+
+
+@torch.no_grad()
+def _set_weights(unit: PSRUnit, edit: Edit) -> None:
+    """Write an edit into an adapter's weights at one layer."""
+    unit.direction.copy_(edit.direction)
+    if unit.gate_weight is not None and unit.gate_bias is not None:
+        unit.gate_weight.copy_(edit.weight)
+        unit.gate_bias.copy_(edit.bias)

@@ -1,0 +1,446 @@
+"""Starts from data against plain regressions on the tokens themselves; directions that are given and frozen."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
+from tiny_models import LAYERS, LAYOUTS, WIDTH, tiny_model, tiny_tokenizer
+from tiny_triplets import triplets
+from transformers import PrinterCallback, ProgressCallback
+
+from peft_psr import PSRConfig
+from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator, initialize_psr_weights, layer_streams
+from peft_psr.training.branches import layers_downstream, run_branch
+from peft_psr.training.directions import directions_by_layer
+from peft_psr.training.initialization import fold_of_each
+from peft_psr.training.ridge import (
+    OPENNESS,
+    STRENGTHS,
+    Moments,
+    Regression,
+    choose_strength,
+    fit_edit,
+    fit_gates,
+    mean_edit,
+    open_basis,
+)
+
+
+DATA = [*triplets("be brief now"), *triplets("dogs are good", ["b c tea is yes", "now a b", "what is good"])]
+
+
+def start(model, data=DATA, method="ridge", **settings):
+    initialize_psr_weights(model, data, method, tiny_tokenizer(), progress=False, **settings)
+    return {index: layer.unit("default") for index, layer in model.psr_layers().items()}
+
+
+def tokens_at(model, name, positions="response", data=DATA):
+    """A and D by full passes, float64."""
+    batch = TripletCollator(tiny_tokenizer(), positions, alpha=1.0)(data)
+    with torch.no_grad():
+        teacher, student = (run_branch(model, batch, [name], branch).hidden[name] for branch in ("teacher", "student"))
+    return student.double(), (teacher - student).double()
+
+
+def plain_fit(stream, targets, strength):
+    """Ridge regression with a free bias and the penalty of each feature scaled by its variance: w (m, d), b (m,)."""
+    mean, deviation = stream.mean(0), stream.std(0, correction=0)
+    features = (stream - mean) / deviation
+    padded = torch.cat([features, (strength * len(stream)) ** 0.5 * torch.eye(WIDTH, dtype=torch.float64)])
+    centred = torch.cat([targets - targets.mean(0), targets.new_zeros(WIDTH, targets.shape[1])])
+    weight = torch.linalg.lstsq(padded, centred, driver="gelsd").solution.T / deviation
+    return weight, targets.mean(0) - weight @ mean
+
+
+def moments_of(stream, difference):
+    moments = Moments.zeros(stream.shape[1])
+    moments.add(stream, difference)
+    return moments
+
+
+def random_tokens(count=300, width=WIDTH, rank=6, seed=0, noise=0.1):
+    generator = torch.Generator().manual_seed(seed)
+    stream = torch.randn(count, width, generator=generator, dtype=torch.float64) + 2
+    mixing = torch.randn(width, rank, generator=generator, dtype=torch.float64) / width**0.5
+    to = torch.randn(rank, width, generator=generator, dtype=torch.float64)
+    difference = (stream @ mixing + 1) @ to
+    return stream, difference + noise * torch.randn(difference.shape, generator=generator, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- on the model
+
+
+@pytest.mark.parametrize("positions", ["response", "question_and_response"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stepping_from_layer_to_layer_equals_full_passes(layout, positions, monkeypatch, caplog):
+    found = []
+    for budget in (4e9, 0):
+        monkeypatch.setattr(layer_streams, "KEPT_BYTES", budget)
+        model = get_peft_model(tiny_model(layout), PSRConfig(layers_to_transform=[0, 2, 3], positions=positions))
+        with caplog.at_level(logging.INFO):
+            found.append(start(model, batch_size=3))
+    assert caplog.text.count("every look at a layer runs the model from its start") == 1
+    for layer in (0, 2, 3):
+        for name, tensor in found[0][layer].state_dict().items():
+            torch.testing.assert_close(tensor, found[1][layer].state_dict()[name], atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("positions", ["response", "question_and_response"])
+def test_ridge_is_the_plain_regression_on_what_is_missing(layout, positions):
+    model = get_peft_model(tiny_model(layout), PSRConfig(layers_to_transform=[0, 2], positions=positions))
+    units = start(model, ridge_strength=0.5, batch_size=3)
+    found = {index: {key: value.clone() for key, value in unit.state_dict().items()} for index, unit in units.items()}
+    for index, name in ((2, layers_downstream(model)[2]), (0, layers_downstream(model)[0])):  # the last one first
+        with torch.no_grad():
+            units[index].direction.zero_()
+        stream, difference = tokens_at(model, name, positions)
+        weight, bias = plain_fit(stream, difference, 0.5)
+        penalty = weight @ (0.5 * stream.var(0, correction=0)).diag() @ weight.T
+        fitted = stream @ weight.T + bias
+        # reduced-rank ridge regression: the first right singular vector of the fit, penalty included
+        energy = fitted.T @ fitted / len(stream) + penalty
+        z = torch.linalg.eigh(energy).eigenvectors[:, -1]
+        expected = torch.outer(stream @ (weight.T @ z) + bias @ z, z)
+        unit = found[index]
+        gates = stream @ unit["gate_weight"].double().T + unit["gate_bias"].double()
+        torch.testing.assert_close(gates @ unit["direction"].double(), expected, atol=2e-3, rtol=1e-2)
+        assert gates.mean() > 0
+        assert gates.square().mean().item() == pytest.approx(1, rel=1e-3)
+
+
+def test_every_layer_is_computed_about_once():
+    model = get_peft_model(tiny_model(), PSRConfig())
+    calls = dict.fromkeys(range(LAYERS), 0)
+
+    def counter(index):
+        def count(*_):
+            calls[index] += 1
+
+        return count
+
+    for index in calls:
+        layer = model.get_base_model().get_submodule(layers_downstream(model)[index])
+        layer.self_attn.register_forward_hook(counter(index))
+    start(model, batch_size=4)
+    batches, branches, to_learn_the_layout = 2, 2, 1
+    assert all(branches * batches <= count <= branches * batches + 2 * to_learn_the_layout for count in calls.values())
+
+
+@pytest.mark.parametrize("r", [1, 3])
+def test_mean_difference_is_what_is_missing_once_earlier_layers_do_their_part(r):
+    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=[0, 2], r=r))
+    units = start(model, method="mean_difference")
+    found = units[2].direction.clone()
+    with torch.no_grad():
+        units[2].direction.zero_()
+    stream, difference = tokens_at(model, layers_downstream(model)[2])
+    torch.testing.assert_close(found[0].double(), difference.mean(0), atol=1e-5, rtol=1e-4)
+    assert units[2].gate_weight[0].abs().max() == 0 and units[2].gate_bias[0].item() == 1
+    assert found[1:].abs().sum() == 0
+    gates = stream @ units[2].gate_weight.double().T + units[2].gate_bias.double()
+    assert (gates > 0).any(0).all() and gates.mean(0).allclose(torch.ones(r, dtype=torch.float64), atol=1e-4)
+    assert r == 1 or gates.std(0)[1:].min() > 0.1
+    assert torch.linalg.matrix_rank(gates - gates.mean(0)) == r - 1
+
+
+@pytest.mark.parametrize("method", ["ridge", "mean_difference"])
+def test_a_constant_gate_gets_the_mean_difference(method):
+    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=1, gate="constant", r=2))
+    z = start(model, method=method)[1].direction.clone()
+    with torch.no_grad():
+        model.psr_layers()[1].unit("default").direction.zero_()
+    _, difference = tokens_at(model, layers_downstream(model)[0])
+    torch.testing.assert_close(z.double(), torch.stack([difference.mean(0), torch.zeros(WIDTH)]).double(), atol=1e-5,
+                               rtol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [1, None])
+def test_more_ranks_are_nearer_to_the_prompt(layers):
+    losses = []
+    for r in (1, 2, 6):
+        model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=layers, r=r))
+        names = layers_downstream(model)
+        batch = TripletCollator(tiny_tokenizer(), alpha=1.0)(DATA)
+
+        def loss(model=model, names=names, batch=batch):
+            with torch.no_grad():
+                student, teacher = (run_branch(model, batch, names, b).hidden for b in ("student", "teacher"))
+            return sum((student[name] - teacher[name]).square().mean().item() for name in names)
+
+        before = loss()
+        start(model, ridge_strength=0.01)
+        losses.append(loss())
+    assert losses[2] < losses[1] < losses[0] < before
+
+
+def test_a_triplet_that_is_not_finite_is_named():
+    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=[1, 2]))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tiny_tokenizer().convert_tokens_to_ids("dogs")] = math.inf
+    with pytest.raises(ValueError, match=r"prompted model are not finite at 'model.layers.1' on dataset\[2\]"):
+        start(model, triplets())
+
+
+def test_errors():
+    model = get_peft_model(tiny_model(), PSRConfig())
+    with pytest.raises(ValueError, match="'ridge', 'mean_difference'"):
+        start(model, method="svd")
+    for strength, error in ((0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("auto", TypeError)):
+        with pytest.raises(error, match="ridge_strength"):
+            start(model, ridge_strength=strength)
+    with pytest.raises(ValueError, match="dataset is empty"):
+        start(model, [])
+    with pytest.raises(ValueError, match="changes nothing at"):
+        start(model, triplets(""))
+    with pytest.raises(TypeError, match="PEFT model with a PSR adapter"):
+        initialize_psr_weights(tiny_model(), triplets(), processing_class=tiny_tokenizer())
+
+
+def test_one_triplet_and_neutral_ones_will_do():
+    model = get_peft_model(tiny_model(), PSRConfig(r=3))
+    for data in (triplets(completions=["yes"]), [*triplets(), *triplets("")]):
+        for unit in start(model, data).values():
+            assert all(weights.isfinite().all() for weights in unit.parameters())
+
+
+# ---------------------------------------------------------------- the solver
+
+
+@pytest.mark.parametrize("r", [1, 2, 5])
+def test_the_edit_does_not_depend_on_its_basis(r):
+    stream, difference = random_tokens()
+    moments = moments_of(stream, difference)
+    edit = fit_edit([moments], r, 0.1)
+    gates = stream @ edit.weight.T + edit.bias
+    regression = Regression(moments)
+    z = regression.directions(r, 0.1)
+    fit = regression.gates(z, 0.1)
+    torch.testing.assert_close(gates @ edit.direction, (stream @ fit[:-1] + fit[-1]) @ z)
+    torch.testing.assert_close(gates.square().mean(0), torch.ones(r, dtype=torch.float64))
+    error = (difference - (stream @ fit[:-1] + fit[-1]) @ z).square().sum()
+    torch.testing.assert_close(moments.missing(fit, z), error)
+
+
+def test_gates_are_as_open_as_asked_where_the_mean_allows():
+    covariance = torch.tensor([[1.0, 0.3, 0.0], [0.3, 2.0, 0.1], [0.0, 0.1, 0.5]], dtype=torch.float64)
+    for mean, open_enough in (([2.0, -2.0, 0.5], True), ([0.3, 0.2, -0.1], False), ([0.0, 0.0, 0.0], False)):
+        mean = torch.tensor(mean, dtype=torch.float64)
+        turn = open_basis(mean, covariance)
+        means, deviations = mean @ turn, (turn * (covariance @ turn)).sum(0).sqrt()
+        assert turn.isfinite().all() and torch.linalg.matrix_rank(turn) == 3
+        torch.testing.assert_close(means / deviations, (means / deviations)[:1].expand(3))
+        if open_enough:
+            assert (means / deviations)[0].item() == pytest.approx(OPENNESS)
+        elif mean.any():  # right angles after whitening: no basis is more open by as much
+            assert 0 < (means / deviations)[0] < OPENNESS
+
+
+def test_strength_is_the_largest_that_held_out_folds_do_not_speak_against():
+    stream, difference = random_tokens(120, noise=3.0)
+    parts = [slice(0, 40), slice(40, 80), slice(80, 120)]
+    z = torch.linalg.qr(difference[:3].T).Q.T
+    errors = torch.zeros(3, len(STRENGTHS), dtype=torch.float64)
+    for fold, held_out in enumerate(parts):
+        kept = torch.ones(120, dtype=torch.bool)
+        kept[held_out] = False
+        for k, strength in enumerate(STRENGTHS):
+            weight, bias = plain_fit(stream[kept], difference[kept] @ z.T, strength)
+            predicted = (stream[held_out] @ weight.T + bias) @ z
+            errors[fold, k] = (difference[held_out] - predicted).square().sum()
+    mean = errors.mean(0)
+    more = errors - errors[:, mean.argmin()][:, None]
+    expected = max(
+        strength for k, strength in enumerate(STRENGTHS) if more[:, k].mean() <= more[:, k].std() / math.sqrt(3)
+    )
+    assert choose_strength([moments_of(stream[part], difference[part]) for part in parts], z) == expected
+    assert STRENGTHS[0] < expected < STRENGTHS[-1]
+
+
+def test_noise_asks_for_more_strength_than_signal():
+    chosen = []
+    for noise in (0.0, 10.0):
+        stream, difference = random_tokens(100, noise=noise)
+        folds = [moments_of(stream[:50], difference[:50]), moments_of(stream[50:], difference[50:])]
+        chosen.append(choose_strength(folds, torch.linalg.eigh(difference.T @ difference).eigenvectors[:, -2:].T))
+    assert chosen[0] < chosen[1]
+
+
+def test_folds_keep_an_instruction_together_whatever_the_order_of_triplets():
+    rows = [{"teacher_input_ids": [1, instruction, question]} for question in range(4) for instruction in (7, 5)]
+    folds = fold_of_each(rows, 2)
+    assert [int(fold) for fold in folds] == [int(row["teacher_input_ids"][1] == 7) for row in rows]
+    assert fold_of_each(rows[:1], 2).tolist() == [0]
+
+
+def test_a_massive_feature_changes_nothing_for_the_others():
+    stream, difference = random_tokens()
+    massive = stream.clone()
+    massive[:, 3] = massive[:, 3] * 1000 - 5000
+    plain, scaled = (fit_edit([moments_of(x.float(), difference)], 2, 0.1) for x in (stream, massive))
+    torch.testing.assert_close(
+        massive @ scaled.weight.T + scaled.bias, stream @ plain.weight.T + plain.bias, atol=1e-3, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("case", ["constant", "collinear", "few tokens", "untouched tokens"])
+def test_degenerate_streams(case):
+    stream, difference = random_tokens(8 if case == "few tokens" else 300)
+    if case == "constant":
+        stream[:, 5] = 1234.567
+    if case == "collinear":
+        stream[:, 6:12] = stream[:, :6]
+    if case == "untouched tokens":
+        difference[100:] = 0
+    folds = [moments_of(stream[::2].float(), difference[::2]), moments_of(stream[1::2].float(), difference[1::2])]
+    for strength in (1e-6, None):
+        edit = fit_edit(folds, 3, strength)
+        assert all(part.isfinite().all() for part in edit)
+        gates = stream.float().double() @ edit.weight.T + edit.bias
+        assert (difference - gates @ edit.direction).square().sum() < difference.square().sum()
+        if case == "constant":
+            assert edit.weight[:, 5].abs().max() == 0
+        if case == "collinear":
+            torch.testing.assert_close(edit.weight[:, 6:12], edit.weight[:, :6], atol=1e-4, rtol=1e-3)
+
+
+def test_ranks_without_use_wait_behind_open_gates_that_differ():
+    stream, _ = random_tokens()
+    difference = torch.outer(stream[:, 0], torch.arange(1.0, WIDTH + 1, dtype=torch.float64))
+    for edit in (fit_edit([moments_of(stream, difference)], 4, 1e-3), mean_edit(moments_of(stream, difference), 4)):
+        assert (edit.direction.norm(dim=1) > 0).tolist() == [True, False, False, False]
+        gates = stream @ edit.weight.T + edit.bias
+        assert ((gates > 0).double().mean(0) > 0.9).all()
+        assert torch.linalg.matrix_rank(gates[:, 1:] - gates[:, 1:].mean(0)) == 3
+
+
+# ---------------------------------------------------------------- directions that are given
+
+
+def test_gates_of_given_directions_are_the_plain_regression():
+    stream, difference = random_tokens()
+    z = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    edit = fit_gates([moments_of(stream, difference)], z, 0.3)
+    weight, bias = plain_fit(stream, torch.linalg.lstsq(z.T, difference.T).solution.T, 0.3)
+    gates = stream @ edit.weight.T + edit.bias
+    torch.testing.assert_close(gates @ edit.direction, (stream @ weight.T + bias) @ z)
+    torch.testing.assert_close(gates.square().mean(0), torch.ones(2, dtype=torch.float64))
+    assert (gates.mean(0) > 0).all()
+    cosine = torch.nn.functional.cosine_similarity(edit.direction, z)
+    torch.testing.assert_close(cosine.abs(), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", ["ridge", "mean_difference"])
+def test_directions_in_every_form(tmp_path, method):
+    z = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+    save_file({"directions": z}, tmp_path / "one.safetensors")
+    save_file({"1": z, "3": z.clone()}, tmp_path / "by_layer.safetensors")
+    forms = [
+        z,
+        torch.stack([z, z]),
+        {1: z, 3: z},
+        tmp_path / "one.safetensors",
+        str(tmp_path / "by_layer.safetensors"),
+    ]
+    found = []
+    for directions in forms:
+        model = get_peft_model(tiny_model(), PSRConfig(r=2, layers_to_transform=[1, 3]))
+        units = start(model, method=method, directions=directions)
+        found.append(torch.stack([unit.direction for unit in units.values()]).detach())
+        for unit in units.values():
+            torch.testing.assert_close(
+                torch.nn.functional.cosine_similarity(unit.direction, z).abs(), torch.ones(2), atol=1e-5, rtol=0
+            )
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+
+
+@pytest.mark.parametrize(
+    ("directions", "error", "match"),
+    [
+        (torch.ones(3, 4), ValueError, r"layer 1: the shape must be \(r, d\) = \(2, 4\) .* got \(3, 4\)"),
+        (torch.ones(2, 5), ValueError, r"got \(2, 5\)"),
+        (torch.ones(4), ValueError, r"got \(4,\)"),
+        (torch.ones(3, 2, 4), ValueError, "for 3 layers.*edits 2: 1, 3"),
+        ({1: torch.eye(2, 4)}, ValueError, r"for the layers \['1'\].*edits \['1', '3'\]"),
+        ({1: torch.eye(2, 4), 3: [1.0]}, TypeError, "layer 3: must be a tensor, got list"),
+        (torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]), ValueError, "row 1 is 0"),
+        (torch.tensor([[1.0, 0, 0, math.nan], [0, 1, 0, 0]]), ValueError, "row 0 is not finite"),
+        (torch.ones(2, 4), ValueError, "depend on each other"),
+        ([[1.0]], TypeError, "must be a tensor"),
+        ("nowhere.safetensors", FileNotFoundError, "nowhere.safetensors"),
+    ],
+)
+def test_directions_that_do_not_fit(directions, error, match):
+    with pytest.raises(error, match=match):
+        directions_by_layer(directions, {1: (2, 4), 3: (2, 4)})
+
+
+def test_a_file_with_other_keys(tmp_path):
+    save_file({"W_dec": torch.ones(2, 4)}, tmp_path / "sae.safetensors")
+    with pytest.raises(ValueError, match="sae.safetensors must have the single key 'directions'.*'W_dec'"):
+        directions_by_layer(tmp_path / "sae.safetensors", {1: (2, 4)})
+
+
+def train(model, tmp_path):
+    arguments = PSRTrainingArguments(
+        output_dir=str(tmp_path / "out"), num_train_epochs=2, learning_rate=0.05, save_strategy="no", use_cpu=True
+    )
+    trainer = PSRTrainer(model, arguments, triplets(), processing_class=tiny_tokenizer())
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train()
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "psr_unit" in name}
+
+
+def trainable(model):
+    return {name.rsplit(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_frozen_directions_stay_through_training_and_reloading(tmp_path):
+    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=1, r=2, freeze_directions=True))
+    start(model, directions=torch.eye(2, WIDTH))
+    before = weights(model)
+    train(model, tmp_path)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "adapter"), is_trainable=True)
+    assert loaded.active_peft_config.freeze_directions
+    train(loaded, tmp_path)
+    for name, after in weights(loaded).items():
+        assert torch.equal(after, before[name]) == ("direction" in name), name
+    assert trainable(loaded) == {"gate_weight", "gate_bias"}
+
+
+def test_frozen_directions_stay_frozen_whatever_is_switched():
+    model = get_peft_model(tiny_model(), PSRConfig(freeze_directions=True))
+    model.add_adapter("free", PSRConfig())
+    for switch in (
+        lambda: model.set_adapter("default"),
+        lambda: model.set_requires_grad("default"),
+        lambda: model.base_model.set_adapter(["default", "free"]),
+        lambda: model.base_model.enable_adapter_layers(),
+    ):
+        switch()
+        frozen = [p.requires_grad for name, p in model.named_parameters() if name.endswith("default.direction")]
+        assert frozen == [False] * LAYERS
+        with model.disable_adapter():
+            pass
+        gates = [p.requires_grad for name, p in model.named_parameters() if name.endswith("default.gate_bias")]
+        assert gates == [True] * LAYERS
+    free = [p.requires_grad for name, p in model.named_parameters() if name.endswith("free.direction")]
+    assert free == [True] * LAYERS
+
+
+def test_freeze_directions_is_checked():
+    with pytest.raises(TypeError, match="initialize_psr_weights.*directions="):
+        PSRConfig(freeze_directions=torch.ones(1, 4))
+    with pytest.raises(ValueError, match="gate='relu'"):
+        PSRConfig(gate="constant", freeze_directions=True)
