@@ -46,6 +46,7 @@ def combined_config(
         alpha=1.0,
         coefficient_bias=0.0,
         init_weights=True,
+        freeze_directions=False,
     )
 
 

@@ -172,3 +172,9 @@ def test_what_cannot_train_together_is_refused(tmp_path, data, message):
 def test_held_out_triplets_are_wanted_for_the_same_adapters(tmp_path):
     with pytest.raises(ValueError, match="eval_dataset must hold triplets for each adapter"):
         train(steered(["brief", "kind"]), {n: DATA[n] for n in ("brief", "kind")}, tmp_path, {"brief": DATA["brief"]})
+
+
+def test_frozen_directions_have_to_be_there(tmp_path):
+    model = get_peft_model(tiny_model(), PSRConfig(freeze_directions=True))
+    with pytest.raises(ValueError, match="freeze_directions=True and directions that are all 0"):
+        train(model, DATA["brief"], tmp_path)

@@ -1,4 +1,4 @@
-"""Both branches, objectives against numbers worked out by hand, the Trainer, the starts."""
+"""Both branches, the whole loss against its formula, the Trainer, mistakes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from tiny_models import WIDTH, tiny_model, tiny_tokenizer
+from tiny_models import tiny_model, tiny_tokenizer
 from tiny_triplets import triplets
 from transformers import HfArgumentParser, PrinterCallback, ProgressCallback
 
 from peft_psr import PSRConfig
-from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator, initialize_psr_weights
+from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator
 from peft_psr.training.branches import layers_downstream, run_branch
 
 
@@ -264,70 +264,7 @@ def test_an_instruction_without_effect_is_an_error_when_normalizing(tmp_path):
         made.train()
 
 
-# ---------------------------------------------------------------- starts
-
-
-def test_mean_difference_is_what_is_missing_once_earlier_layers_do_their_part():
-    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=[0, 2]))
-    initialize_psr_weights(model, triplets(), "mean_difference", processing_class=tiny_tokenizer(), progress=False)
-    batch = TripletCollator(tiny_tokenizer(), alpha=1.0)(triplets())
-    layers = layers_downstream(model)
-    units = {index: layer.unit("default") for index, layer in model.psr_layers().items()}
-    found = units[2].direction.clone()
-    teacher, base = (run_branch(model, batch, layers, branch).hidden for branch in ("teacher", "base"))
-    first = (teacher[layers[0]] - base[layers[0]]).mean(0)
-    torch.testing.assert_close(units[0].direction[0], first, atol=1e-5, rtol=1e-4)
-    with torch.no_grad():
-        units[2].direction.zero_()
-    student = run_branch(model, batch, layers, "student").hidden
-    torch.testing.assert_close(found[0], (teacher[layers[2]] - student[layers[2]]).mean(0), atol=1e-5, rtol=1e-4)
-    assert units[2].gate_weight.abs().max() == 0 and units[2].gate_bias.item() == 1
-
-
-def test_ridge_is_the_ridge_regression_on_the_differences():
-    model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=1))
-    initialize_psr_weights(model, triplets(), "ridge", tiny_tokenizer(), ridge_strength=0.1, progress=False)
-    batch = TripletCollator(tiny_tokenizer())(triplets())
-    name = layers_downstream(model)[0]
-    teacher, base = (run_branch(model, batch, [name], branch).hidden[name] for branch in ("teacher", "base"))
-    z = (teacher - base).mean(0)
-    c = ((teacher - base) @ z / z.square().sum()).double()
-    strength = 0.1 * base.double().square().sum(0).mean()
-    centred, target = (base - base.mean(0)).double(), c - c.mean()
-    w = torch.linalg.solve(centred.T @ centred + strength * torch.eye(WIDTH, dtype=torch.float64), centred.T @ target)
-    unit = model.psr_layers()[1].psr_unit["default"]
-    torch.testing.assert_close(unit.direction[0], z, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(unit.gate_weight[0].double(), w, atol=1e-4, rtol=1e-3)
-    expected_bias = c.mean() - base.double().mean(0) @ w
-    torch.testing.assert_close(unit.gate_bias[0].double(), expected_bias, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("layers", [1, None])
-def test_ridge_starts_nearer_than_nothing_and_more_ranks_nearer_still(tmp_path, layers):
-    losses = {}
-    for r in (1, 4):
-        model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=layers, r=r))
-        before = trainer(model, tmp_path, alpha=1.0)
-        batch = before.data_collator(triplets())
-        losses[0] = before.compute_loss(model, batch).item()
-        initialize_psr_weights(model, triplets(), processing_class=tiny_tokenizer(), progress=False)
-        losses[r] = before.compute_loss(model, batch).item()
-    assert losses[4] < losses[1] < losses[0]
-
-
-def test_start_errors():
-    model = get_peft_model(tiny_model(), PSRConfig())
-    with pytest.raises(ValueError, match="'ridge', 'mean_difference'"):
-        initialize_psr_weights(model, triplets(), "svd", tiny_tokenizer())
-    with pytest.raises(ValueError, match="dataset is empty"):
-        initialize_psr_weights(model, [], processing_class=tiny_tokenizer())
-    with pytest.raises(ValueError, match="changes nothing at"):
-        initialize_psr_weights(model, triplets(""), processing_class=tiny_tokenizer(), progress=False)
-    with pytest.raises(TypeError, match="PEFT model with a PSR adapter"):
-        initialize_psr_weights(tiny_model(), triplets(), processing_class=tiny_tokenizer())
-
-
-# ---------------------------------------------------------------- bad input
+# ---------------------------------------------------------------- mistakes
 
 
 def test_empty_dataset(tmp_path):

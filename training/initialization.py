@@ -52,8 +52,9 @@ def initialize_psr_weights(
     """Set the active adapter's weights from triplets, in place.
 
     Either branch runs about once through the layers up to the last edited one, as long as the hidden states of all
-    triplets fit in 4 GB; else once for each edited layer. The sums over tokens take 0.3 GB (0.5 GB where the strength
-    is to be chosen) at d = 4096 and the fit some 1.5 GB, growing as d^2, on the layer's device.
+    triplets fit in 4 GB; else once for each edited layer. At d = 2048, r = 4, the sums and the fit of a layer took
+    0.7 GB and 14 s of one processor core, strength chosen; memory grows as d^2, time as d^3. They are float64, on the
+    layer's device.
 
     A constant gate gets the mean difference from either method. Ranks that there is no use for start with z = 0 behind
     open gates that differ, so that training can tell them apart.

@@ -69,7 +69,7 @@ def predict(model: nn.Module, hidden: torch.Tensor, layers_pattern: str | list[s
     # every row is a sequence of one token; which token it is does not matter, no layer looks at it
     tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=next(model.parameters()).device)
     with _undisturbed(base), known_output(base, names, hidden[:, None], edited=True):
-        return model(input_ids=tokens, use_cache=False).logits[:, 0]
+        return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[:, 0]
 
 
 @contextmanager
@@ -127,7 +127,7 @@ def _learn_outputs(model: nn.Module, names: Sequence[str]) -> None:
     try:
         with _undisturbed(model):
             tokens = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-            model(input_ids=tokens, use_cache=False)
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""Several adapters in one run: which may train together, and how their triplets share batches."""
+"""Which adapters may train, and how the triplets of several share batches."""
 
 from __future__ import annotations
 
@@ -47,6 +47,22 @@ def check_adapters(tuner: PSRModel, names: Sequence[str], args: PSRTrainingArgum
             f"Several adapters train together in one process, here are {args.world_size}. Give each process its own "
             "adapters, or train them one after the other."
         )
+
+
+def check_directions(tuner: PSRModel, names: Sequence[str]) -> None:
+    """Check that adapters with frozen directions have some.
+
+    Raises:
+        ValueError: all of an adapter's directions are 0, where its gates have nothing to do.
+    """
+    for name in names:
+        units = [layer.unit(name) for layer in tuner.psr_layers().values() if name in layer.psr_unit]
+        frozen = cast(PSRConfig, tuner.peft_config[name]).freeze_directions
+        if frozen and not any(unit.direction.is_meta or unit.direction.any() for unit in units):
+            raise ValueError(
+                f"Adapter {name!r} has freeze_directions=True and directions that are all 0, so nothing can be "
+                "learned. Set them first: `initialize_psr_weights(model, triplets, directions=...)`."
+            )
 
 
 def in_turn(rows: Sequence[Row]) -> list[dict[str, Any]]:

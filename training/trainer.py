@@ -35,7 +35,7 @@ from .objectives import (
 from .partial import predict
 from .penalties import gate_regularizer, relative_norm
 from .summary import GateKey, GateRecord, Means, TrainingSummary, peak_memory, sum_up
-from .together import check_adapters, in_turn
+from .together import check_adapters, check_directions, in_turn
 from .triplets import Triplet
 
 
@@ -105,6 +105,7 @@ class PSRTrainer(Trainer):
         )
         if self.several:
             check_adapters(tuner, self.adapters, args)
+        check_directions(tuner, self.adapters)
         collators = {
             name: TripletCollator(processing_class, config_of(model, name).positions, cast(str | float, args.alpha))
             for name in self.adapters
