@@ -25,9 +25,14 @@ from peft_psr.training.dataset import encode_dataset
 from peft_psr.training.triplets import Triplet
 
 
-def _batches(
+def triplet_batches(
     model: PeftModel, triplets: Sequence[Triplet], processing_class, batch_size: int, alpha: float
 ) -> Iterator[Batch]:
+    """Batches of triplets at one strength, on the model's device.
+
+    Raises:
+        ValueError: no triplets, or one can't be used.
+    """
     collator = TripletCollator(processing_class, model.active_peft_config.positions, alpha)
     rows = encode_dataset(collator, triplets, "triplets")
     device = next(model.parameters()).device
@@ -72,7 +77,7 @@ def prompt_recovery(
         ValueError: no triplets, or the prompt does not change the model's predictions on any of them.
     """
     steered = base = 0.0
-    for batch in _batches(model, triplets, processing_class, batch_size, alpha):
+    for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
         lengths = (batch["labels"] != -100).sum(dim=1)
         log_probs = {}
         for branch in ("teacher", "base", "student"):
@@ -115,7 +120,7 @@ def relative_rmse(
     names = decoder_layer_names(psr_model(model).model, model.active_peft_config.layers_pattern)
     error: dict[str, float] = defaultdict(float)
     effect: dict[str, float] = defaultdict(float)
-    for batch in _batches(model, triplets, processing_class, batch_size, alpha):
+    for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
         teacher = run_branch(model, batch, names, "teacher").hidden
         base = run_branch(model, batch, names, "base").hidden
         steered = None if reworded_prompts is not None else run_branch(model, batch, names, "student").hidden
@@ -126,7 +131,7 @@ def relative_rmse(
     if reworded_prompts is not None:
         pairs = zip(triplets, reworded_prompts, strict=True)
         reworded: list[Triplet] = [{**triplet, "prompt": prompt} for triplet, prompt in pairs]
-        for batch in _batches(model, reworded, processing_class, batch_size, alpha):
+        for batch in triplet_batches(model, reworded, processing_class, batch_size, alpha):
             teacher = run_branch(model, batch, names, "teacher").hidden
             other = run_branch(model, batch, names, "base").hidden
             for name in names:
@@ -151,7 +156,7 @@ def intervention_strength(
         each (layers, tokens) float32.
     """
     names = decoder_layer_names(psr_model(model).model, model.active_peft_config.layers_pattern)
-    (batch,) = _batches(model, [triplet], processing_class, 1, alpha)
+    (batch,) = triplet_batches(model, [triplet], processing_class, 1, alpha)
     base = run_branch(model, batch, names, "base").hidden
     moved = []
     for branch in ("teacher", "student"):
