@@ -162,3 +162,56 @@ def test_cache_gives_back_what_was_put_in(tmp_path, on_disk):
     assert bool(list(tmp_path.iterdir())) == on_disk
     del cache, turned
     assert not list(tmp_path.iterdir())
+
+
+def test_edits_inside_the_layers_below_are_not_left_out(tmp_path):
+    results = []
+    for place in ("none", "auto"):
+        torch.manual_seed(3)
+        model = get_peft_model(
+            tiny_model(), PSRConfig(target_modules=r".*layers\.(0\.mlp|2)", init_weights=False, task_type="CAUSAL_LM")
+        )
+        with torch.no_grad():
+            for layer in model.psr_layers().values():
+                layer.unit("default").gate_bias.fill_(1.0)
+        arguments = PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, teacher_cache=place)
+        made = PSRTrainer(model, arguments, DATA, processing_class=tiny_tokenizer())
+        loss = made.compute_loss(model, made.data_collator(made.train_dataset))
+        loss.backward()
+        inner = next(layer for layer in model.psr_layers().values() if layer.name.endswith("mlp"))
+        results.append((loss.item(), inner.unit("default").direction.grad.clone()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-6, rtol=1e-4)
+
+
+def test_the_teacher_of_kl_has_the_head_as_it_was(tmp_path):
+    model = get_peft_model(tiny_model(), PSRConfig(modules_to_save=["lm_head"], layers_to_transform=2))
+    arguments = PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, objective="kl")
+    made = PSRTrainer(model, arguments, DATA, processing_class=tiny_tokenizer())
+    batch = made.data_collator(DATA[:1])
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "modules_to_save" in name:
+                weight.mul_(-1.0)
+    got = made.compute_loss(model, batch).item()
+    n = int((batch["labels"] != -100).sum())
+    with torch.no_grad():
+        q = model(batch["input_ids"]).logits[0, -n - 1 : -1].log_softmax(-1)
+        with model.disable_adapter():
+            p = model(batch["teacher_input_ids"]).logits[0, -n - 1 : -1].log_softmax(-1)
+    assert got == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+
+
+def test_a_changed_base_model_is_looked_at_again(tmp_path):
+    made = made_trainer(tiny_model(), tmp_path, 2, DATA[:3], normalize_loss="global")
+    made.evaluate()
+    made.train()
+    with torch.no_grad():
+        made.model.get_base_model().model.layers[0].mlp.down_proj.weight.mul_(3.0)
+        for layer in made.model.psr_layers().values():
+            layer.unit("default").direction.zero_()
+    assert made.evaluate()["eval_loss"] != pytest.approx(1.0, rel=1e-2)  # divided by what the old model lost
+    made.args.learning_rate = 0.0
+    made.train()
+    losses = [made.compute_loss(made.model, made.data_collator([row])).item() for row in made.train_dataset]
+    assert sum(losses) / len(losses) == pytest.approx(1.0, rel=1e-4)

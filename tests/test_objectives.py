@@ -65,7 +65,7 @@ def test_kl_worked_out_by_hand():
     targets = torch.tensor([0, -100, 1, -100])
     teacher = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.9, 0.1], [1.0, 0.0]]).log()
     student = torch.tensor([[0.25, 0.75], [0.0, 1.0], [0.9, 0.1], [0.0, 1.0]]).log()
-    loss = kl_loss(itself, student, teacher, targets, mask, 2)
+    loss = kl_loss(itself, student, teacher, targets, mask, 2, itself)
     assert loss.tolist() == pytest.approx([0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.0], abs=1e-6)
 
 
@@ -123,7 +123,7 @@ def test_kl_equals_the_plain_formula_on_the_models_own_logits_whole_and_in_piece
             rows.append(len(hidden))
             return predict(model, hidden)
 
-        args = (head, student.hidden[last[0]], teacher.hidden[last[0]], targets, mask, VOCABULARY)
+        args = (head, student.hidden[last[0]], teacher.hidden[last[0]], targets, mask, VOCABULARY, head)
         loss = kl_loss(*args)
         torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-4)
         grads = torch.autograd.grad(loss.sum(), weights)

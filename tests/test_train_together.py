@@ -178,3 +178,30 @@ def test_frozen_directions_have_to_be_there(tmp_path):
     model = get_peft_model(tiny_model(), PSRConfig(freeze_directions=True))
     with pytest.raises(ValueError, match="freeze_directions=True and directions that are all 0"):
         train(model, DATA["brief"], tmp_path)
+
+
+def test_held_out_loss_of_each_comes_from_its_own_adapter(tmp_path):
+    data = {name: DATA[name] for name in ("brief", "kind")}
+    model = steered(data)
+    made = PSRTrainer(
+        model, PSRTrainingArguments(output_dir=str(tmp_path), **SETTINGS), data, processing_class=tiny_tokenizer()
+    )
+    assert model.active_adapters == ["brief"]  # not both, until training begins
+    expected = 0.0
+    for name in data:
+        alone = steered([name])
+        single = PSRTrainer(
+            alone, PSRTrainingArguments(output_dir=str(tmp_path), **SETTINGS), data[name],
+            processing_class=tiny_tokenizer(),
+        )  # fmt: skip
+        expected += single.evaluate(data[name])["eval_loss"]
+    assert made.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="must be {adapter: triplets} for brief, kind, got list"):
+        made.evaluate(data["brief"])
+
+
+def test_a_loss_of_an_adapter_is_the_mean_over_its_own_batches(tmp_path):
+    data = {"brief": DATA["brief"], "kind": DATA["kind"][:1]}
+    made = train(steered(data), data, tmp_path, per_device_train_batch_size=1, learning_rate=1e-9, num_train_epochs=1)
+    alone = train(steered(["kind"]), data["kind"], tmp_path, learning_rate=1e-9, num_train_epochs=1)
+    assert made.summary.loss_by_adapter["kind"] == pytest.approx(alone.state.log_history[0]["loss"], rel=1e-4)

@@ -38,7 +38,7 @@ class PSRTrainingArguments(TrainingArguments):
             `normalize_loss="global"` (personas), or neither (IFEval).
         alpha: Strength while training: "trait_score", the judge's score / 100 as a soft label, or a number for all.
         neutral_weight: Weight, >= 0, of neutral triplets: those whose `steered_prompt` equals `prompt`. There the
-            prompt changes nothing, so the adapter is to change nothing either; they are trained at strength 1.
+            prompt changes nothing, so the adapter is to change nothing either. alpha="trait_score" trains them at 1.
         norm_penalty: Weight, >= 0, of the edit's mean squared norm relative to the stream's.
         teacher_cache: Where to keep the frozen model's activations, which are the same in every epoch: "memory",
             "disk" (a file in `output_dir` that goes at the end), "none" to compute them at every step, or "auto":

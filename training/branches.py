@@ -88,6 +88,14 @@ def _recording(model: PeftModel, edited: bool) -> AbstractContextManager[dict[tu
     return psr_model(model).record_gates() if edited else nullcontext({})
 
 
+def few_logits(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Arguments of a forward call that spare the model most of its output layer, where it can be spared."""
+    if "logits_to_keep" not in inspect.signature(model.get_base_model().forward).parameters:
+        return {}
+    # a tensor: by a number some models also cut what their upper layers compute
+    return {"logits_to_keep": torch.tensor([0])}
+
+
 def run_branch(
     model: PeftModel,
     batch: Batch,
@@ -111,8 +119,8 @@ def run_branch(
     prefix = "teacher_" if branch == "teacher" else ""
     mask = batch["teacher_mask" if branch == "teacher" else "steering_mask"].bool()
     inputs: dict[str, Any] = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}
-    if not logits and "logits_to_keep" in inspect.signature(model.get_base_model().forward).parameters:
-        inputs["logits_to_keep"] = 1
+    if not logits:
+        inputs |= few_logits(model)
     edited = branch == "student"
     if edited:
         inputs |= {"steering_mask": batch["steering_mask"], "alpha": batch["alpha"]}

@@ -42,6 +42,10 @@ def encode_datasets(collators: Mapping[str, TripletCollator], datasets: Any, nam
         ValueError: as `encode_dataset`, or the adapters are others than those of `collators`.
     """
     if not isinstance(datasets, Mapping):
+        if len(collators) > 1:
+            raise ValueError(
+                f"{name} must be {{adapter: triplets}} for {', '.join(collators)}, got {type(datasets).__name__}."
+            )
         (only,) = collators.values()
         return encode_dataset(only, datasets, name)
     if set(datasets) != set(collators):

@@ -18,7 +18,8 @@ from peft import PeftModel
 from peft_psr.decoder import capture_layer_outputs, decoder_layer_names, text_config
 
 from .activation_cache import ActivationCache, plan_cache
-from .branches import Batch, run_branch, unedited
+from .arguments import PSRTrainingArguments
+from .branches import Batch, few_logits, psr_model, run_branch, unedited
 from .partial import known_output, stop_after
 
 
@@ -64,6 +65,48 @@ class FrozenModel:
         self._teacher: ActivationCache | None = None
         self._stream: ActivationCache | None = None
         self._trusted: bool | None = None
+
+    @classmethod
+    def for_training(
+        cls,
+        model: PeftModel,
+        rows: Sequence[Mapping[str, Any]],
+        layers: Sequence[str],
+        args: PSRTrainingArguments,
+        sharded: bool,
+    ) -> FrozenModel:
+        """What can be kept with these arguments.
+
+        Args:
+            model: The PEFT model.
+            rows: All triplets, in the order of their `index`.
+            layers: The decoder layers from the first edited one on.
+            args: The trainer's.
+            sharded: The model's weights are spread over processes.
+        """
+        weights, base = args.objective_weights, model.get_base_model()
+        names = decoder_layer_names(base, model.active_peft_config.layers_pattern)
+        trained_elsewhere = any(p.requires_grad and ".psr_unit." not in n for n, p in model.named_parameters())
+        # edits inside a decoder layer: what is not computed is not edited
+        inside = any(layer.name not in names for layer in psr_model(model).psr_layers().values())
+        # upper layers that read the keys and values of lower ones
+        shares = getattr(text_config(base), "num_kv_shared_layers", 0)
+        whole = args.gradient_checkpointing or args.torch_compile or trained_elsewhere or inside or shares
+        reason = None
+        if any(parameter.is_meta for parameter in base.parameters()):
+            reason = "part of the base model is offloaded"
+        elif sharded:
+            reason = "the base model is sharded, so that all processes have to run each layer at the same time"
+        return cls(
+            model,
+            rows,
+            teacher_layers=layers if "mse" in weights else layers[-1:] if "kl" in weights else [],
+            below=[] if whole else names[: names.index(layers[0]) + 1],
+            place=args.teacher_cache,
+            budget=args.teacher_cache_gb,
+            folder=Path(args.output_dir or "."),
+            reason=reason,
+        )
 
     def _cache(self, lengths: list[int], names: list[str], example: torch.Tensor) -> ActivationCache:
         folder = self._folder if self.place == "disk" else None
@@ -122,7 +165,8 @@ class FrozenModel:
             stop_after(base, names[len(self.below) :]),
             capture_layer_outputs(base, [first]) as outputs,
         ):
-            self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            self.model(**inputs, **few_logits(self.model), use_cache=False)
         flat = outputs[first][batch["attention_mask"].bool().to(outputs[first].device)]
         if self._stream is None:
             self._stream = self._cache(self._stream_lengths, [first], flat)

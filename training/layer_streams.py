@@ -6,7 +6,6 @@ the layers between the two. Where they do not fit `KEPT_BYTES`, each look at a l
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -16,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 
-from peft_psr.decoder import capture_layer_outputs, decoder_layer_names
+from peft_psr.decoder import capture_layer_outputs, decoder_layer_names, text_config
 
-from .branches import Batch, psr_model
+from .branches import Batch, few_logits, psr_model
 from .collator import TripletCollator
 from .partial import known_output, stop_after
 
@@ -79,7 +78,9 @@ class LayerStreams:
             for triplets in self._triplets
         ]
         self._positions = [_Position() for _ in self._batches]
-        self._keep: bool | None = None  # known when the first hidden states are there
+        # layers that read the keys of lower ones can't run without them
+        shares = getattr(text_config(model.get_base_model()), "num_kv_shared_layers", 0)
+        self._keep: bool | None = False if shares else None  # else known when the first hidden states are there
 
     def __len__(self) -> int:
         """Batches that one look at a layer yields."""
@@ -140,8 +141,7 @@ class LayerStreams:
         batch, position = self._batches[number], self._positions[number]
         base = self.model.get_base_model()
         inputs: dict[str, Any] = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}
-        if "logits_to_keep" in inspect.signature(base.forward).parameters:
-            inputs["logits_to_keep"] = 1
+        inputs |= few_logits(self.model)
         if not prefix:
             inputs |= {"steering_mask": batch["steering_mask"], "alpha": batch["alpha"]}
         before = nullcontext() if known is None else known_output(

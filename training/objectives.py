@@ -142,6 +142,7 @@ def kl_loss(
     targets: torch.Tensor,
     mask: torch.Tensor,
     vocabulary: int,
+    predict_prompted: Predict,
 ) -> torch.Tensor:
     """KL(prompted || steered) of the next-token distributions, nats a response token.
 
@@ -152,6 +153,7 @@ def kl_loss(
         targets: (tokens,), from `response_targets`: which positions predict y'.
         mask: (batch, seq), the masked tokens.
         vocabulary: Its size, which decides how many tokens are computed at once.
+        predict_prompted: The head of the model as it was, without what `modules_to_save` trains of it.
 
     Returns:
         (batch,), each at least 0.
@@ -159,7 +161,7 @@ def kl_loss(
 
     def divergences(hidden: torch.Tensor, prompted: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            expected = predict(prompted).float().log_softmax(dim=-1)
+            expected = predict_prompted(prompted).float().log_softmax(dim=-1)
         got = predict(hidden).float().log_softmax(dim=-1)
         return F.kl_div(got, expected, reduction="none", log_target=True).sum(dim=-1)
 

@@ -67,7 +67,7 @@ def predict(model: nn.Module, hidden: torch.Tensor, layers_pattern: str | list[s
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     names = decoder_layer_names(base, layers_pattern)
     # every row is a sequence of one token; which token it is does not matter, no layer looks at it
-    tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=next(model.parameters()).device)
+    tokens = torch.zeros(len(hidden), 1, dtype=torch.long, device=_device(model))
     with _undisturbed(base), known_output(base, names, hidden[:, None], edited=True):
         return model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits[:, 0]
 
@@ -113,6 +113,11 @@ def _attribute(target: Any, name: str, value: Any) -> Iterator[None]:
             delattr(target, name)
 
 
+def _device(model: nn.Module) -> torch.device:
+    """Where inputs may lie: with the first weights that are not offloaded."""
+    return next((weight.device for weight in model.parameters() if not weight.is_meta), torch.device("cpu"))
+
+
 @torch.no_grad()
 def _learn_outputs(model: nn.Module, names: Sequence[str]) -> None:
     """Learn which layers return a tensor and which a tuple, by one token; once for each model."""
@@ -126,7 +131,7 @@ def _learn_outputs(model: nn.Module, names: Sequence[str]) -> None:
     handles = [module.register_forward_hook(learn) for module in modules]
     try:
         with _undisturbed(model):
-            tokens = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+            tokens = torch.zeros(1, 1, dtype=torch.long, device=_device(model))
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     finally:
         for handle in handles:

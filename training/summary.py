@@ -58,6 +58,7 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
         self.count = 0
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
@@ -65,6 +66,7 @@ class Means:
         for name, value in values.items():
             before = self._sums.get(name)
             self._sums[name] = value.detach() if before is None else before + value.detach()
+            self._counts[name] = self._counts.get(name, 0) + 1
         self.count += 1
 
     def take(self, device: torch.device) -> tuple[list[str], torch.Tensor]:
@@ -72,8 +74,8 @@ class Means:
         if not self._sums:
             return [], torch.zeros(0, device=device)
         names = list(self._sums)
-        means = torch.stack([self._sums[name].to(device).float() for name in names]) / self.count
-        self._sums, self.count = {}, 0
+        means = torch.stack([self._sums[name].to(device).float() / self._counts[name] for name in names])
+        self._sums, self._counts, self.count = {}, {}, 0
         return names, means
 
 

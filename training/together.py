@@ -36,6 +36,12 @@ def check_adapters(tuner: PSRModel, names: Sequence[str], args: PSRTrainingArgum
         )
         for name in names
     }
+    saving = [name for name in names if configs[name].modules_to_save]
+    if saving and len(names) > 1:
+        raise ValueError(
+            f"Adapters with modules_to_save ({', '.join(saving)}) can't train together: one at a time can use those "
+            "modules. Train them one after the other."
+        )
     for name, shape in shapes.items():
         if shape != shapes[names[0]]:
             raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_p
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
-from peft_psr.decoder import decoder_layer_names, layer_index, text_config
+from peft_psr.decoder import layer_index
 from peft_psr.doors import is_encoder_decoder
 
 from .arguments import PSRTrainingArguments
@@ -25,15 +24,12 @@ from .frozen import FrozenModel
 from .length_grouping import LengthGroupedSampler
 from .not_finite import not_finite
 from .objectives import (
-    kl_loss,
-    likelihood_loss,
     mse_by_layer,
-    response_targets,
     rows_of,
     scaled_mse,
 )
-from .partial import predict
 from .penalties import gate_regularizer, relative_norm
+from .prediction import prediction_losses
 from .summary import GateKey, GateRecord, Means, TrainingSummary, peak_memory, sum_up
 from .together import check_adapters, check_directions, in_turn
 from .triplets import Triplet
@@ -110,6 +106,7 @@ class PSRTrainer(Trainer):
             name: TripletCollator(processing_class, config_of(model, name).positions, cast(str | float, args.alpha))
             for name in self.adapters
         }
+        self._collators = collators
         rows = {
             name: None if data is None else encode_datasets(collators, data, name)
             for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
@@ -139,6 +136,11 @@ class PSRTrainer(Trainer):
         self._active_before = model.active_adapter
         self._activate()
         self.layers = layers_downstream(model)
+        self._deactivate()
+        edited = {n.name for n in tuner.psr_layers().values() if any(a in n.psr_unit for a in self.adapters)}
+        if self.args.norm_penalty and not edited <= set(self.layers):
+            others = ", ".join(sorted(edited - set(self.layers)))
+            raise ValueError(f"norm_penalty is for edits of decoder layers, and this adapter edits {others} as well.")
         self.normalizer: dict[str, torch.Tensor] | None = None
         self.dead_gates: list[str] = []
         self.summary: TrainingSummary | None = None
@@ -155,16 +157,22 @@ class PSRTrainer(Trainer):
         if self.several:
             psr_model(self._peft_model).set_adapter(self.adapters)
 
+    def _deactivate(self) -> None:
+        """Only the adapter that was active before is, so that `generate` has one edit at work."""
+        if self.several:
+            self._peft_model.set_adapter(self._active_before)
+
     def train(self, *args: Any, **kwargs: Any):
         """Train; then sum up, and name the gates that are dead."""
         begin = time.perf_counter()
         self._activate()
-        self._frozen = None  # the base model may have been changed since
+        self._frozen = self.normalizer = None  # the base model may have been changed since
+        self._since_log, self._in_epoch, self._epoch = Means(), Means(), 0
+        self._gates = GateRecord(self.adapters)
         try:
             result = super().train(*args, **kwargs)
         finally:
-            if self.several:
-                self._peft_model.set_adapter(self._active_before)
+            self._deactivate()
         names, means = self._in_epoch.take(self.args.device)
         if names:
             means = self.accelerator.reduce(means, "mean")
@@ -188,6 +196,19 @@ class PSRTrainer(Trainer):
                 ", ".join(self.dead_gates),
             )
         return result
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The held-out loss; of several adapters, `eval_dataset` is {adapter: triplets} as in the constructor."""
+        if self.several and (isinstance(eval_dataset, Mapping) or (eval_dataset and "rows" not in eval_dataset[0])):
+            eval_dataset = in_turn(encode_datasets(self._collators, eval_dataset, "eval_dataset"))
+        elif isinstance(eval_dataset, list) and eval_dataset is not self.train_dataset:
+            # rows of another trainer's data set would be taken for this one's
+            eval_dataset = [{key: value for key, value in row.items() if key != "index"} for row in eval_dataset]
+        try:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        finally:
+            if not self.is_in_train:
+                self._frozen = None  # the base model may be changed before the next call
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole adapter from the first process; every process has to call it.
@@ -250,7 +271,7 @@ class PSRTrainer(Trainer):
         owners: list[torch.Tensor] = []
         # from all processes, without the triplets that fill up the last batch; several adapters have one process
         gather = list if self.several else self.accelerator.gather_for_metrics
-        for batch in self.get_eval_dataloader(cast(Any, self.train_dataset)):
+        for batch in self.get_test_dataloader(cast(Any, self.train_dataset)):
             batch = self._prepare_inputs(batch)
             teacher = self._frozen_model(model).teacher(batch)
             base = run_branch(model, batch, self.layers, "base")
@@ -273,29 +294,7 @@ class PSRTrainer(Trainer):
 
     def _frozen_model(self, model: PeftModel) -> FrozenModel:
         if self._frozen is None:
-            args, weights = self.args, self.args.objective_weights
-            layers = self.layers if "mse" in weights else self.layers[-1:] if "kl" in weights else []
-            base = model.get_base_model()
-            names = decoder_layer_names(base, model.active_peft_config.layers_pattern)
-            below = names[: names.index(self.layers[0]) + 1]
-            trained_elsewhere = any(p.requires_grad and ".psr_unit." not in n for n, p in model.named_parameters())
-            if args.gradient_checkpointing or args.torch_compile or trained_elsewhere:
-                below = []
-            reason = None
-            if any(parameter.is_meta for parameter in base.parameters()):
-                reason = "part of the base model is offloaded"
-            elif self._sharded:
-                reason = "the base model is sharded, so that all processes have to run each layer at the same time"
-            self._frozen = FrozenModel(
-                model,
-                self._rows,
-                layers,
-                below,
-                args.teacher_cache,
-                args.teacher_cache_gb,
-                Path(cast(str, args.output_dir)),
-                reason,
-            )
+            self._frozen = FrozenModel.for_training(model, self._rows, self.layers, self.args, self._sharded)
         return self._frozen
 
     def compute_loss(
@@ -311,6 +310,11 @@ class PSRTrainer(Trainer):
             self.normalizer = self._untrained_loss(unwrapped)
         teacher = frozen.teacher(inputs)
         names = [self.adapters[i] for i in inputs["adapter"].tolist()] if self.several else None
+        prompted = None
+        if self._logits_at_once and "kl" in weights:
+            logits = run_branch(unwrapped, inputs, [], "teacher", logits=True).logits
+            assert logits is not None
+            prompted = logits[inputs["teacher_mask"].bool()]
         # last, so that what the call left for the layers is still there when checkpoints are computed again
         with frozen.layers_below_known(inputs):
             student = run_branch(
@@ -323,7 +327,8 @@ class PSRTrainer(Trainer):
             by_layer = mse_by_layer(student.hidden, teacher, mask)
             parts["mse"] = scaled_mse(by_layer, self.normalizer, args.normalize_loss, adapter)
         if "ll" in weights or "kl" in weights:
-            parts |= self._predicted(unwrapped, student, teacher, inputs)
+            prompted = teacher.get(self.layers[-1]) if prompted is None else prompted
+            parts |= prediction_losses(unwrapped, weights, student, self.layers[-1], prompted, inputs)
         factors = dict(weights)
         if args.regularizer:
             hinges = [gate_regularizer(gates, mask).to(args.device) for gates in student.gates.values()]
@@ -340,7 +345,8 @@ class PSRTrainer(Trainer):
         values = torch.stack([factors[name] * part.to(args.device) for name, part in parts.items()]).sum(dim=0)
         # the mean over each adapter's triplets
         share = (1.0 / torch.bincount(adapter, minlength=len(self.adapters)))[adapter]
-        loss = (torch.where(inputs["neutral"], args.neutral_weight, 1.0) * share * values).sum()
+        values = torch.where(inputs["neutral"], args.neutral_weight, 1.0) * values
+        loss = (share * values).sum()
         if not torch.isfinite(loss):
             index, where = not_finite(parts, student.hidden, teacher, inputs)
             triplet = self._rows[index]["where"] if index >= 0 else "a triplet of no data set"
@@ -361,29 +367,6 @@ class PSRTrainer(Trainer):
     def _logits_at_once(self) -> bool:
         """Whether logits come with the forward call: a sharded head can't be called once more before going back."""
         return bool({"ll", "kl"} & set(self.args.objective_weights)) and self._sharded
-
-    def _predicted(
-        self, model: PeftModel, student: Branch, teacher: Mapping[str, torch.Tensor], inputs: Batch
-    ) -> dict[str, torch.Tensor]:
-        """The objectives on what the model predicts, (batch,) each."""
-        mask, weights, last = inputs["steering_mask"], self.args.objective_weights, self.layers[-1]
-        if self._logits_at_once:
-            assert student.logits is not None
-            steered, head = student.logits[mask.bool()], lambda logits: logits
-            if "kl" in weights:
-                prompted = run_branch(model, inputs, [], "teacher", logits=True).logits[inputs["teacher_mask"].bool()]  # type: ignore[index]
-        else:
-            steered = student.hidden[last]
-            head = partial(predict, model, layers_pattern=model.active_peft_config.layers_pattern)
-            prompted = teacher.get(last)
-        vocabulary = text_config(model.get_base_model()).vocab_size
-        targets = response_targets(inputs["labels"], mask)
-        parts = {}
-        if "ll" in weights:
-            parts["ll"] = likelihood_loss(head, steered, targets, mask, vocabulary)
-        if "kl" in weights:
-            parts["kl"] = kl_loss(head, steered, prompted, targets, mask, vocabulary)
-        return parts
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone: there is nothing else to predict."""
@@ -409,10 +392,13 @@ class PSRTrainer(Trainer):
         self._since_log.add(means)
         if self.several:
             own = values.new_zeros(len(self.adapters)).index_add(0, inputs["adapter"], values.detach() * share)
-            means |= {f"loss/{name}": loss for name, loss in zip(self.adapters, own, strict=True)}
+            there = set(inputs["adapter"].tolist())
+            means |= {f"loss/{name}": own[i] for i, name in enumerate(self.adapters) if i in there}
         self._in_epoch.add(means)
         rows = rows_of(inputs["steering_mask"])
-        self._gates.add(epoch, student.gates, inputs["alpha"][rows] != 0, inputs["adapter"][rows])
+        biases = torch.tensor([config_of(self._peft_model, name).coefficient_bias for name in self.adapters])
+        strength = inputs["alpha"] + biases.to(inputs["alpha"].device)[inputs["adapter"]]
+        self._gates.add(epoch, student.gates, strength[rows] != 0, inputs["adapter"][rows])
 
     def _over_processes(self, counts: dict[GateKey, torch.Tensor]) -> dict[GateKey, torch.Tensor]:
         """The counts of all processes together."""
