@@ -30,7 +30,7 @@ from peft_psr.training.branches import run_branch
 from peft_psr.training.placement import Placement
 
 from .calibration import calibrate_alpha
-from .faithfulness import triplet_batches, prompt_recovery, response_log_probs
+from .faithfulness import prompt_recovery, response_log_probs, triplet_batches
 from .scoring import SteeringScore
 
 

@@ -186,7 +186,8 @@ class TrainRun:
     def _is_finished(self, trait: str) -> bool:
         """Whether its adapter is whole, in its place or about to be put there."""
         waiting = self.folder.glob(f"{CHECKPOINTS}/*/{FINISHED}/{folder_name(trait)}/{SUMMARY}")
-        return (self.folder_of(trait) / SUMMARY).is_file() or any(waiting)
+        # in this order: another process may be moving it
+        return any(waiting) or (self.folder_of(trait) / SUMMARY).is_file()
 
     def _left(self) -> list[str]:
         return [name for name in self.triplets if not self._is_finished(name)]
