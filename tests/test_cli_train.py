@@ -167,7 +167,8 @@ def test_parallel_and_config(toy, tmp_path):
 
 
 def test_a_dry_run_writes_nothing(toy, tmp_path):
-    done = psr("train", "fast", "--model", "embedded", "--triplets", toy, "--dry-run", "--output", tmp_path / "x")
+    options = ["--model", "embedded", "--triplets", toy, "--dry-run", "--output", tmp_path / "x", "--epochs", "5"]
+    done = psr("train", "fast", *options)
     assert done.exit_code == 0 and list(tmp_path.iterdir()) == []
     assert "would train 2 adapter(s) of embedded, r=1, start: ridge" in done.output
     assert "6 triplets, 2 held out; at most 5 steps" in done.output
