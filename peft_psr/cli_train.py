@@ -69,7 +69,6 @@ def _print_table(summaries: dict[str, dict[str, Any]], folder_of: Callable[[str]
     table.add_column("trait", no_wrap=True)
     for title in ("seconds", "loss", "held out", "live gates", "at 0", "memory"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("folder", overflow="fold")
     for trait, summary in summaries.items():
         held_out = summary.get("eval_loss")
         table.add_row(
@@ -80,8 +79,9 @@ def _print_table(summaries: dict[str, dict[str, Any]], folder_of: Callable[[str]
             f"{100 * summary['live_gates']:.0f} %",
             f"{100 * summary['gate_sparsity']:.0f} %",
             f"{summary['peak_memory_bytes'] / 1e9:.2f} GB",
-            str(folder_of(trait)),
         )
     console.print(table)
+    for trait in summaries:
+        console.print(f"{trait}: {folder_of(trait)}", soft_wrap=True)
     if any(summary["trained_with"] for summary in summaries.values()):
         console.print("trained together: seconds, gates and memory are those of all of them")
