@@ -133,8 +133,9 @@ def test_from_triplets_to_an_adapter(toy, tmp_path):
     arguments = ["train", "fast", "--model", "embedded", "--triplets", toy, "--epochs", 2, "--output", tmp_path / "x"]
     done = psr(*arguments)
     assert done.exit_code == 0, done.output
-    for title in ("trait", "seconds", "loss", "held out", "live gates", "at 0", "memory", "folder", "sycophantic"):
+    for title in ("trait", "seconds", "loss", "held out", "live gates", "at 0", "memory"):
         assert title in done.output
+    assert f"sycophantic: {tmp_path / 'x' / 'sycophantic'}\n" in done.output
     adapter = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "x" / "sycophantic").eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_path())
     prompt = encode_chat(tokenizer, [[{"role": "user", "content": "What are dogs like?"}]])
