@@ -205,3 +205,23 @@ def test_a_loss_of_an_adapter_is_the_mean_over_its_own_batches(tmp_path):
     made = train(steered(data), data, tmp_path, per_device_train_batch_size=1, learning_rate=1e-9, num_train_epochs=1)
     alone = train(steered(["kind"]), data["kind"], tmp_path, learning_rate=1e-9, num_train_epochs=1)
     assert made.summary.loss_by_adapter["kind"] == pytest.approx(alone.state.log_history[0]["loss"], rel=1e-4)
+
+
+def test_another_adapter_on_other_layers_stands_by(tmp_path):
+    data = {name: DATA[name] for name in ("brief", "kind")}
+    alone, beside = steered(data, 2), steered(data, 2)
+    beside.add_adapter("whole", PSRConfig())
+    for number, model in enumerate((alone, beside)):
+        train(model, data, tmp_path / str(number), max_steps=2)
+    for name in data:
+        for key, expected in weights(alone, name).items():
+            torch.testing.assert_close(weights_at(beside, name)[key], expected, atol=1e-6, rtol=1e-5)
+
+
+def weights_at(model, name):
+    return {
+        (key, kind): parameter.detach()
+        for key, layer in model.psr_layers().items()
+        if name in layer.psr_unit
+        for kind, parameter in layer.unit(name).named_parameters()
+    }

@@ -13,21 +13,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from peft_psr.facts import package_versions
 from peft_psr.files import write_whole
 from peft_psr.judging import Judge
 
 from .draws import Draw, Failure, PromptPair, Sampler, draws_on
 from .filtering import sort_out
+from .folder_lock import LOCK, locked
 from .journal import Journal
 from .progress import Progress
 from .recipe import Recipe
 from .report import Counts, histograms, report
 
 
-STATE, LOCK = "run.json", ".lock"
+STATE = "run.json"
 COMPLETIONS, SCORES = "completions.jsonl", "scores.jsonl"
 TRIPLETS, NEGATIVES, MANIFEST, REPORT, FIGURE = (
     "triplets.jsonl", "negatives.jsonl", "manifest.json", "report.md", "scores.png"
@@ -107,19 +106,8 @@ class TripletRun:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         self.check()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise BlockingIOError(
-                f"Another process is at work in {self.folder}. Wait for it or stop it; the system frees the folder "
-                "when it ends."
-            ) from None
-        try:
+        with locked(self.folder):
             yield
-        finally:
-            lock.release()
 
     def _begun(self) -> dict[str, Any] | None:
         """The state of the run that was begun here, if there is one and it is this one."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
+
 from peft_psr.config import PSRConfig
 from peft_psr.model import PSRModel
 
@@ -69,6 +71,28 @@ def check_directions(tuner: PSRModel, names: Sequence[str]) -> None:
                 f"Adapter {name!r} has freeze_directions=True and directions that are all 0, so nothing can be "
                 "learned. Set them first: `initialize_psr_weights(model, triplets, directions=...)`."
             )
+
+
+def clip_each(tuner: PSRModel, names: Sequence[str], max_norm: float) -> torch.Tensor:
+    """Clip the gradients of each adapter by themselves, as if it were alone.
+
+    Args:
+        tuner: The model's tuner.
+        names: The adapters that are trained.
+        max_norm: Largest norm of one adapter's gradients.
+
+    Returns:
+        (), the norm of all gradients before.
+    """
+    layers = tuner.psr_layers().values()
+    norms = [
+        torch.nn.utils.clip_grad_norm_(
+            [weight for layer in layers if name in layer.psr_unit for weight in layer.unit(name).parameters()],
+            max_norm,
+        )
+        for name in names
+    ]
+    return torch.stack(norms).norm()
 
 
 def in_turn(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from filelock import FileLock, Timeout
 
 from peft_psr.files import write_whole
 
 from .collator import TripletCollator
 from .dataset import encode_dataset
+from .folder_lock import LOCK, locked
 from .train_assembly import (
     add_adapters,
     last_checkpoint,
@@ -43,7 +43,7 @@ from .train_results import SUMMARY, write_adapter_folder
 from .triplets import Triplet
 
 
-STATE, LOCK, CHECKPOINTS, LOGS = "run.json", ".lock", "checkpoints", "logs"
+STATE, CHECKPOINTS, LOGS = "run.json", "checkpoints", "logs"
 SAVED, STAGED, FINISHED = "saved", "staged", "finished"
 """Beside the checkpoints: the weights at the end, adapter folders in the making, and those that are whole."""
 TOGETHER = "together"
@@ -231,20 +231,9 @@ class TrainRun:
         if not self.writes:
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise BlockingIOError(
-                f"Another process is at work in {self.folder}. Wait for it or stop it; the system frees the folder "
-                "when it ends."
-            ) from None
-        try:
+        with locked(self.folder):
             self._check_folder()  # another process may have had it meanwhile
             yield
-        finally:
-            lock.release()
 
     def _train(self, names: Sequence[str]) -> None:
         """Train one trait, or several together, and put their adapters in place."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
 
@@ -18,6 +17,7 @@ from peft_psr.doors import is_encoder_decoder
 
 from .arguments import PSRTrainingArguments
 from .branches import Batch, Branch, config_of, layers_downstream, psr_model, run_branch
+from .checkpoints import load_adapters
 from .collator import TripletCollator
 from .dataset import encode_datasets
 from .frozen import FrozenModel
@@ -31,7 +31,7 @@ from .objectives import (
 from .penalties import gate_regularizer, relative_norm
 from .prediction import prediction_losses
 from .summary import GateKey, GateRecord, Means, TrainingSummary, peak_memory, sum_up
-from .together import check_adapters, check_directions, in_turn
+from .together import check_adapters, check_directions, clip_each, in_turn
 from .triplets import Triplet
 
 
@@ -223,7 +223,7 @@ class PSRTrainer(Trainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self._load_adapters(resume_from_checkpoint)
+            load_adapters(self._peft_model, self.adapters, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         # Trainer's own leaves an adapter of another name than "default" as it was, with no more than a warning
@@ -231,29 +231,14 @@ class PSRTrainer(Trainer):
             super()._load_best_model()
         else:
             assert self.state.best_model_checkpoint is not None
-            self._load_adapters(self.state.best_model_checkpoint)
-
-    def _load_adapters(self, folder: str) -> None:
-        """The trained adapters' weights, from where `save_pretrained` puts them."""
-        for name in self.adapters:
-            path = Path(folder) if name == "default" else Path(folder) / name
-            if not (path / "adapter_config.json").is_file():
-                raise FileNotFoundError(f"{folder} is no checkpoint of this run: {path} holds no adapter.")
-            set_peft_model_state_dict(self._peft_model, load_peft_weights(str(path), device="cpu"), adapter_name=name)
+            load_adapters(self._peft_model, self.adapters, self.state.best_model_checkpoint)
 
     def _clip_grad_norm(self, model: torch.nn.Module):
         """Of several adapters each by itself, as if it were alone."""
         if not self.several:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        layers = psr_model(self._peft_model).psr_layers().values()
-        norms = [
-            torch.nn.utils.clip_grad_norm_(
-                [weight for layer in layers for weight in layer.unit(name).parameters()], self.args.max_grad_norm
-            )
-            for name in self.adapters
-        ]
-        return torch.stack(norms).norm()
+        return clip_each(psr_model(self._peft_model), self.adapters, self.args.max_grad_norm)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.train_sampling_strategy != "group_by_length":
