@@ -23,7 +23,7 @@ from peft_psr.training import add_instruction, sample_completions
 
 from .experiment import Experiment, Outcome, Sizes, Task, as_row, write_json
 from .faithfulness import intervention_strength, relative_rmse
-from .methods import METHODS
+from .methods import DEMO, METHODS
 from .plots import rmse_by_layer, strength_by_token, trait_against_coherence
 from .shading import shaded_answer
 
@@ -128,14 +128,14 @@ def _run_trait(trait: str, model, processing_class, model_path: str, folder: Pat
     best: Outcome | None = None
     outcomes: list[Outcome] = []
     with Progress(*columns, console=console, transient=True) as progress:
-        overall = progress.add_task("triplets and references", total=len(METHODS) + 1)
+        overall = progress.add_task("triplets and references", total=len(DEMO) + 1)
         outcomes += experiment.prepare()
         progress.advance(overall)
         console.print(
             f"{len(experiment.triplets)} triplets to train on, {len(experiment.held_out)} held out; "
             f"single-layer methods edit layer {experiment.layer}"
         )
-        for method in METHODS:
+        for method in (METHODS[name] for name in DEMO):
             progress.update(overall, description="all methods")
             step = progress.add_task(f"training {method.name}", total=None)
 
@@ -203,7 +203,7 @@ def _save(
 
 def _facts(experiment: Experiment, plain: Outcome, outcome: Outcome, alpha: float, calibrated: bool) -> AdapterFacts:
     task, sizes = experiment.task, experiment.sizes
-    method = next(method for method in METHODS if method.name == outcome.method)
+    method = METHODS[outcome.method]
     prompted = experiment.prompted
     at_alpha = next((point for point in outcome.curve if point.alpha == alpha), None)
     return AdapterFacts(
@@ -214,7 +214,7 @@ def _facts(experiment: Experiment, plain: Outcome, outcome: Outcome, alpha: floa
         data="the base model's own answers to everyday questions with the instruction in its prompt, "
         "filtered by the judge",
         triplets=len(experiment.triplets),
-        objective=f"{method.objective or 'none'}; start: {method.start or 'open gates'}",
+        objective=f"{method.objective}; start: {method.start}",
         seed=experiment.seed,
         versions=package_versions(),
         judge="the grammar that the toy model was trained on",

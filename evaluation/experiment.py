@@ -14,25 +14,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from peft_psr.files import write_whole
 from peft_psr.judging import Judge, Message
-from peft_psr.training import (
-    PSRTrainer,
-    PSRTrainingArguments,
-    Triplet,
-    add_instruction,
-    filter_triplets,
-    generate_triplets,
-    initialize_psr_weights,
-)
+from peft_psr.training import Triplet, add_instruction, filter_triplets, generate_triplets
 
 from .calibration import Calibration, calibrate_alpha
 from .faithfulness import prompt_recovery, relative_rmse
-from .methods import Method
+from .method import FitSettings, Method
 from .scoring import SteeringScore, score_model
 
 
@@ -45,9 +36,8 @@ class Sizes:
         train_draws: Completions for each of them.
         held_out_draws: Completions for each pair of held-out instruction and question, to measure faithfulness on.
         score_draws: Answers for each held-out question and strength.
-        epochs: Passes over the triplets for MSE and for LL.
+        epochs: Passes over the triplets for MSE and for objectives on text.
         batch_size: Triplets a training step.
-        learning_rates: For MSE and for LL.
         curve: Strengths measured for every method.
         calibration_steps: Further strengths tried for each target.
     """
@@ -56,9 +46,8 @@ class Sizes:
     train_draws: int = 2
     held_out_draws: int = 2
     score_draws: int = 8
-    epochs: dict[str, float] = field(default_factory=lambda: {"mse": 15.0, "ll": 7.0})
+    epochs: tuple[float, float] = (15.0, 7.0)
     batch_size: int = 8
-    learning_rates: dict[str, float] = field(default_factory=lambda: {"mse": 5e-3, "ll": 5e-3})
     curve: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
     calibration_steps: int = 8
 
@@ -178,39 +167,18 @@ class Experiment:
 
     def train(self, method: Method, on_step: Callable[[int, int], None] | None = None) -> tuple[PeftModel, Outcome]:
         """Train one method's adapter; `on_step` is called with steps done and steps in all."""
-        torch.manual_seed(self.seed)
-        model = get_peft_model(self.model, method.config(self.layer))
         begin = time.perf_counter()
-        if method.start is not None:
-            initialize_psr_weights(
-                model, self.triplets, method.start, processing_class=self.processing_class, progress=False
-            )
-        dead: list[str] = []
-        if method.objective is not None:
-            with TemporaryDirectory() as folder:
-                arguments = PSRTrainingArguments(
-                    output_dir=folder,
-                    objective=method.objective,
-                    num_train_epochs=self.sizes.epochs[method.objective],
-                    learning_rate=self.sizes.learning_rates[method.objective],
-                    per_device_train_batch_size=self.sizes.batch_size,
-                    train_sampling_strategy="group_by_length",
-                    seed=self.seed,
-                    data_seed=self.seed,
-                    dataloader_pin_memory=torch.cuda.is_available(),
-                    save_strategy="no",
-                    logging_strategy="no",
-                )
-                trainer = PSRTrainer(model, arguments, self.triplets, processing_class=self.processing_class)
-                trainer.remove_callback(PrinterCallback)
-                trainer.remove_callback(ProgressCallback)
-                if on_step is not None:
-                    trainer.add_callback(_StepCallback(on_step))
-                trainer.train()
-                dead = trainer.dead_gates
+        settings = FitSettings(
+            layer=self.layer,
+            seed=self.seed,
+            epochs=self.sizes.epochs,
+            batch_size=self.sizes.batch_size,
+            on_step=on_step,
+        )
+        fitted = method.fit(self.model, self.processing_class, self.triplets, settings)
         seconds = time.perf_counter() - begin
-        outcome = Outcome(method.name, [], self.prompted, train_seconds=seconds, dead_gates=dead)
-        return model.eval(), outcome
+        outcome = Outcome(method.name, [], self.prompted, train_seconds=seconds, dead_gates=fitted.dead_gates)
+        return fitted.model, outcome
 
     def measure(self, model: PeftModel, outcome: Outcome) -> Outcome:
         """Scores along the curve, both calibrations, faithfulness, size."""
@@ -231,14 +199,6 @@ class Experiment:
             model.save_pretrained(folder)
             outcome.adapter_bytes = (Path(folder) / "adapter_model.safetensors").stat().st_size
         return outcome
-
-
-class _StepCallback(TrainerCallback):
-    def __init__(self, on_step: Callable[[int, int], None]) -> None:
-        self.on_step = on_step
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.on_step(state.global_step, state.max_steps)
 
 
 def as_row(outcome: Outcome) -> dict[str, Any]:

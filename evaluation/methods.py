@@ -1,43 +1,43 @@
-"""The methods that the demo compares: which layers, which gate, trained how. Names are the paper's."""
+"""Every method that the benchmarks compare, by its name in their tables."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from .baselines.mean_difference import MEAN_DIFFERENCE
+from .method import Method
+from .psr_methods import psr_method
 
-from peft_psr import PSRConfig
+
+_OURS = "this project"
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        MEAN_DIFFERENCE,
+        psr_method("S-Const MSE", "constant", False, "mse"),
+        psr_method("S-PSR MSE", "relu", False, "mse"),
+        psr_method("S-PSR LL", "relu", False, "ll"),
+        psr_method("A-Const MSE", "constant", True, "mse"),
+        psr_method("A-PSR MSE", "relu", True, "mse"),
+        psr_method("A-PSR LL", "relu", True, "ll"),
+        psr_method("A-PSR MSE ridge", "relu", True, "mse", "ridge", source=_OURS),
+        psr_method("A-PSR KL", "relu", True, "kl", source=_OURS),
+    )
+}
+"""{name: method}."""
+
+DEMO = (
+    "S-Const DiM", "S-Const MSE", "S-PSR MSE", "S-PSR LL", "A-Const MSE", "A-PSR MSE", "A-PSR LL", "A-PSR MSE ridge",
+)  # fmt: skip
+"""Those that `psr demo` compares."""
 
 
-@dataclass(frozen=True)
-class Method:
-    """One way to make an adapter from triplets.
+def chosen(names: tuple[str, ...]) -> list[Method]:
+    """The methods of these names.
 
-    Attributes:
-        name: As in the paper's tables: S- or A- for a single layer or all, the edit, the objective, the start.
-        gate: "relu" or "constant".
-        all_layers: Edit every layer rather than one.
-        objective: "mse", "ll", or `None` for no training.
-        start: What `initialize_psr_weights` does before training, or `None` for the configuration's own start.
+    Raises:
+        ValueError: there is none of a name.
     """
-
-    name: str
-    gate: str
-    all_layers: bool
-    objective: str | None
-    start: str | None = None
-
-    def config(self, layer: int, positions: str = "response") -> PSRConfig:
-        """The adapter's configuration; `layer` is the one that a single-layer method edits."""
-        layers = None if self.all_layers else layer
-        return PSRConfig(gate=self.gate, layers_to_transform=layers, positions=positions)
-
-
-METHODS = (
-    Method("S-Const DiM", "constant", False, None, "mean_difference"),
-    Method("S-Const MSE", "constant", False, "mse"),
-    Method("S-PSR MSE", "relu", False, "mse"),
-    Method("S-PSR LL", "relu", False, "ll"),
-    Method("A-Const MSE", "constant", True, "mse"),
-    Method("A-PSR MSE", "relu", True, "mse"),
-    Method("A-PSR LL", "relu", True, "ll"),
-    Method("A-PSR MSE ridge", "relu", True, "mse", "ridge"),
-)
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ValueError(f"methods: there is no {', '.join(map(repr, unknown))}; there are: {', '.join(METHODS)}.")
+    return [METHODS[name] for name in names]

@@ -60,7 +60,7 @@ def demo(
 
     from peft_psr import tiny_chat_path
     from peft_psr.evaluation.demo import check_output, run_demo
-    from peft_psr.evaluation.methods import METHODS
+    from peft_psr.evaluation.methods import DEMO
     from peft_psr.tiny_chat import TRAITS
 
     logging.disable_progress_bar()
@@ -74,7 +74,7 @@ def demo(
         if model and not (Path(model) / "config.json").is_file():
             raise FileNotFoundError(f"--model {model} is no model folder (it has no config.json).")
         if dry_run:
-            console.print(f"would train {', '.join(method.name for method in METHODS)}")
+            console.print(f"would train {', '.join(DEMO)}")
             console.print(f"for {', '.join(traits)} with seed {seed}, and write to {output}/")
             return
         run_demo(traits, model or tiny_chat_path(), output, seed, quick, console)

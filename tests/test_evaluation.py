@@ -25,7 +25,6 @@ from peft_psr.evaluation import (
     relative_rmse,
     score_model,
 )
-from peft_psr.evaluation.methods import METHODS
 from peft_psr.tiny_chat import GrammarJudge, prompt_messages, questions
 from peft_psr.training import TripletCollator, add_instruction
 
@@ -182,10 +181,8 @@ def test_scores_of_all_strengths_in_one_call_equal_scores_of_each():
 
 
 def test_demo_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "METHODS", tuple(m for m in METHODS if m.name in ("S-Const DiM", "A-PSR MSE ridge")))
-    monkeypatch.setattr(
-        demo, "QUICK", replace(demo.QUICK, train_prompts=6, epochs={"mse": 3.0, "ll": 1.0}, calibration_steps=2)
-    )
+    monkeypatch.setattr(demo, "DEMO", ("S-Const DiM", "A-PSR MSE ridge"))
+    monkeypatch.setattr(demo, "QUICK", replace(demo.QUICK, train_prompts=6, epochs=(3.0, 1.0), calibration_steps=2))
     output = tmp_path / "out"
     console = Console(file=(tmp_path / "log").open("w"), width=100)
     result = demo.run_demo(["pirate"], tiny_chat_path(), output, seed=0, quick=True, console=console)["pirate"]

@@ -1,0 +1,83 @@
+"""What a steering method is to the benchmarks: a way to make an adapter of a base model from triplets.
+
+Every edit of activations that is affine, or affine behind a ReLU, is a PSR adapter of some rank, so most methods end
+as one: it is saved, mixed and turned up and down like any other. What differs is how its weights are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from peft_psr.training import Triplet
+
+
+PLAIN, PROMPT = "none", "prompt"
+"""What tables call the model without steering, and with the instruction in its prompt."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What every method is given besides the triplets.
+
+    Attributes:
+        layer: The layer that single-layer methods edit, from 0.
+        positions: Which tokens are edited; see `PSRConfig`.
+        seed: Of random starts and of the order of the triplets.
+        epochs: Passes over the triplets, for the MSE and for objectives on text.
+        batch_size: Triplets a training step.
+        learning_rate: In place of the method's own, if given.
+        alpha: Strength while training: a number, or "trait_score" for each triplet's trait score / 100.
+        on_step: Called with the training steps done and those in all.
+    """
+
+    layer: int
+    positions: str = "response"
+    seed: int = 0
+    epochs: tuple[float, float] = (15.0, 7.0)
+    batch_size: int = 8
+    learning_rate: float | None = None
+    alpha: float | str = "trait_score"
+    on_step: Callable[[int, int], None] | None = None
+
+
+@dataclass
+class Fitted:
+    """What a method has made.
+
+    Attributes:
+        model: In eval mode, with the adapter "default" active; its strength is what `at_strength` sets.
+        dead_gates: Names of layers whose gates never open.
+        notes: What the method found on its way and a reader of the results may want to know, as JSON.
+    """
+
+    model: PeftModel
+    dead_gates: list[str] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+Fit = Callable[[PreTrainedModel, Any, Sequence[Triplet], FitSettings], Fitted]
+"""From base model, tokenizer, triplets and settings to an adapter. The base model's own weights stay as they are."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the benchmarks' tables.
+
+    Attributes:
+        name: As in the paper's tables: S- or A- for a single layer or all, the edit, the objective, the start.
+        fit: Makes the adapter.
+        objective: What is minimised, or "none" for what is computed in one pass.
+        start: Where training starts from.
+        source: Where the method comes from.
+    """
+
+    name: str
+    fit: Fit
+    objective: str
+    start: str
+    source: str
