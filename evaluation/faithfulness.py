@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader
 from peft_psr.chat import Prompt
 from peft_psr.decoder import decoder_layer_names, layer_index
 from peft_psr.training import TripletCollator
-from peft_psr.training.branches import Batch, psr_model, run_branch
+from peft_psr.training.branches import Batch
 from peft_psr.training.dataset import encode_dataset
 from peft_psr.training.triplets import Triplet
+
+from .strength import adapter_config, edited_positions, run_adapter_branch
 
 
 def triplet_batches(
@@ -31,13 +33,20 @@ def triplet_batches(
     """Batches of triplets at one strength, on the model's device.
 
     Raises:
+        TypeError: the model has no PSR or LoRA adapter.
         ValueError: no triplets, or one can't be used.
     """
-    collator = TripletCollator(processing_class, model.active_peft_config.positions, alpha)
+    collator = TripletCollator(processing_class, edited_positions(model), alpha)
     rows = encode_dataset(collator, triplets, "triplets")
     device = next(model.parameters()).device
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):  # type: ignore[arg-type]
         yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def measured_layers(model: PeftModel) -> list[str]:
+    """Names of the decoder layers, in order; `TypeError` without a PSR or LoRA adapter."""
+    pattern = adapter_config(model).layers_pattern
+    return decoder_layer_names(model.get_base_model(), pattern)
 
 
 def response_log_probs(logits: torch.Tensor, attention_mask: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -64,7 +73,7 @@ def prompt_recovery(
     """Share of the prompt's effect on the next-token distribution that the adapter brings about.
 
     Args:
-        model: A PEFT model with an active PSR adapter, in eval mode.
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
         triplets: Held-out triplets; their scores do not matter.
         processing_class: The tokenizer.
         alpha: Strength.
@@ -81,7 +90,7 @@ def prompt_recovery(
         lengths = (batch["labels"] != -100).sum(dim=1)
         log_probs = {}
         for branch in ("teacher", "base", "student"):
-            logits = run_branch(model, batch, [], branch, logits=True).logits
+            logits = run_adapter_branch(model, batch, [], branch, logits=True).logits
             mask = batch["teacher_attention_mask" if branch == "teacher" else "attention_mask"]
             log_probs[branch] = response_log_probs(logits, mask, lengths)  # type: ignore[arg-type]
         steered += F.kl_div(log_probs["student"], log_probs["teacher"], log_target=True, reduction="sum").item()
@@ -103,7 +112,7 @@ def relative_rmse(
     """How far the steered stream is from the prompted one at each decoder layer, in units of the prompt's own effect.
 
     Args:
-        model: A PEFT model with an active PSR adapter, in eval mode.
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
         triplets: Held-out triplets.
         processing_class: The tokenizer.
         alpha: Strength.
@@ -112,18 +121,18 @@ def relative_rmse(
         batch_size: Triplets a forward pass.
 
     Returns:
-        {layer: RMSE >= 0}, over the tokens that the adapter edits.
+        {layer: RMSE >= 0}, over the tokens that a PSR adapter edits; for a LoRA, over the response.
 
     Raises:
         ValueError: no triplets, or not one reworded prompt for each.
     """
-    names = decoder_layer_names(psr_model(model).model, model.active_peft_config.layers_pattern)
+    names = measured_layers(model)
     error: dict[str, float] = defaultdict(float)
     effect: dict[str, float] = defaultdict(float)
     for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
-        teacher = run_branch(model, batch, names, "teacher").hidden
-        base = run_branch(model, batch, names, "base").hidden
-        steered = None if reworded_prompts is not None else run_branch(model, batch, names, "student").hidden
+        teacher = run_adapter_branch(model, batch, names, "teacher").hidden
+        base = run_adapter_branch(model, batch, names, "base").hidden
+        steered = None if reworded_prompts is not None else run_adapter_branch(model, batch, names, "student").hidden
         for name in names:
             effect[name] += (teacher[name].float() - base[name].float()).square().sum().item()
             if steered is not None:
@@ -132,8 +141,8 @@ def relative_rmse(
         pairs = zip(triplets, reworded_prompts, strict=True)
         reworded: list[Triplet] = [{**triplet, "prompt": prompt} for triplet, prompt in pairs]
         for batch in triplet_batches(model, reworded, processing_class, batch_size, alpha):
-            teacher = run_branch(model, batch, names, "teacher").hidden
-            other = run_branch(model, batch, names, "base").hidden
+            teacher = run_adapter_branch(model, batch, names, "teacher").hidden
+            other = run_adapter_branch(model, batch, names, "base").hidden
             for name in names:
                 error[name] += (teacher[name].float() - other[name].float()).square().sum().item()
     return {layer_index(name): (error[name] / effect[name]) ** 0.5 for name in names if effect[name] > 0}
@@ -146,7 +155,7 @@ def intervention_strength(
     """How strongly the prompt, and the adapter, move each token's residual stream.
 
     Args:
-        model: A PEFT model with an active PSR adapter, in eval mode.
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
         triplet: One triplet.
         processing_class: The tokenizer.
         alpha: Strength.
@@ -155,12 +164,12 @@ def intervention_strength(
         The edited tokens as text, and for the prompt and for the adapter |difference to the plain run| / |plain run|,
         each (layers, tokens) float32.
     """
-    names = decoder_layer_names(psr_model(model).model, model.active_peft_config.layers_pattern)
+    names = measured_layers(model)
     (batch,) = triplet_batches(model, [triplet], processing_class, 1, alpha)
-    base = run_branch(model, batch, names, "base").hidden
+    base = run_adapter_branch(model, batch, names, "base").hidden
     moved = []
     for branch in ("teacher", "student"):
-        hidden = run_branch(model, batch, names, branch).hidden
+        hidden = run_adapter_branch(model, batch, names, branch).hidden
         norms = [(hidden[n].float() - base[n].float()).norm(dim=-1) / base[n].float().norm(dim=-1) for n in names]
         moved.append(torch.stack(norms).cpu())
     ids = batch["input_ids"][batch["steering_mask"].bool()].tolist()

@@ -53,11 +53,15 @@ class Fitted:
         model: In eval mode, with the adapter "default" active; its strength is what `at_strength` sets.
         dead_gates: Names of layers whose gates never open.
         notes: What the method found on its way and a reader of the results may want to know, as JSON.
+        seconds: It took to make, where that was measured.
+        bytes: Of the adapter's file, where it was saved.
     """
 
     model: PeftModel
     dead_gates: list[str] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    bytes: int | None = None
 
 
 Fit = Callable[[PreTrainedModel, Any, Sequence[Triplet], FitSettings], Fitted]

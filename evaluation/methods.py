@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from .baselines.actadd import ACTIVATION_ADDITION
+from .baselines.iti import INFERENCE_TIME_INTERVENTION
+from .baselines.lora import LORA_1, LORA_8
+from .baselines.loreft import LOREFT_LIKELIHOOD, LOREFT_REPS
 from .baselines.mean_difference import MEAN_DIFFERENCE
+from .baselines.reft_r1 import REFT_R1
+from .baselines.reps import STEERING_VECTOR_REPS
+from .baselines.stolfo import PROJECTION
 from .method import Method
 from .psr_methods import psr_method
 
@@ -13,14 +20,26 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         MEAN_DIFFERENCE,
+        ACTIVATION_ADDITION,
+        INFERENCE_TIME_INTERVENTION,
+        PROJECTION,
+        REFT_R1,
         psr_method("S-Const MSE", "constant", False, "mse"),
+        psr_method("S-Const LL", "constant", False, "ll", learning_rate=5e-2),
+        STEERING_VECTOR_REPS,
+        LOREFT_LIKELIHOOD,
+        LOREFT_REPS,
         psr_method("S-PSR MSE", "relu", False, "mse"),
         psr_method("S-PSR LL", "relu", False, "ll"),
+        psr_method("S-PSR KL r=8", "relu", False, "kl", r=8, source=_OURS),
         psr_method("A-Const MSE", "constant", True, "mse"),
         psr_method("A-PSR MSE", "relu", True, "mse"),
         psr_method("A-PSR LL", "relu", True, "ll"),
         psr_method("A-PSR MSE ridge", "relu", True, "mse", "ridge", source=_OURS),
         psr_method("A-PSR KL", "relu", True, "kl", source=_OURS),
+        psr_method("A-PSR KL r=8", "relu", True, "kl", r=8, source=_OURS),
+        LORA_1,
+        LORA_8,
     )
 }
 """{name: method}."""

@@ -28,6 +28,7 @@ def psr_method(
     start: Literal["live", "mean_difference", "ridge"] = "live",
     r: int = 1,
     source: str = PAPER,
+    learning_rate: float = LEARNING_RATE,
 ) -> Method:
     """A method that trains a PSR adapter.
 
@@ -39,6 +40,7 @@ def psr_method(
         start: The configuration's own, or what `initialize_psr_weights` does before training.
         r: Rank.
         source: Where the method comes from.
+        learning_rate: Unless the settings have another.
     """
 
     def fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
@@ -54,7 +56,7 @@ def psr_method(
                 objective=objective,
                 alpha=settings.alpha,
                 num_train_epochs=settings.epochs[objective == "ll"],
-                learning_rate=settings.learning_rate or LEARNING_RATE,
+                learning_rate=settings.learning_rate or learning_rate,
                 per_device_train_batch_size=settings.batch_size,
                 train_sampling_strategy="group_by_length",
                 seed=settings.seed,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft_psr.judging import Judge, Message
-from peft_psr.training.sampling import sample_completions
+from peft_psr.chat import Prompt
+from peft_psr.judging import Judge, JudgeScores, Message
+
+from .strength import sample_steered
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,82 @@ class SteeringScore:
     completions: int
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered at one strength.
+
+    Attributes:
+        alpha: The strength, or `None` without an adapter.
+        questions: For each answer, which of the questions it is to, from 0.
+        texts: The answers.
+        scores: The judge's.
+    """
+
+    alpha: float | None
+    questions: list[int]
+    texts: list[str]
+    scores: list[JudgeScores]
+
+    @property
+    def mean(self) -> SteeringScore:
+        """Means over the answers that have both scores.
+
+        Raises:
+            ValueError: none has.
+        """
+        return mean_score(self.alpha, self.scores)
+
+    def by_question(self) -> list[list[list[float]]]:
+        """For each question the [trait, coherence] of its answers that have both scores, 0-100."""
+        grouped: list[list[list[float]]] = [[] for _ in range(max(self.questions) + 1)]
+        for question, score in zip(self.questions, self.scores, strict=True):
+            if score.trait is not None and score.coherence is not None:
+                grouped[question].append([round(score.trait, 3), round(score.coherence, 3)])
+        return grouped
+
+
+def judged_answers(
+    model,
+    processing_class,
+    prompts: Sequence[Prompt],
+    bare_prompts: Sequence[Prompt],
+    questions: Sequence[int],
+    judge: Judge,
+    sampling: Mapping[str, Any],
+    alphas: Sequence[float] | None = None,
+) -> list[Answers]:
+    """Sample an answer to every prompt at every strength, and have them judged.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        processing_class: Its tokenizer.
+        prompts: What the model is given; repeated for several draws.
+        bare_prompts: What the judge is shown of them.
+        questions: For each prompt, which question it asks, from 0.
+        judge: Scores the answers.
+        sampling: As `sample_completions` takes it.
+        alphas: Strengths of the adapter; `None` for a model without one.
+
+    Returns:
+        For each strength the answers in the order of the prompts; one in all without `alphas`.
+    """
+    strengths: list[float | None] = [None] if alphas is None else list(alphas)
+    completions = sample_steered(
+        model,
+        processing_class,
+        [prompt for _ in strengths for prompt in prompts],
+        None if alphas is None else [alpha for alpha in alphas for _ in prompts],
+        **sampling,
+    )
+    texts = [completion.text for completion in completions]
+    scores = judge([prompt for _ in strengths for prompt in bare_prompts], texts)  # type: ignore[misc]
+    size = len(prompts)
+    return [
+        Answers(alpha, list(questions), texts[k * size : (k + 1) * size], scores[k * size : (k + 1) * size])
+        for k, alpha in enumerate(strengths)
+    ]
+
+
 def score_model(
     model,
     processing_class,
@@ -41,7 +119,7 @@ def score_model(
     seed: int = 0,
     progress: str | None = None,
 ) -> list[SteeringScore]:
-    """Sample answers and have them judged; rows of all strengths are sampled together.
+    """Sample answers and have them judged; rows of all strengths of a PSR adapter are sampled together.
 
     Args:
         model: A causal language model.
@@ -49,7 +127,7 @@ def score_model(
         prompts: What the model is given.
         judge: Scores the answers.
         max_new_tokens: Longest answer, in tokens.
-        alphas: Strengths of the PSR adapter; `None` for a model without one.
+        alphas: Strengths of the PSR or LoRA adapter; `None` for a model without one.
         bare_prompts: What the judge is shown; `None` if that is the same as `prompts`.
         num_draws: Answers for each prompt and strength.
         temperature: Of the sampling.
@@ -66,21 +144,15 @@ def score_model(
     if not prompts:
         raise ValueError("score_model needs at least one prompt.")
     rows = [i for i in range(len(prompts)) for _ in range(num_draws)]
-    strengths: list[float | None] = [None] if alphas is None else list(alphas)
     shown = prompts if bare_prompts is None else bare_prompts
-    completions = sample_completions(
-        model,
-        processing_class,
-        [prompts[i] for _ in strengths for i in rows],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=batch_size,
-        seed=seed,
-        alpha=None if alphas is None else [alpha for alpha in alphas for _ in rows],
-        progress=progress,
+    sampling = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size, "seed": seed,
+        "progress": progress,
+    }  # fmt: skip
+    answers = judged_answers(
+        model, processing_class, [prompts[i] for i in rows], [shown[i] for i in rows], rows, judge, sampling, alphas
     )
-    scores = judge([shown[i] for _ in strengths for i in rows], [completion.text for completion in completions])
-    return [mean_score(alpha, scores[k * len(rows) : (k + 1) * len(rows)]) for k, alpha in enumerate(strengths)]
+    return [one.mean for one in answers]
 
 
 def mean_score(alpha: float | None, scores: Sequence[Any]) -> SteeringScore:

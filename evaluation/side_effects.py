@@ -26,12 +26,12 @@ from transformers import PreTrainedModel
 
 from peft_psr.chat import Prompt
 from peft_psr.training import Triplet, add_instruction, sample_completions
-from peft_psr.training.branches import run_branch
 from peft_psr.training.placement import Placement
 
 from .calibration import calibrate_alpha
 from .faithfulness import prompt_recovery, response_log_probs, triplet_batches
 from .scoring import SteeringScore
+from .strength import run_adapter_branch
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def _response_log_probs(
         response = batch["labels"] != -100
         log_probs = {}
         for branch in ("base", "student", "teacher"):
-            logits = run_branch(model, batch, [], branch, logits=True).logits
+            logits = run_adapter_branch(model, batch, [], branch, logits=True).logits
             mask = batch["teacher_attention_mask" if branch == "teacher" else "attention_mask"]
             log_probs[branch] = response_log_probs(logits, mask, response.sum(dim=1))  # type: ignore[arg-type]
         yield log_probs, batch["labels"][response]
@@ -218,7 +218,7 @@ def neutral_kl(
     """KL(base || steered) on answers that should not change, and KL(base || prompted) as the yardstick.
 
     Args:
-        model: A PEFT model with an active PSR adapter, in eval mode.
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
         triplets: The base model's answers, from `neutral_triplets` with instructions; or texts that are no answers,
             from `text_triplets`.
         processing_class: The tokenizer.
@@ -244,7 +244,7 @@ def text_perplexity(
     """Perplexity of the completions of `triplets`, whoever wrote them.
 
     Args:
-        model: A PEFT model with an active PSR adapter, in eval mode.
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
         triplets: Texts from `text_triplets`, or given answers: base and steered model read `prompt`, the prompted one
             reads `steered_prompt`.
         processing_class: The tokenizer.
@@ -323,7 +323,7 @@ def measure_side_effects(
     """Everything of this module at one strength.
 
     Args:
-        model: A PEFT model with an active PSR adapter, in eval mode.
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
         processing_class: The tokenizer.
         alpha: Strength; `least_alpha` finds the one that reaches the prompt's trait score.
         score: Measures the model at a strength on prompts where the trait is asked for.

@@ -17,7 +17,7 @@ try:
     import typer
     from rich.console import Console
 
-    from peft_psr import cli_train, cli_triplets
+    from peft_psr import cli_evaluate, cli_show, cli_train, cli_triplets
     from peft_psr.cli_common import errors, load_config
 except ImportError as error:  # pragma: no cover - depends on what is installed
     sys.exit(
@@ -213,8 +213,12 @@ def _numbers(text: str) -> list[float]:
         raise ValueError(f'--weights must be numbers such as "1.0,-0.5", got {text!r}.') from None
 
 
-for command in (cli_triplets.triplets, cli_triplets.recipes, cli_triplets.draft, cli_train.train):
+for command in (
+    cli_triplets.triplets, cli_triplets.recipes, cli_triplets.draft, cli_train.train, cli_evaluate.methods,
+    cli_show.show,
+):  # fmt: skip
     app.command()(command)
+app.add_typer(cli_evaluate.evaluate, name="evaluate")
 
 
 def main() -> None:

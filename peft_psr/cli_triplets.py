@@ -73,11 +73,13 @@ def triplets(
 def recipes(
     name: str = typer.Argument("", help="Print this one, to make your own of it: psr recipes embedded > my.yaml"),
 ) -> None:
-    """List the recipes for `psr triplets` and `psr train` that ship, or print one."""
+    """List the recipes for `psr triplets`, `psr train` and `psr evaluate` that ship, or print one."""
+    from peft_psr.evaluation.benchmarks import shipped_by_benchmark
     from peft_psr.training.recipe import shipped_recipes
     from peft_psr.training.train_recipe import shipped_train_recipes
 
     kinds = {"psr triplets": shipped_recipes(), "psr train": shipped_train_recipes()}
+    kinds |= {f"psr evaluate {benchmark}": found for benchmark, found in shipped_by_benchmark().items()}
     shipped = {title: path for recipes in kinds.values() for title, path in recipes.items()}
     console = Console(soft_wrap=True, highlight=False, markup=False)
     with errors(console):

@@ -13,7 +13,13 @@ import pytest
 from tiny_models import tiny_tokenizer
 
 from peft_psr.training import TripletCollator
-from peft_psr.training.axbench import axbench_pairs, axbench_triplets, read_axbench
+from peft_psr.training.axbench import (
+    Question,
+    axbench_pairs,
+    axbench_triplets,
+    read_axbench,
+    read_negative_questions,
+)
 
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -93,6 +99,23 @@ def test_triplets_can_be_trained_on(tmp_path):
         TripletCollator(tokenizer)(triplets)
 
 
+def test_questions_of_the_shared_negatives(tmp_path):
+    rows = [
+        *ROWS,
+        example(-1, 8, "negative", concept_genre="code"),  # again
+        example(-1, 9, "negative", input=" Question 9? ", concept_genre="code"),
+        example(-1, 7, "positive"),
+    ]
+    found = read_negative_questions(write(tmp_path, rows))
+    assert found == [Question("Question 8?", "text"), Question("Question 9?", "code")]
+    short = [{name: row[name] for name in ("input", "output", "category", "concept_id")} for row in rows]
+    assert read_negative_questions(write(tmp_path, short)) == [Question("Question 8?"), Question("Question 9?")]
+    with pytest.raises(ValueError, match="train.parquet, row 5: input must not be empty"):
+        read_negative_questions(write(tmp_path, [*ROWS, example(-1, 1, "negative", input=" ")]))
+    with pytest.raises(FileNotFoundError, match="No folder"):
+        read_negative_questions(tmp_path / "nowhere")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -142,3 +165,7 @@ def test_real_files():
         pairs, triplets = axbench_pairs(concept), axbench_triplets(concept)
         assert len({pair.id for pair in pairs}) == len(pairs) == len(triplets) == len(concept.outputs)
         assert all(concept.description in pair.steered_prompt[0]["content"] for pair in pairs)
+    questions = read_negative_questions(REAL_DATA)
+    assert {question.genre for question in questions} == {"text", "code", "math"}
+    # some of them are questions that adapters are trained on
+    assert {question.text for question in questions} & {text for concept in concepts for text in concept.inputs}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from peft_psr.judging import JudgeScores
-from peft_psr.training.ifeval import IFEvalJudge, read_ifeval
+from peft_psr.training.ifeval import Followed, IFEvalJudge, read_ifeval
 
 
 needs_checkers = pytest.mark.skipif(
@@ -131,10 +131,29 @@ def test_chosen_instructions_keep_their_ids(tmp_path):
         read(tmp_path, row(), other, other, instruction_ids=["startend:quotation"])
         == read(tmp_path, row(), other, other)[1:]
     )
+    both = row() | {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}, {}]}
+    joined = "punctuation:no_comma + startend:quotation"
+    assert [pair.trait for pair in read(tmp_path, row(), both, other, instruction_ids=[joined])] == [joined]
     with pytest.raises(ValueError, match="holds no prompts with startend:quote. .*punctuation:no_comma"):
         read(tmp_path, row(), instruction_ids=["startend:quote"])
     with pytest.raises(ValueError, match="holds no prompts. Its instructions: none"):
         read(tmp_path)
+
+
+def test_a_folder_is_read_file_by_file(tmp_path):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    files = {"b": [row(), row("startend:quotation")], "a": [row(), row(key=8)]}
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "LICENSE.txt").write_text("MIT")
+    ids = [pair.id for pair in read_ifeval(folder)]
+    assert ids == [
+        "punctuation:no_comma/7/0", "punctuation:no_comma/8/0", "punctuation:no_comma/7/1", "startend:quotation/7/0"
+    ]  # fmt: skip
+    for empty in (tmp_path / "lost", tmp_path):
+        with pytest.raises(FileNotFoundError, match="prompts are not at .* give their JSONL file or a folder"):
+            read_ifeval(empty)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +210,39 @@ def test_followed_is_100_and_broken_is_0(tmp_path, punkt, instruction, kwargs):
     texts = [obeying(instruction, kwargs), breaking(instruction, kwargs), " \n"]
     scores = IFEvalJudge([pair]).judge_pairs([pair] * 3, texts)
     assert scores == [JudgeScores(100.0, None), JudgeScores(0.0, None), JudgeScores(0.0, None)]
+
+
+def forms(text):
+    """The published looser forms of a completion: without first line, last line, asterisks, in every combination."""
+    lines = text.split("\n")
+    shorter = [text, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    return [*shorter, *(form.replace("*", "") for form in shorter)]
+
+
+@needs_checkers
+@pytest.mark.parametrize(("instruction", "kwargs"), CASES)
+def test_loose_is_strict_on_any_of_eight_forms(tmp_path, punkt, instruction, kwargs):
+    pair = read(tmp_path, row(instruction, kwargs))[0]
+    judge = IFEvalJudge([pair])
+    good, bad = obeying(instruction, kwargs), breaking(instruction, kwargs)
+    around = ["{}", "Sure, Here:\n{}", "{}\nThat, Was it*", "Sure, Here:\n{}\nThat, Was it", "**{}**", "*\n{}\n*"]
+    texts = [form.format(text) for form in around for text in (good, bad)] + ["", "\n", "*"]
+    for text, found in zip(texts, judge.followed([pair] * len(texts), texts), strict=True):
+        strict = [score.trait == 100 for score in judge.judge_pairs([pair] * 8, forms(text))]
+        assert found == Followed(strict[0], any(strict)), text
+
+
+@needs_checkers
+def test_loosely_each_instruction_may_be_followed_by_another_form(tmp_path):
+    both = row() | {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}, {}]}
+    pair = read(tmp_path, both)[0]
+    judge = IFEvalJudge([pair], coherence=None)
+    # without its first line there is no comma, without its last it is quoted
+    assert judge.followed([pair], ['"Well, yes"\nfine']) == [Followed(False, True)]
+    assert judge.followed([pair], ['"fine"']) == [Followed(True, True)]
+    assert judge.followed([pair], ["fine, warm"]) == [Followed(False, False)]
+    with pytest.raises(ValueError, match="not made with the pair"):
+        judge.followed(read(tmp_path, row()), ["a"])
 
 
 @needs_checkers
@@ -250,6 +302,7 @@ def test_a_bare_prompt_of_several_pairs_is_not_guessed(tmp_path):
     [
         ("language:respons", {}, "No checker for language:respons. There are: .*language:response_language"),
         ("detectable_format:number_bullet_lists", {}, "no_key must be num_bullets, got {}"),
+        ("detectable_format:number_bullet_lists", {"num_bullets": 0}, "must be num_bullets, got {'num_bullets': 0}"),
         ("punctuation:no_comma", {"num_bullets": 3}, "no_key must be empty, got {'num_bullets': 3}"),
         ("language:response_language", {"language": "tlh"}, "no_key can't take .*tlh"),
     ],
@@ -276,7 +329,7 @@ def test_nothing_is_downloaded(tmp_path):
     read(tmp_path, row())
     script = """
 import sys, nltk
-from peft_psr.training.ifeval import IFEvalJudge, read_ifeval
+from peft_psr.training.ifeval import Followed, IFEvalJudge, read_ifeval
 nltk.data.path[:] = []
 nltk.download = lambda name: sys.exit(f"downloads {name}")
 IFEvalJudge(read_ifeval(sys.argv[1]))

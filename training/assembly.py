@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -126,13 +126,27 @@ def _chosen(recipe: Recipe, known: Sequence[str]) -> list[str]:
 
 
 @cache
-def _load_tokenizer(model: str, revision: str | None) -> Any:
+def load_tokenizer(model: str, revision: str | None) -> Any:
+    """A model's tokenizer; 'embedded' is the one in the package.
+
+    Raises:
+        OSError: it can't be had.
+    """
     return AutoTokenizer.from_pretrained(tiny_chat_path() if model == EMBEDDED else model, revision=revision)
 
 
-def _load_model(model: str, revision: str | None, dtype: str, device_map: str) -> Any:
+def load_model(model: str, revision: str | None, dtype: str, device_map: str) -> Any:
+    """A causal language model in eval mode; 'embedded' is the one in the package.
+
+    Raises:
+        OSError: it can't be had.
+    """
     path = tiny_chat_path() if model == EMBEDDED else model
     return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, device_map=device_map).eval()
+
+
+_load_judge = lru_cache(maxsize=1)(load_model)
+"""One judge is in memory at a time, whatever asks for it."""
 
 
 def _server(url: str | None, model: str, key_variable: str, more: Mapping[str, Any], recipe: Recipe) -> ChatServer:
@@ -162,10 +176,10 @@ def make_sampler(recipe: Recipe) -> Sampler:
     if recipe.sampler == "server":
         server = _server(recipe.server_url, recipe.model, recipe.server_key_variable, recipe.server_fields, recipe)
         return ServerSampler(server, recipe.max_new_tokens, recipe.temperature)
-    tokenizer = _load_tokenizer(recipe.model, recipe.revision)
+    tokenizer = load_tokenizer(recipe.model, recipe.revision)
     _check_template(recipe, tokenizer)
     return LocalSampler(
-        _load_model(recipe.model, recipe.revision, recipe.dtype, recipe.device_map),
+        load_model(recipe.model, recipe.revision, recipe.dtype, recipe.device_map),
         tokenizer,
         recipe.max_new_tokens,
         recipe.temperature,
@@ -189,7 +203,7 @@ def judge_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Ca
     if recipe.judge == "grammar":
         return GrammarJudge
     if recipe.model_judge == "local":  # whether it can judge shows before anything is drawn
-        number_tokens(_load_tokenizer(recipe.judge_model or "", recipe.judge_revision))
+        number_tokens(load_tokenizer(recipe.judge_model or "", recipe.judge_revision))
     if recipe.judge != "ifeval":
         return _language_model_maker(recipe, pairs, folder)
     make_coherence = _language_model_maker(recipe, pairs, folder) if recipe.coherence_judge else None
@@ -210,11 +224,6 @@ def _language_model_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: P
         url = recipe.judge_url or recipe.server_url
         server = _server(url, judge_model, recipe.judge_key_variable, recipe.judge_fields, recipe)
 
-    @cache
-    def load() -> tuple[Any, Any]:
-        model = _load_model(judge_model, recipe.judge_revision, recipe.dtype, recipe.device_map)
-        return model, _load_tokenizer(judge_model, recipe.judge_revision)
-
     def make(trait: str) -> Judge:
         answers = AnswerCache(recipe.judge_cache or folder / "judge_answers.sqlite")
         settings: dict[str, Any] = {
@@ -226,7 +235,9 @@ def _language_model_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: P
         }
         if recipe.model_judge == "server":
             return ServerJudge(server, **settings)
-        return LocalJudge(*load(), **settings, batch_size=recipe.judge_batch_size)
+        loaded = _load_judge(judge_model, recipe.judge_revision, recipe.dtype, recipe.device_map)
+        tokenizer = load_tokenizer(judge_model, recipe.judge_revision)
+        return LocalJudge(loaded, tokenizer, **settings, batch_size=recipe.judge_batch_size)
 
     return make
 
@@ -288,7 +299,7 @@ def estimate(recipe: Recipe, pairs: Sequence[PromptPair]) -> Estimate:
     completions = len(pairs) * recipe.draws
     most = completions * recipe.max_new_tokens
     if recipe.sampler == "local":
-        tokenizer = _load_tokenizer(recipe.model, recipe.revision)
+        tokenizer = load_tokenizer(recipe.model, recipe.revision)
         _check_template(recipe, tokenizer)
         prompt_tokens = sum(len(encode_prompt(tokenizer, pair.steered_prompt)) for pair in pairs)
     else:
@@ -334,8 +345,8 @@ def make_chat(
     if server_url:
         sampler = ServerSampler(ChatServer(server_url, model, key_variable), max_new_tokens, temperature)
     else:
-        loaded = _load_model(model, None, dtype="auto", device_map="auto")
-        sampler = LocalSampler(loaded, _load_tokenizer(model, None), max_new_tokens, temperature)
+        loaded = load_model(model, None, dtype="auto", device_map="auto")
+        sampler = LocalSampler(loaded, load_tokenizer(model, None), max_new_tokens, temperature)
 
     def chat(messages: Sequence[Message]) -> str:
         ((_, outcome),) = sampler([Draw("chat", messages, seed)])

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .draws import PromptPair
 from .placement import Placement, add_instruction
@@ -44,6 +45,19 @@ class Concept:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Question:
+    """A question that AxBench has for no concept in particular.
+
+    Attributes:
+        text: What is asked.
+        genre: "text", "code" or "math", or `None` where the file does not say.
+    """
+
+    text: str
+    genre: str | None = None
+
+
 def read_axbench(folder: str | Path, concept_ids: Sequence[int] | None = None) -> list[Concept]:
     """Reads concepts with their positive examples, in the order of `concept_ids`.
 
@@ -58,11 +72,7 @@ def read_axbench(folder: str | Path, concept_ids: Sequence[int] | None = None) -
         ValueError: several files fit, one is malformed (the message names it), or a concept is unknown or has no
             example.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"No folder {str(folder)!r}. Download an AxBench data set and name its folder.")
-    trained = [path for path in folder.rglob("*.parquet") if "train" in path.name or "train" in path.parent.name]
-    train = _only(trained, folder, "*train*.parquet")
+    train = _train_file(folder)
     metadata = _only(list(train.parent.glob("*metadata.jsonl")), train.parent, "*metadata.jsonl")
     described = _read_metadata(metadata)
     ids = list(described) if concept_ids is None else list(concept_ids)
@@ -77,6 +87,32 @@ def read_axbench(folder: str | Path, concept_ids: Sequence[int] | None = None) -
         Concept(i, *described[i], inputs=tuple(e[0] for e in examples[i]), outputs=tuple(e[1] for e in examples[i]))
         for i in ids
     ]
+
+
+def read_negative_questions(folder: str | Path) -> list[Question]:
+    """Reads the questions of the shared negatives (`concept_id` -1), each once, in the file's order.
+
+    Their answers show no concept and no adapter is trained on them. Some of the questions, though, come again among
+    the positive examples of a concept: leave `Concept.inputs` out of what is to be held out from training on it.
+
+    Args:
+        folder: As in `read_axbench`.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        FileNotFoundError: no such folder, or a file is missing.
+        ValueError: several files fit, or one is malformed (the message names it).
+    """
+    train = _train_file(folder)
+    questions: dict[str, Question] = {}
+    for number, row in enumerate(_read_rows(train)):
+        if row["concept_id"] != -1 or row["category"] != "negative":
+            continue
+        text = (row["input"] or "").strip()
+        if not text:
+            raise ValueError(f"{train}, row {number}: input must not be empty.")
+        questions.setdefault(text, Question(text, row.get("concept_genre") or None))
+    return list(questions.values())
 
 
 def axbench_pairs(
@@ -135,6 +171,14 @@ def axbench_triplets(
     ]
 
 
+def _train_file(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No folder {str(folder)!r}. Download an AxBench data set and name its folder.")
+    trained = [path for path in folder.rglob("*.parquet") if "train" in path.name or "train" in path.parent.name]
+    return _only(trained, folder, "*train*.parquet")
+
+
 def _only(paths: list[Path], folder: Path, pattern: str) -> Path:
     if not paths:
         raise FileNotFoundError(f"{folder} holds no {pattern}.")
@@ -167,6 +211,19 @@ def _read_metadata(path: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
 
 def _read_positives(path: Path) -> dict[int, list[tuple[str, str]]]:
     """{concept id: [(input, output)]} of the rows whose category is "positive"."""
+    examples: dict[int, list[tuple[str, str]]] = {}
+    for number, row in enumerate(_read_rows(path)):
+        if row["category"] != "positive":
+            continue
+        texts = (row["input"] or "").strip(), (row["output"] or "").strip()
+        if not all(texts):
+            raise ValueError(f"{path}, row {number}: input and output must not be empty, got {texts!r}.")
+        examples.setdefault(row["concept_id"], []).append(texts)
+    return examples
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows with `_COLUMNS`, and `concept_genre` where the file has it."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -179,12 +236,5 @@ def _read_positives(path: Path) -> dict[int, list[tuple[str, str]]]:
     missing = [name for name in _COLUMNS if name not in table.column_names]
     if missing:
         raise ValueError(f"{path} lacks the column {', '.join(missing)}; it has {', '.join(table.column_names)}.")
-    examples: dict[int, list[tuple[str, str]]] = {}
-    for number, row in enumerate(table.select(_COLUMNS).to_pylist()):
-        if row["category"] != "positive":
-            continue
-        texts = (row["input"] or "").strip(), (row["output"] or "").strip()
-        if not all(texts):
-            raise ValueError(f"{path}, row {number}: input and output must not be empty, got {texts!r}.")
-        examples.setdefault(row["concept_id"], []).append(texts)
-    return examples
+    genre = [name for name in ("concept_genre",) if name in table.column_names]
+    return table.select([*_COLUMNS, *genre]).to_pylist()

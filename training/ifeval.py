@@ -1,7 +1,8 @@
 """IFEval prompts with and without their instruction, judged by the published checkers.
 
 The checkers are those of EleutherAI's lm-eval (extra `ifeval`), which keeps Google's code (Zhou et al., arXiv
-2311.07911); "strict" as there: every instruction of a prompt must be followed, and an empty completion follows none.
+2311.07911). "Strict" and "loose" as there: every instruction of a prompt must be followed, and an empty completion
+follows none; loosely, each may be followed by what is left without first line, last line or asterisks.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 from peft_psr.judging import Judge, JudgeScores, Message
@@ -24,6 +25,19 @@ from .draws import PromptPair
 _NEED_PUNKT = ("change_case:capital_word_frequency", "length_constraints:number_sentences")
 _PUNKT = "tokenizers/punkt_tab/english/"
 _NOT_INSTALLED = 'IFEval\'s checkers are not installed. Install them with `pip install "peft-psr[ifeval]"`.'
+
+
+class Followed(NamedTuple):
+    """Whether a completion follows all instructions of its prompt, by the published checkers.
+
+    Attributes:
+        strict: As it stands.
+        loose: In one of the eight published forms: with or without first line, last line and asterisks. An instruction
+            may be followed by another form than the next; what is strict is loose too.
+    """
+
+    strict: bool
+    loose: bool
 
 
 class PairJudge(Protocol):
@@ -38,8 +52,9 @@ def read_ifeval(path: str | Path, instruction_ids: Collection[str] | None = None
     """Reads IFEval prompts that come with a copy without the instruction.
 
     Args:
-        path: JSONL with `prompt`, `prompt_without_instruction`, `instruction_id_list` and `kwargs` on each line.
-        instruction_ids: Keep the prompts with these instructions only; all by default.
+        path: JSONL with `prompt`, `prompt_without_instruction`, `instruction_id_list` and `kwargs` on each line; or a
+            folder of such files, read by name.
+        instruction_ids: Keep the prompts with these instructions, or with these traits, only; all by default.
 
     Returns:
         Pairs whose steered prompt is `prompt` and whose prompt is `prompt_without_instruction`, both one user turn.
@@ -47,23 +62,26 @@ def read_ifeval(path: str | Path, instruction_ids: Collection[str] | None = None
         `metadata` holds `instruction_id_list`, `kwargs` and `key`.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file or folder, or no `.jsonl` in it.
         ValueError: a line is malformed (the message names line and field), or none has the instructions asked for.
     """
+    files = sorted(Path(path).glob("*.jsonl")) if Path(path).is_dir() else [Path(path)]
+    if not files or not files[0].exists():
+        raise FileNotFoundError(
+            f"IFEval's prompts are not at {str(path)!r}: give their JSONL file or a folder of them."
+        )
     pairs = []
     occurrences: Counter[tuple[str, str]] = Counter()
     found = set()
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            row = _checked_row(line, f"{path}, line {number}")
+    for file in files:
+        for number, row in _rows(file):
             trait, key = " + ".join(row["instruction_id_list"]), str(row.get("key", number))
             found.add(trait)
             occurrence = occurrences[trait, key]
             occurrences[trait, key] += 1
-            if instruction_ids is not None and not set(row["instruction_id_list"]) <= set(instruction_ids):
-                continue
+            if instruction_ids is not None and trait not in instruction_ids:
+                if not set(row["instruction_id_list"]) <= set(instruction_ids):
+                    continue
             pairs.append(
                 PromptPair(
                     id=f"{trait}/{key}/{occurrence}",
@@ -126,9 +144,7 @@ class IFEvalJudge:
         Raises:
             ValueError: a pair the judge was not made with.
         """
-        unknown = [pair.id for pair in pairs if pair.id not in self._checkers]
-        if unknown:
-            raise ValueError(f"The judge was not made with the pair {unknown[0]!r}; give it all pairs at the start.")
+        self._check_known(pairs)
         trait_scores = [
             100.0 * self._follows(pair, completion) for pair, completion in zip(pairs, completions, strict=True)
         ]
@@ -138,6 +154,18 @@ class IFEvalJudge:
         return [
             JudgeScores(None if other.failure else score, other.coherence, other.failure)
             for score, other in zip(trait_scores, coherence, strict=True)
+        ]
+
+    def followed(self, pairs: Sequence[PromptPair], completions: Sequence[str]) -> list[Followed]:
+        """Strict and loose verdicts on `completions[i]` by the instructions of `pairs[i]`; asks no other judge.
+
+        Raises:
+            ValueError: a pair the judge was not made with.
+        """
+        self._check_known(pairs)
+        return [
+            Followed(self._follows(pair, completion), _follows_loosely(pair, completion))
+            for pair, completion in zip(pairs, completions, strict=True)
         ]
 
     def describe(self) -> dict[str, Any]:
@@ -155,10 +183,23 @@ class IFEvalJudge:
         """Calls and tokens of the judge of coherence, where it counts them."""
         return getattr(self.coherence, "usage", {})
 
+    def _check_known(self, pairs: Sequence[PromptPair]) -> None:
+        unknown = [pair.id for pair in pairs if pair.id not in self._checkers]
+        if unknown:
+            raise ValueError(f"The judge was not made with the pair {unknown[0]!r}; give it all pairs at the start.")
+
     def _follows(self, pair: PromptPair, completion: str) -> bool:
         return bool(completion.strip()) and all(
             checker.check_following(completion) for checker in self._checkers[pair.id]
         )
+
+
+def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a file with their line numbers."""
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield number, _checked_row(line, f"{file}, line {number}")
 
 
 def _checked_row(line: str, where: str) -> dict[str, Any]:
@@ -218,12 +259,13 @@ def _build_checkers(pair: PromptPair, classes: Mapping[str, Any]) -> list[Any]:
     checkers = []
     for name, given in zip(_instruction_ids(pair), pair.metadata["kwargs"], strict=True):
         checker = classes[name](name)
-        arguments = {key: value for key, value in given.items() if value is not None}
+        # as lm-eval does: what is 0 or empty counts as not given
+        arguments = {key: value for key, value in given.items() if value}
         wanted = set(checker.get_instruction_args_keys())
         # a checker makes up at random what it is not given
         if set(arguments) != wanted:
             raise ValueError(
-                f"{pair.id}: kwargs of {name} must be {', '.join(sorted(wanted)) or 'empty'}, got {arguments!r}."
+                f"{pair.id}: kwargs of {name} must be {', '.join(sorted(wanted)) or 'empty'}, got {given!r}."
             )
         try:
             checker.build_description(**arguments)
@@ -231,6 +273,14 @@ def _build_checkers(pair: PromptPair, classes: Mapping[str, Any]) -> list[Any]:
             raise ValueError(f"{pair.id}: {name} can't take {arguments!r}: {error}") from error
         checkers.append(checker)
     return checkers
+
+
+def _follows_loosely(pair: PromptPair, completion: str) -> bool:
+    from lm_eval.tasks.ifeval.utils import InputExample, test_instruction_following_loose
+
+    ids, kwargs = _instruction_ids(pair), pair.metadata["kwargs"]
+    example = InputExample(key=0, instruction_id_list=ids, prompt="", kwargs=kwargs)  # no checker reads the prompt
+    return test_instruction_following_loose(example, completion).follow_all_instructions
 
 
 def _key(prompt: Any) -> str:

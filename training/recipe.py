@@ -23,8 +23,8 @@ VariableName = Annotated[str, Field(pattern="^[A-Z_][A-Z0-9_]*$")]
 Score = Annotated[float, Field(ge=0, le=100)]
 
 
-class Recipe(RecipeFields):
-    """What a run draws, on which model, who judges it and what is kept. Each field is an option of `psr triplets` too.
+class DrawFields(RecipeFields):
+    """Where prompts come from, what is drawn here, who judges it and what is kept.
 
     Fields that may change between the starts of one run (they decide how fast, how stubbornly, and what is kept, but
     not what is drawn and judged) say so in their `json_schema_extra`.
@@ -41,44 +41,23 @@ class Recipe(RecipeFields):
     )
     data_revision: str | None = Field(None, description="Branch, tag or commit of a data set on the Hub.")
     traits: Names = Field((), description="Traits or concepts by name, with commas between them; all by default.")
-    split: Literal["train", "test"] = Field("train", description="Which of the source's questions.")
     instructions: Count | None = Field(None, description="At most so many instructions a trait; all by default.")
     questions: Count | None = Field(None, description="At most so many questions a trait; all by default.")
     draws: Count = Field(10, description="Completions for each instruction and question.")
     placement: Literal["system", "before", "after"] = Field(
         "system", description="Where the instruction stands: in the system turn, before the user's text, or after it."
     )
-    negatives: bool = Field(
-        False, description="Draw on the instructions that ask for the opposite too, into negatives.jsonl."
-    )
     seed: int = Field(0, ge=0, description="Every draw's own seed follows from it.")
 
-    model: str = Field(
-        min_length=1,
-        description="Hub name or folder, or its name on the server; 'embedded' is the one in the package.",
-    )
     revision: str | None = Field(None, description="Branch, tag or commit of the model on the Hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Of a local model.")
     device_map: str = Field(
         "auto", description="Where accelerate puts a local model: auto, cpu, cuda:1, ...", json_schema_extra=FREE
     )
-    sampler: Literal["local", "server"] = Field(
-        "local", description="Draw with transformers here, or ask an OpenAI-compatible server."
-    )
     max_new_tokens: Count = Field(256, description="Longest completion, in tokens.")
     temperature: float = Field(1.0, ge=0, description="Of the sampling; 0 takes the likeliest token.")
     batch_size: Count = Field(
         64, description="Most completions drawn together here; halved when memory runs out.", json_schema_extra=FREE
-    )
-    server_url: Url | None = Field(
-        None, description="Such as http://localhost:8000/v1, for sampler: server.", json_schema_extra=FREE
-    )
-    server_key_variable: VariableName = Field(
-        "OPENAI_API_KEY", description="Environment variable with the server's key, if it wants one.",
-        json_schema_extra=FREE,
-    )  # fmt: skip
-    server_fields: dict[str, Any] = Field(
-        {}, description='More fields of each request: {"chat_template_kwargs": {"enable_thinking": false}}, say.'
     )
     concurrency: Count = Field(32, description="Requests in flight at a server.", json_schema_extra=FREE)
     timeout: float = Field(120.0, gt=0, description="Seconds until a request is tried again.", json_schema_extra=FREE)
@@ -128,17 +107,14 @@ class Recipe(RecipeFields):
     )  # fmt: skip
 
     @model_validator(mode="after")
-    def _check_together(self) -> Recipe:
+    def _check_judge(self) -> DrawFields:
         needs = {
-            "server_url": self.sampler == "server" and "sampler: server",
             "judge_model": self.model_judge is not None and f"a judge that is {self.model_judge}",
             "data": self.source in ("ifeval", "axbench") and f"source: {self.source}",
         }
         for name, reason in needs.items():
             if reason and not getattr(self, name):
                 raise ValueError(f"{reason} needs {name}: {type(self).model_fields[name].description}")
-        if self.model_judge == "server" and not (self.judge_url or self.server_url):
-            raise ValueError("A judge that is server needs judge_url (or a server_url, which the judge then shares).")
         for judge, source in {"grammar": "embedded", "ifeval": "ifeval"}.items():
             if self.judge == judge and self.source != source:
                 raise ValueError(
@@ -152,14 +128,10 @@ class Recipe(RecipeFields):
                 "judge: ifeval scores no coherence. Name a coherence_judge, or set min_coherence_score: 0 to keep "
                 "completions without that score."
             )
-        own = {"ifeval": ("instructions", "placement", "split"), "axbench": ("instructions", "split")}
+        own = {"ifeval": ("instructions", "placement"), "axbench": ("instructions",)}
         for name in own.get(self.source, ()):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"source: {self.source} has no choice of {name}; leave it out.")
-        if self.negatives and self.source != "personas":
-            raise ValueError(f"source: {self.source} has no instructions for the opposite; leave negatives out.")
-        if self.sampler == "server" and self.model == EMBEDDED:
-            raise ValueError("model: embedded is drawn from here (sampler: local); name the model as the server does.")
         return self
 
     @property
@@ -171,6 +143,49 @@ class Recipe(RecipeFields):
     def filter(self) -> FilterSettings:
         """The thresholds."""
         return FilterSettings(self.min_trait_score, self.min_coherence_score, self.max_similarity)
+
+
+class Recipe(DrawFields):
+    """What a run draws, on which model, who judges it and what is kept. Each field is an option of `psr triplets` too.
+
+    Fields that may change between the starts of one run say so in their `json_schema_extra`.
+    """
+
+    model: str = Field(
+        min_length=1,
+        description="Hub name or folder, or its name on the server; 'embedded' is the one in the package.",
+    )
+    split: Literal["train", "test"] = Field("train", description="Which of the source's questions.")
+    negatives: bool = Field(
+        False, description="Draw on the instructions that ask for the opposite too, into negatives.jsonl."
+    )
+    sampler: Literal["local", "server"] = Field(
+        "local", description="Draw with transformers here, or ask an OpenAI-compatible server."
+    )
+    server_url: Url | None = Field(
+        None, description="Such as http://localhost:8000/v1, for sampler: server.", json_schema_extra=FREE
+    )
+    server_key_variable: VariableName = Field(
+        "OPENAI_API_KEY", description="Environment variable with the server's key, if it wants one.",
+        json_schema_extra=FREE,
+    )  # fmt: skip
+    server_fields: dict[str, Any] = Field(
+        {}, description='More fields of each request: {"chat_template_kwargs": {"enable_thinking": false}}, say.'
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Recipe:
+        if self.sampler == "server" and not self.server_url:
+            raise ValueError(f"sampler: server needs server_url: {type(self).model_fields['server_url'].description}")
+        if self.model_judge == "server" and not (self.judge_url or self.server_url):
+            raise ValueError("A judge that is server needs judge_url (or a server_url, which the judge then shares).")
+        if self.source in ("ifeval", "axbench") and self.split != "train":
+            raise ValueError(f"source: {self.source} has no choice of split; leave it out.")
+        if self.negatives and self.source != "personas":
+            raise ValueError(f"source: {self.source} has no instructions for the opposite; leave negatives out.")
+        if self.sampler == "server" and self.model == EMBEDDED:
+            raise ValueError("model: embedded is drawn from here (sampler: local); name the model as the server does.")
+        return self
 
 
 def load_recipe(recipe: str | Path | None, options: Mapping[str, Any] | None = None) -> Recipe:

@@ -161,7 +161,9 @@ def _kind_in_words(kind: Any, constraints: Sequence[Any]) -> str:
     if get_origin(kind) is dict:
         return "a JSON object"
     if get_origin(kind) is tuple and get_args(kind)[0] is not str:
-        return "a list of whole numbers"
+        item = get_args(kind)[0]
+        whole = (get_args(item)[0] if get_origin(item) is Annotated else item) is int
+        return "a list of whole numbers" if whole else "a list of numbers"
     if kind not in (int, float):
         return {str: "text", bool: "true | false", type(None): "none"}.get(kind, "a list of names")
     bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

@@ -142,13 +142,14 @@ def histograms(rows: Sequence[Mapping[str, Any]], reasons: Sequence[str | None],
             for part, (_, belongs) in parts.items()
         }
         scores = {part: values for part, values in scores.items() if values}
-        axes.hist(
-            list(scores.values()),
-            bins=[5 * i for i in range(21)],
-            stacked=True,
-            color=[parts[part][0] for part in scores],
-            label=[f"{part}: {len(values)}" for part, values in scores.items()],
-        )
+        if scores:  # IFEval's checkers alone give no coherence
+            axes.hist(
+                list(scores.values()),
+                bins=[5 * i for i in range(21)],
+                stacked=True,
+                color=[parts[part][0] for part in scores],
+                label=[f"{part}: {len(values)}" for part, values in scores.items()],
+            )
         axes.axvline(threshold, color="black", linewidth=1, linestyle="--")
         axes.set_title(f"{name.replace('_', ' ')}; dashed: threshold {threshold:g}", loc="left", fontsize=10)
         axes.set(xlabel="score (0-100)", xlim=(0, 100))

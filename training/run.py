@@ -39,6 +39,10 @@ JUDGED_TOGETHER = 64
 """Completions given to a judge at once, or more to keep a server busy; a kill loses at most their scores."""
 
 
+class NothingKeptError(ValueError):
+    """All completions of a run were dropped."""
+
+
 class TripletRun:
     """One recipe's run in its folder.
 
@@ -77,8 +81,8 @@ class TripletRun:
             FileExistsError: the folder holds something else.
             BlockingIOError: another process is at work in the folder.
             OSError: the disk is full, for one; nothing is lost.
-            ValueError: the folder's run has another recipe, other prompts or another model; a journal is damaged; or
-                nothing was kept.
+            NothingKeptError: nothing was kept; the run is done.
+            ValueError: the folder's run has another recipe, other prompts or another model; or a journal is damaged.
         """
         with self._locked():
             self._state = self._begun() or {
@@ -291,7 +295,7 @@ class TripletRun:
         }
         write_whole(self.folder / MANIFEST, _as_json(manifest))
         if not files[TRIPLETS]:
-            raise ValueError(
+            raise NothingKeptError(
                 f"None of {counts.drawn} completions was kept ({counts.why()}). See {self.folder / REPORT}: "
                 "the instructions may not bring the trait out, or the judge may not know it."
             )

@@ -47,7 +47,8 @@ class _Row:
     prompt: Prompt
     ids: list[int]
     seed: int
-    alpha: float | None
+    alpha: float | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,13 @@ def sample_completions(
     seed: int = 0,
     alpha: Sequence[float] | None = None,
     progress: str | None = None,
+    adapter_names: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> list[Completion]:
     """One completion for each prompt, in the order of the prompts.
 
-    A prompt's completion depends on `seed` and its place in `prompts`, not on what shares its batch (see
-    `LocalSampler` for the limits of that).
+    A prompt's completion depends on `seed` and its place in `prompts`, or on its own of `seeds`, not on what shares
+    its batch (see `LocalSampler` for the limits of that).
 
     Args:
         model: Any causal language model; a PSR adapter edits the positions of its own configuration.
@@ -85,19 +88,27 @@ def sample_completions(
         seed: The global random state is neither used nor changed.
         alpha: One strength a prompt, for a model with a PSR adapter.
         progress: Title of a progress bar, or `None` for none.
+        adapter_names: One PSR adapter a prompt in place of the active one, "__base__" for none; all of them edit the
+            positions that the active one does.
+        seeds: One seed a prompt, from 0 below 2^31, in place of `seed`.
 
     Raises:
-        ValueError: `max_new_tokens` or `batch_size` below 1, or temperature below 0.
+        ValueError: `max_new_tokens` or `batch_size` below 1, or temperature below 0; or not as many strengths, names
+            or seeds as prompts.
         torch.OutOfMemoryError: a single prompt does not fit.
     """
     check_sampling(max_new_tokens, temperature, batch_size)
+    for name, each in {"alpha": alpha, "adapter_names": adapter_names, "seeds": seeds}.items():
+        if each is not None and len(each) != len(prompts):
+            raise ValueError(f"{name} must hold one for each of the {len(prompts)} prompts, got {len(each)}.")
     rows = [
         _Row(
             i,
             prompt,
             encode_prompt(processing_class, prompt),
-            draw_seed(seed, f"prompt/{i}"),
+            draw_seed(seed, f"prompt/{i}") if seeds is None else seeds[i],
             None if alpha is None else alpha[i],
+            None if adapter_names is None else adapter_names[i],
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -166,7 +177,7 @@ class LocalSampler:
             torch.OutOfMemoryError: a single draw does not fit.
         """
         rows = [
-            _Row(i, draw.prompt, encode_prompt(self.processing_class, draw.prompt), draw.seed, None)
+            _Row(i, draw.prompt, encode_prompt(self.processing_class, draw.prompt), draw.seed)
             for i, draw in enumerate(draws)
         ]
         for drawn in _sample(
@@ -237,6 +248,8 @@ def _sample_batch(
     prompt_length = batch["input_ids"].shape[1]
     if rows[0].alpha is not None:
         batch["alpha"] = torch.tensor([row.alpha for row in rows], device=device)
+    if rows[0].adapter is not None:
+        batch["adapter_names"] = [row.adapter for row in rows]
     # "response" needs no mask: `generate` knows the last prompt token
     config = model.active_peft_config if isinstance(model, PeftModel) else None
     if getattr(config, "positions", None) == "question_and_response":

@@ -1,0 +1,249 @@
+"""Which tokens of a text an adapter acts on, and which the instruction moves: numbers, terminal text and HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from peft import PeftModel
+from rich.text import Text
+
+from peft_psr import PSRConfig
+from peft_psr.decoder import layer_index
+from peft_psr.judging import Message
+from peft_psr.training import Triplet, add_instruction, sample_completions
+from peft_psr.training.placement import Placement
+from peft_psr.training.sampling import Completion
+
+from .faithfulness import intervention_strength, measured_layers, triplet_batches
+from .pages import render_page
+
+
+DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+DECADES = 2
+"""Powers of ten that colours tell apart in the size of a change."""
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """What one adapter, and an instruction, do at each edited token of a text.
+
+    Attributes:
+        name: The adapter's.
+        config: Its configuration, with its strength.
+        tokens: The edited tokens, the last prompt token among them: what each adds to the text.
+        gates: {layer: gate values summed over ranks, (tokens,) float32, 0 or more}, in model order.
+        layers: Numbers or names of the decoder layers.
+        adapter: (layers, tokens) float32: size of the adapter's change relative to the stream.
+        prompt: The same for the instruction, or `None` without one.
+    """
+
+    name: str
+    config: PSRConfig
+    tokens: list[str]
+    gates: dict[int | str, torch.Tensor]
+    layers: list[int | str]
+    adapter: torch.Tensor
+    prompt: torch.Tensor | None
+
+    def openness(self) -> torch.Tensor:
+        """How far the gates are open at each token, (tokens,) between 0 and 1; 1 where they are widest.
+
+        Gate values are divided by the layer's largest here and summed over layers, so that layers count alike whatever
+        the size of their gates.
+        """
+        return _relative(torch.stack([_relative(values) for values in self.gates.values()]).sum(dim=0))
+
+    def prompt_strength(self) -> torch.Tensor:
+        """How strongly the instruction moves each token, mean over layers, on a log scale; (tokens,) between 0 and 1.
+
+        1 is the token that is moved most, 0 one that is moved a hundredth as much or less.
+
+        Raises:
+            ValueError: there was no instruction.
+        """
+        if self.prompt is None:
+            raise ValueError("There was no instruction whose strength could be told; give one.")
+        return _log_scale(self.prompt.mean(dim=0))
+
+
+def _relative(values: torch.Tensor) -> torch.Tensor:
+    return values / values.max().clamp(min=1e-9)
+
+
+def _log_scale(values: torch.Tensor, top: float | None = None) -> torch.Tensor:
+    """1 for `top`, by default the largest value, down to 0 for what is `DECADES` powers of ten below it."""
+    highest = max(float(values.max()) if top is None else top, 1e-9)
+    return (1 + (values / highest).clamp(min=1e-9).log10() / DECADES).clamp(min=0)
+
+
+def map_adapters(
+    model: PeftModel,
+    processing_class,
+    question: str,
+    answer: str = "",
+    instruction: str = "",
+    placement: Placement = "system",
+    max_new_tokens: int = 128,
+    seed: int = 0,
+) -> list[TokenMap]:
+    """Look at one text through each of a model's adapters, one at a time.
+
+    Args:
+        model: With PSR adapters, in eval mode.
+        processing_class: Its tokenizer, with a chat template.
+        question: The user's turn.
+        answer: The answer; by default the model's own, steered by the adapter that is looked through.
+        instruction: What it moves is told too.
+        placement: Where the instruction stands, see `peft_psr.training.add_instruction`.
+        max_new_tokens: Longest answer of the model's own, in tokens.
+        seed: Of the model's own answer.
+
+    Raises:
+        ValueError: the text can't be encoded, or the instruction has no place in the prompt.
+    """
+    prompt: list[Message] = [{"role": "user", "content": question}]
+    steered_prompt = add_instruction(prompt, instruction, placement)
+    maps = []
+    for name in model.peft_config:
+        model.set_adapter(name, inference_mode=True)
+        own = [Completion(answer, truncated=False)]
+        if not answer:
+            own = sample_completions(model, processing_class, [prompt], max_new_tokens, seed=seed)
+            if not own[0].text:
+                raise ValueError(f"Steered by {name!r} the model answers nothing. Try another seed or give one.")
+        triplet: Triplet = {
+            "prompt": prompt,
+            "steered_prompt": steered_prompt,
+            "completion": own[0].text,
+            "truncated": own[0].truncated,
+        }
+        maps.append(map_tokens(model, processing_class, name, triplet))
+    return maps
+
+
+@torch.no_grad()
+def map_tokens(model: PeftModel, processing_class, adapter_name: str, triplet: Triplet) -> TokenMap:
+    """Look at one text through one adapter, which is the only active one afterwards.
+
+    Args:
+        model: With PSR adapters, in eval mode.
+        processing_class: Its tokenizer.
+        adapter_name: The adapter.
+        triplet: The text is its prompt and completion; if its steered prompt is another, what that moves is told too.
+
+    Raises:
+        ValueError: the triplet can't be encoded; the message says why.
+    """
+    model.set_adapter(adapter_name, inference_mode=True)
+    config = cast(PSRConfig, model.peft_config[adapter_name])
+    (batch,) = triplet_batches(model, [triplet], processing_class, 1, config.alpha)
+    edited = batch["steering_mask"][0].bool()
+    gates = model.gate_values(batch["input_ids"], adapter_name, steering_mask=batch["steering_mask"])
+    _, prompt, adapter = intervention_strength(model, triplet, processing_class, config.alpha)
+    return TokenMap(
+        name=adapter_name,
+        config=config,
+        tokens=token_texts(processing_class, batch["input_ids"][0][edited].tolist()),
+        gates={layer: values[0][edited.to(values.device)].sum(dim=-1).cpu() for layer, values in gates.items()},
+        layers=[layer_index(name) for name in measured_layers(model)],
+        adapter=adapter,
+        prompt=None if triplet["prompt"] == triplet["steered_prompt"] else prompt,
+    )
+
+
+def token_texts(processing_class, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of those before it; a token that ends inside a letter adds nothing yet."""
+    texts, before = [], ""
+    for end in range(1, len(ids) + 1):
+        so_far = processing_class.decode(ids[:end])
+        whole = end == len(ids) or not so_far.endswith("\ufffd")
+        texts.append(so_far[len(before) :] if whole else "")
+        before = so_far if whole else before
+    return texts
+
+
+def shade(texts: Sequence[str], strengths: Sequence[float], digits: bool = False) -> Text:
+    """Text for a terminal, each token darker the stronger it is.
+
+    Args:
+        texts: What each token adds to the text.
+        strengths: One each, 0-1.
+        digits: For output without colours: a raised digit after each token, from 0 to 9 for the strongest.
+    """
+    text = Text()
+    for piece, strength in zip(texts, strengths, strict=True):
+        level = 255 - int(175 * strength)
+        text.append(piece, style=f"black on rgb(255,{level},{level})")
+        if digits and piece:
+            text.append(DIGITS[round(9 * strength)])
+    return text
+
+
+def token_page(maps: Sequence[TokenMap], question: str, instruction: str = "", model: str = "") -> str:
+    """A page of its own for some adapters: the text shaded, and every number by layer and token.
+
+    Args:
+        maps: One an adapter.
+        question: The user's turn.
+        instruction: What the maps' prompts hold besides; empty for none.
+        model: The base model's name.
+    """
+    return render_page(
+        "token_page",
+        title=f"Tokens: {', '.join(each.name for each in maps)}",
+        model=model,
+        question=question,
+        instruction=instruction,
+        maps=[_for_page(each) for each in maps],
+    )
+
+
+def _for_page(token_map: TokenMap) -> dict[str, object]:
+    flows = {"gates": token_map.openness()}
+    tables = [
+        _grid("Gate values", "Colour: share of the layer's widest gate here, which the last line names.",
+              token_map.gates, {layer: _relative(values) for layer, values in token_map.gates.items()}),
+    ]  # fmt: skip
+    changes = {"Change by the adapter": token_map.adapter}
+    if token_map.prompt is not None:
+        changes["Change by the instruction"] = token_map.prompt
+        flows["change by the instruction"] = token_map.prompt_strength()
+    top = max(float(change.max()) for change in changes.values())
+    for title, change in changes.items():
+        help_text = (
+            f"Size relative to the residual stream; colour: its logarithm, {top / 10**DECADES:.2g} to {top:.2g}."
+        )
+        values = dict(zip(token_map.layers, change, strict=True))
+        tables.append(_grid(title, help_text, values, {layer: _log_scale(row, top) for layer, row in values.items()}))
+    return {
+        "name": token_map.name,
+        "config": token_map.config,
+        "flows": {
+            name: list(zip(token_map.tokens, [round(value, 3) for value in values.tolist()], strict=True))
+            for name, values in flows.items()
+        },
+        "tokens": [text if text.strip() else repr(text)[1:-1] or "…" for text in token_map.tokens],
+        "tables": tables,
+    }
+
+
+def _grid(
+    title: str,
+    help_text: str,
+    values: Mapping[int | str, torch.Tensor],
+    colours: Mapping[int | str, torch.Tensor],
+) -> dict[str, object]:
+    """Rows of (value, colour 0-1) by token, columns by layer; and the largest value of each layer."""
+    cells = [
+        [(f"{value:.3g}", round(colour, 3)) for value, colour in zip(row, shades, strict=True)]
+        for row, shades in zip(
+            torch.stack(list(values.values()), dim=1).tolist(),
+            torch.stack(list(colours.values()), dim=1).tolist(),
+            strict=True,
+        )
+    ]
+    largest = [f"{float(layer.max()):.2g}" for layer in values.values()]
+    return {"title": title, "help": help_text, "layers": list(values), "rows": cells, "largest": largest}

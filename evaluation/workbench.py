@@ -1,0 +1,377 @@
+"""A benchmark's folder: triplets, adapters and measurements, each made once, kept whole, and found again by a rerun.
+
+    run.json            the recipe, and versions
+    triplets/           a run of `psr triplets` for each model and trait; `held_out/` likewise on the test split
+    adapters/<hash>/    what a method made: the adapter, and `fit.json`
+    cells/<hash>.json   what was measured of one model, trait, method and seed
+
+A hash is over all that the thing depends on: the recipe without its lists, the triplets, this package's version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedModel
+
+from peft_psr.facts import package_versions
+from peft_psr.files import write_whole
+from peft_psr.judging import Judge
+from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, sample_completions, write_triplets
+from peft_psr.training.assembly import judge_maker, load_model, load_tokenizer, prompt_pairs
+from peft_psr.training.folder_lock import LOCK, locked
+from peft_psr.training.placement import check_placement
+from peft_psr.training.run import TripletRun
+from peft_psr.training.train_data import check_origin, folder_name, read_traits
+
+from .method import Fitted
+from .methods import METHODS
+from .recipe import EvaluateRecipe
+
+
+STATE, TRIPLETS, HELD_OUT, ADAPTERS, CELLS, FIT = "run.json", "triplets", "held_out", "adapters", "cells", "fit.json"
+Split = Literal["train", "test"]
+
+
+class Workbench:
+    """What a benchmark works with; use it in `with bench.open():`, which holds the folder's lock.
+
+    Args:
+        recipe: The benchmark's.
+        folder: A new one, or one that a run of the same recipe has left.
+        benchmark: The benchmark's name.
+        console: Where progress is shown.
+
+    Attributes:
+        recipe: As given.
+        folder: As given.
+        console: As given.
+    """
+
+    def __init__(self, recipe: EvaluateRecipe, folder: Path, benchmark: str, console: Console | None = None) -> None:
+        self.recipe, self.folder, self.benchmark = recipe, Path(folder), benchmark
+        self.console = console or Console(quiet=True)
+        self._loaded: dict[str, tuple[PreTrainedModel, Any]] = {}
+        self._triplets: dict[tuple[str, str], list[Triplet]] = {}
+        self._held_out: dict[tuple[str, str], list[Triplet]] = {}
+        self._pairs: dict[Split, dict[str, list[PromptPair]]] = {}
+        self._judge_makers: dict[Split, Callable[[str], Judge]] = {}
+        self._progress: tuple[Progress, Any] | None = None
+
+    def check(self) -> None:
+        """Raises what can be known to be wrong before any long work; writes nothing.
+
+        Raises:
+            FileExistsError: the folder holds something else.
+            FileNotFoundError: data, triplets or a file of the recipe are not there.
+            OSError: a model's tokenizer can't be had.
+            ValueError: the folder's run was begun with another recipe, or a trait, a prompt or a judge is wrong.
+        """
+        self._check_folder()
+        self._judges("test")
+        for model in self.recipe.models:
+            processing_class = load_tokenizer(model, self.recipe.revision)
+            if self.recipe.source != "ifeval":  # its prompts hold their instructions
+                check_placement(processing_class, self.recipe.placement)
+        if self.recipe.triplets:
+            read_traits(self.recipe.triplets, self.traits)
+
+    def _check_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is a file; name a folder.")
+        names = {path.name for path in self.folder.glob("*")} - {LOCK, STATE + ".partial"}
+        if names and STATE not in names:
+            raise FileExistsError(f"{self.folder} is not empty and holds no run of psr evaluate; name another folder.")
+        if STATE in names:
+            begun = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+            now = {"benchmark": self.benchmark, **self.recipe.fixed()}
+            before = {"benchmark": begun.get("benchmark"), **begun.get("fixed", {})}
+            differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+            if differ:
+                changes = ", ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in differ)
+                raise ValueError(
+                    f"The run in {self.folder} was begun with another recipe ({changes}). Put the recipe back to go "
+                    "on with it, or name another folder."
+                )
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Hold the folder while the benchmark runs, and show how far it is.
+
+        Raises:
+            BlockingIOError: another process is at work in the folder.
+            OSError, ValueError: as `check`.
+        """
+        self.check()
+        with locked(self.folder):
+            self._check_folder()
+            state = {
+                "benchmark": self.benchmark,
+                "fixed": self.recipe.fixed(),
+                "recipe": self.recipe.model_dump(mode="json"),
+                "versions": package_versions(),
+            }
+            write_whole(self.folder / STATE, _json(state))
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )  # fmt: skip
+            with Progress(*columns, console=self.console, transient=True) as progress:
+                self._progress = progress, progress.add_task(self.benchmark, total=None)
+                yield
+                self._progress = None
+
+    # ------------------------------------------------------------ what is measured
+
+    @property
+    def traits(self) -> list[str]:
+        """The traits of the recipe, by the names that prompt pairs have."""
+        return list(self.pairs("test"))
+
+    def method_names(self) -> list[str]:
+        """Methods and given adapters, in order."""
+        return [*self.recipe.methods, *self.recipe.adapters]
+
+    def pairs(self, split: Split) -> dict[str, list[PromptPair]]:
+        """{trait: its prompt pairs} of a split.
+
+        Raises:
+            FileNotFoundError: the source's data are not there.
+            ValueError: a file of it is malformed, or a trait is unknown.
+        """
+        if split not in self._pairs:
+            by_trait: dict[str, list[PromptPair]] = {}
+            for pair in prompt_pairs(self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, split)):
+                by_trait.setdefault(pair.trait, []).append(pair)
+            self._pairs[split] = by_trait
+        return self._pairs[split]
+
+    def judge(self, trait: str) -> Judge:
+        """The recipe's judge of a trait; its answers are kept in the run's folder."""
+        return self._judges("test")(trait)
+
+    def _judges(self, split: Split) -> Callable[[str], Judge]:
+        if split not in self._judge_makers:
+            recipe = self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, split)
+            pairs = [pair for pairs in self.pairs(split).values() for pair in pairs]
+            self._judge_makers[split] = judge_maker(recipe, pairs, self.folder)
+        return self._judge_makers[split]
+
+    def load(self, model: str) -> tuple[PreTrainedModel, Any]:
+        """A base model in eval mode and its tokenizer; one model is in memory at a time.
+
+        Raises:
+            OSError: it can't be had.
+        """
+        if model not in self._loaded:
+            self._loaded.clear()
+            recipe = self.recipe
+            loaded = load_model(model, recipe.revision, recipe.dtype, recipe.device_map)
+            self._loaded[model] = loaded, load_tokenizer(model, recipe.revision)
+        return self._loaded[model]
+
+    def beside(self, name: str, **changes: Any) -> Workbench:
+        """A workbench for other data in a folder within this one's, with the same model in memory.
+
+        Args:
+            name: The folder's.
+            **changes: Fields of the recipe.
+        """
+        other = Workbench(self.recipe.model_copy(update=changes), self.folder / name, self.benchmark)
+        other._loaded, other._progress = self._loaded, self._progress
+        return other
+
+    # ------------------------------------------------------------ triplets
+
+    def triplets(self, model: str, trait: str) -> list[Triplet]:
+        """A trait's triplets to train on: the recipe's, or drawn from the model into the run's folder.
+
+        Raises:
+            NothingKeptError: nothing was kept of what was drawn.
+            ValueError: the recipe's triplets are another model's.
+        """
+        if (model, trait) not in self._triplets:
+            if self.recipe.triplets:
+                rows = read_traits(self.recipe.triplets, [trait])
+                check_origin(rows, model, None, load_tokenizer(model, self.recipe.revision))
+                self._triplets[model, trait] = rows[trait]
+            else:
+                folder = self.folder / TRIPLETS / folder_name(model) / folder_name(trait)
+                self._triplets[model, trait] = self._draw(model, self.pairs("train")[trait], folder)
+        return self._triplets[model, trait]
+
+    def _draw(self, model: str, pairs: Sequence[PromptPair], folder: Path) -> list[Triplet]:
+        # an AxBench concept is asked for by its number
+        name = str(pairs[0].metadata.get("concept_id", pairs[0].trait))
+        recipe = self.recipe.triplet_recipe(model, (name,))
+        self._say(f"triplets: {name}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        base, processing_class = self.load(model)
+        sampler = LocalSampler(
+            base, processing_class, recipe.max_new_tokens, recipe.temperature, recipe.batch_size, name=model
+        )
+        TripletRun(folder, recipe, pairs, lambda: sampler, self._judges("train")).run()
+        return [row for rows in read_traits(folder).values() for row in rows]
+
+    def held_out(self, model: str, trait: str) -> list[Triplet]:
+        """A trait's triplets of the test split, which no adapter is trained on; they are not judged.
+
+        Raises:
+            ValueError: the source has no test split, or the model answered with nothing.
+        """
+        if self.recipe.source in ("ifeval", "axbench"):
+            raise ValueError(f"source: {self.recipe.source} has no test split of its own.")
+        if (model, trait) not in self._held_out:
+            path = self.folder / HELD_OUT / folder_name(model) / f"{folder_name(trait)}.jsonl"
+            self._held_out[model, trait] = self._draw_held_out(model, self.pairs("test")[trait], path)
+        return self._held_out[model, trait]
+
+    def _draw_held_out(self, model: str, pairs: Sequence[PromptPair], path: Path) -> list[Triplet]:
+        if path.is_file():
+            return read_triplets(path)
+        self._say(f"held-out triplets: {pairs[0].trait}")
+        base, processing_class = self.load(model)
+        recipe = self.recipe
+        asked = [pair for pair in pairs for _ in range(recipe.held_out_draws)]
+        completions = sample_completions(
+            base, processing_class, [pair.steered_prompt for pair in asked], recipe.max_new_tokens,
+            recipe.temperature, recipe.batch_size, recipe.seed + 1,
+        )  # fmt: skip
+        rows = [
+            Triplet(
+                prompt=pair.prompt, steered_prompt=pair.steered_prompt, completion=completion.text,
+                truncated=completion.truncated,
+            )
+            for pair, completion in zip(asked, completions, strict=True)
+            if completion.text
+        ]  # fmt: skip
+        if not rows:
+            raise ValueError(f"{model} answered every held-out prompt of {pairs[0].trait!r} with nothing.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_triplets(rows, path)
+        return rows
+
+    # ------------------------------------------------------------ adapters
+
+    @contextmanager
+    def fitted(
+        self,
+        model: str,
+        trait: str,
+        method: str,
+        seed: int,
+        triplets: Sequence[Triplet] | None = None,
+        part: str = "",
+    ) -> Iterator[Fitted]:
+        """An adapter on its base model, made now or found; it is taken off the model at the end.
+
+        Args:
+            model: The base model's name.
+            trait: Whose adapter.
+            method: A method's name, or that of one of the recipe's adapters.
+            seed: Of the training.
+            triplets: To train on; the trait's own by default.
+            part: What they are called, if they are not the trait's own: a fold, say.
+
+        Raises:
+            OSError: a given adapter can't be had.
+            ValueError: no such method; or the method can't use the triplets.
+        """
+        base, processing_class = self.load(model)
+        if method in self.recipe.adapters:
+            source = self.recipe.adapters[method].format(trait=folder_name(trait))
+            fitted = Fitted(PeftModel.from_pretrained(base, source).eval())
+        else:
+            rows = self.triplets(model, trait) if triplets is None else list(triplets)
+            fitted = self._fit(base, processing_class, model, trait, method, seed, rows, part)
+        try:
+            yield fitted
+        finally:
+            fitted.model.unload()
+
+    def _fit(self, base, processing_class, model, trait, method, seed, rows, part) -> Fitted:  # noqa: ANN001
+        settings = self.recipe.fit_settings(base.config.get_text_config().num_hidden_layers, seed)
+        described = {name: value for name, value in vars(settings).items() if name != "on_step"}
+        parameters = {
+            "model": model, "revision": self.recipe.revision, "dtype": self.recipe.dtype, "trait": trait,
+            "method": method, "part": part, "settings": described, "triplets": _hash(rows),
+            "version": package_versions()["peft-psr"],
+        }  # fmt: skip
+        folder = self.folder / ADAPTERS / _hash(parameters)
+        if (folder / FIT).is_file():
+            known = json.loads((folder / FIT).read_text(encoding="utf-8"))
+            steered = PeftModel.from_pretrained(base, folder).eval()
+            return Fitted(steered, known["dead_gates"], known["notes"], known["seconds"], known["bytes"])
+        self._say(f"{trait}: making {method}, seed {seed} {part}")
+        begin = time.perf_counter()
+        fitted = METHODS[method].fit(base, processing_class, rows, settings)
+        fitted.seconds = time.perf_counter() - begin
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        fitted.model.save_pretrained(str(partial))
+        fitted.bytes = (partial / "adapter_model.safetensors").stat().st_size
+        known = {name: getattr(fitted, name) for name in ("dead_gates", "notes", "seconds", "bytes")}
+        write_whole(partial / FIT, _json({**known, "parameters": parameters}))
+        os.replace(partial, folder)
+        return fitted
+
+    # ------------------------------------------------------------ measurements
+
+    def expect(self, cells: int) -> None:
+        """Say how many cells there will be."""
+        if self._progress:
+            self._progress[0].update(self._progress[1], total=cells, completed=0)
+
+    def cell(self, parameters: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` returns, computed once for these parameters and the recipe, and kept as a file.
+
+        Args:
+            parameters: What this cell is of, as JSON: model, trait, method, seed.
+            compute: Returns JSON; a kill while it works loses no other cell.
+        """
+        full = {
+            "benchmark": self.benchmark, "parameters": parameters, "fixed": self.recipe.fixed(),
+            "adapter": self.recipe.adapters.get(parameters.get("method", "")), "triplets": self._given_triplets,
+            "version": package_versions()["peft-psr"],
+        }  # fmt: skip
+        path = self.folder / CELLS / f"{_hash(full)}.json"
+        if path.is_file():
+            result = json.loads(path.read_text(encoding="utf-8"))["result"]
+        else:
+            self._say(", ".join(str(value) for value in parameters.values() if value != ""))
+            result = compute()
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, _json({**full, "result": result}))
+            result = json.loads(_json(result))  # as a rerun finds it
+        if self._progress:
+            self._progress[0].advance(self._progress[1])
+        return result
+
+    @cached_property
+    def _given_triplets(self) -> str | None:
+        """What the recipe's triplets hash to, if it has any."""
+        return _hash(read_traits(self.recipe.triplets)) if self.recipe.triplets else None
+
+    def _say(self, what: str) -> None:
+        if self._progress:
+            self._progress[0].update(self._progress[1], description=what)
+
+
+def _hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,91 @@
+"""`psr evaluate`: the benchmarks, each a matrix of methods, traits, models and seeds; and `psr methods`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from peft_psr.evaluation.benchmarks import BENCHMARKS, Benchmark
+
+from .cli_common import errors, load_config, recipe_options
+
+
+evaluate = typer.Typer(
+    no_args_is_help=True, help="Measure methods and adapters. Stopped at any moment, the same command goes on."
+)
+
+
+def _command(benchmark: Benchmark) -> None:
+    """Add a benchmark's subcommand."""
+
+    @evaluate.command(name=benchmark.name, help=benchmark.summary)
+    @recipe_options(benchmark.recipe)
+    def run(
+        recipe: str = typer.Argument("", help="A YAML file, or the name of a recipe that ships (see `psr recipes`)."),
+        output: Path = typer.Option(..., help="A new folder, or one that the same recipe's run has left."),
+        dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
+        config: Path | None = typer.Option(
+            None, help="YAML file with any of these options.", callback=load_config, is_eager=True
+        ),
+        **options: str | bool | None,
+    ) -> None:
+        _run(benchmark, recipe, output, dry_run, options)
+
+
+def _run(
+    benchmark: Benchmark, recipe: str, output: Path, dry_run: bool, options: dict[str, str | bool | None]
+) -> None:
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils import logging as transformers_logging
+
+    from peft_psr.evaluation.recipe import load_evaluate_recipe
+    from peft_psr.evaluation.report_files import write_report
+    from peft_psr.evaluation.workbench import Workbench
+    from peft_psr.training.server import ServerError, TooManyFailures
+
+    transformers_logging.disable_progress_bar()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("peft_psr").setLevel(logging.INFO)
+    logging.getLogger("peft_psr.training.frozen").setLevel(logging.WARNING)  # it would say so for every adapter
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with errors(console, ServerError, TooManyFailures, ImportError, FloatingPointError):
+        given = {name: value for name, value in options.items() if value is not None}
+        chosen = load_evaluate_recipe(benchmark.recipe, recipe or None, given)
+        bench = Workbench(chosen, output, benchmark.name, console)
+        benchmark.check(bench)
+        if dry_run:
+            console.print(f"would measure {', '.join(bench.method_names()) or 'no method'} beside the plain and the "
+                          "prompted model")  # fmt: skip
+            console.print(f"on {', '.join(bench.traits)}")
+            seeds = ", ".join(map(str, chosen.seeds))
+            console.print(f"of {', '.join(chosen.models)}, with seeds {seeds}, and write to {output}/")
+            return
+        try:
+            with bench.open():
+                report = benchmark.run(bench)
+                files = write_report(output, report)
+        except KeyboardInterrupt:
+            console.print(f"stopped; the same command goes on from what is in {output}/")
+            raise typer.Exit(130) from None
+        for path in files:
+            if path.suffix != ".png":
+                console.print(f"wrote {path}")
+
+
+def methods() -> None:
+    """List the methods that `psr evaluate` can compare."""
+    from peft_psr.evaluation.methods import METHODS
+
+    table = Table("method", "objective", "start", "source", box=None, padding=(0, 2, 0, 0))
+    for method in METHODS.values():
+        table.add_row(method.name, method.objective, method.start, method.source)
+    Console(highlight=False).print(table)
+
+
+for known in BENCHMARKS:
+    _command(known)

@@ -1,0 +1,69 @@
+"""`psr show`: which tokens an adapter acts on, and which an instruction moves."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import cast
+
+import typer
+from rich.console import Console
+
+from .cli_common import errors, load_config
+
+
+def show(
+    adapters: list[str] = typer.Argument(help="Folders or Hub names of adapters, or NAME=FOLDER to name one."),
+    prompt: str = typer.Option(..., "--prompt", "--text", help="The user's turn."),
+    answer: str = typer.Option("", help="The answer to look at; by default the model's own, steered by each adapter."),
+    instruction: str = typer.Option("", help="Show too what this instruction in the prompt moves on the same tokens."),
+    placement: str = typer.Option("system", help="Where the instruction stands: system, before or after."),
+    model: str = typer.Option("", help="Folder or Hub name of the base model; the adapters' own by default."),
+    max_new_tokens: int = typer.Option(128, min=1, help="Longest answer of the model's own, in tokens."),
+    output: Path | None = typer.Option(None, help="A new HTML file, with every layer's numbers."),
+    seed: int = typer.Option(0, min=0, help="Of the model's own answer."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
+    config: Path | None = typer.Option(
+        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
+    ),
+) -> None:
+    """Show how far an adapter's gates are open at each token of a text, and what a prompt moves there."""
+    warnings.simplefilter("ignore", FutureWarning)
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    from peft_psr.evaluation.chat import base_model_of, check_transcript, load_chat_model, name_adapters
+    from peft_psr.evaluation.token_map import map_adapters, shade, token_page
+    from peft_psr.files import write_whole
+    from peft_psr.training.placement import Placement, check_placement
+
+    logging.disable_progress_bar()
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    with errors(console):
+        named = name_adapters(adapters)
+        check_transcript(output)
+        base = base_model_of(named, model)
+        place = cast(Placement, placement)
+        if instruction:
+            check_placement(AutoTokenizer.from_pretrained(base), place)
+        if dry_run:
+            listed = ", ".join(f"{name} ({where})" for name, where in named.items())
+            console.print(f"would show {listed} on {base}")
+            return
+        steered, processing_class = load_chat_model(base, named)
+        maps = map_adapters(
+            steered, processing_class, prompt, answer, instruction, place, max_new_tokens=max_new_tokens, seed=seed
+        )
+        digits = console.color_system is None
+        for each in maps:
+            console.print(f"{each.name}, gates:", style="bold")
+            console.print(shade(each.tokens, each.openness().tolist(), digits))
+            if instruction:
+                console.print(f"{each.name}, what the instruction moves:", style="bold")
+                console.print(shade(each.tokens, each.prompt_strength().tolist(), digits))
+        meaning = "the higher the digit" if digits else "the darker"
+        scale = "; for the instruction by the logarithm, down to a hundredth" if instruction else ""
+        console.print(f"{meaning}, the more, relative to the text's strongest token{scale}", style="dim")
+        if output is not None:
+            write_whole(output, token_page(maps, prompt, instruction, base))
+            console.print(f"wrote {output}")
