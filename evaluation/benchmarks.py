@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .axbench_benchmark import AxBenchRecipe, check_axbench, run_axbench
+from .faithfulness_benchmark import FaithfulnessRecipe, check_faithfulness, run_faithfulness
 from .ifeval_benchmark import IFEvalRecipe, check_ifeval, run_ifeval
 from .persona_benchmark import PersonaRecipe, check_persona, run_persona
 from .recipe import EvaluateRecipe, shipped_evaluate_recipes
 from .report import Report
+from .side_effects_benchmark import SideEffectsRecipe, check_side_effects, run_side_effects
 from .workbench import Workbench
 
 
@@ -48,6 +50,16 @@ BENCHMARKS = (
         "axbench",
         "Concepts brought into answers: three ratings 0-2, the factor chosen on half of the instructions.",
         AxBenchRecipe, check_axbench, run_axbench,
+    ),
+    Benchmark(
+        "faithfulness",
+        "How near methods come to the prompt, with a reworded and a neutral instruction beside them.",
+        FaithfulnessRecipe, check_faithfulness, run_faithfulness,
+    ),
+    Benchmark(
+        "side-effects",
+        "What changes besides the trait: neutral prompts and texts, refusals, injections, capability.",
+        SideEffectsRecipe, check_side_effects, run_side_effects,
     ),
 )  # fmt: skip
 """In the order of the command's help."""

@@ -1,0 +1,179 @@
+"""What a steered model can still do, by the tasks of lm-evaluation-harness, where it is installed.
+
+The harness is given the model as it is in memory, adapter and all. Its own class for such models would steer the
+wrong tokens: it scores a continuation in one forward call that does not say where the continuation begins, and a PSR
+adapter then takes all of it for a prompt. Here each continuation is scored with those tokens edited that would be
+edited while it is generated: from the context's last one on. Generation needs nothing special.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from peft_psr.chat import pad_id
+from peft_psr.config import PSRConfig
+from peft_psr.positions import pad_rows
+
+
+def check_capability(tasks: Sequence[str], include_path: str | None = None) -> None:
+    """Raises what can be known to be wrong before any long work.
+
+    Args:
+        tasks: Names of tasks or groups of tasks.
+        include_path: Folder with tasks of one's own, one YAML file each.
+
+    Raises:
+        ImportError: lm-evaluation-harness is not installed.
+        FileNotFoundError: there is no such folder.
+        ValueError: there is no task of a name.
+    """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"capability_include_path: no folder {include_path!r}.")
+    known = _task_manager(include_path).all_tasks
+    unknown = [task for task in tasks if task not in known]
+    if unknown:
+        raise ValueError(
+            f"capability_tasks: lm-evaluation-harness has no {', '.join(map(repr, unknown))}; `lm_eval ls tasks` "
+            "lists them. Tasks of your own are found by capability_include_path."
+        )
+
+
+def evaluate_capability(
+    model: torch.nn.Module,
+    processing_class,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    include_path: str | None = None,
+    batch_size: int = 16,
+    system_instruction: str | None = None,
+) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Scores of a model on the harness's tasks; questions are put through the chat template where there is one.
+
+    Args:
+        model: A causal language model, or a PEFT model with a PSR or LoRA adapter at the strength that is wanted.
+        processing_class: Its tokenizer.
+        tasks: Names of tasks or groups of tasks.
+        limit: At most so many questions a task.
+        include_path: Folder with tasks of one's own.
+        batch_size: Questions a forward pass.
+        system_instruction: In the system turn of every question.
+
+    Returns:
+        {task: {metric: {"value", "stderr"}}}, in the metric's own unit; `None` for a standard error that there is not.
+
+    Raises:
+        ImportError: lm-evaluation-harness is not installed.
+    """
+    harness = _harness()
+    found = harness.simple_evaluate(
+        model=_model_class()(pretrained=model, tokenizer=processing_class, batch_size=batch_size),
+        tasks=list(tasks),
+        limit=limit,
+        task_manager=_task_manager(include_path),
+        apply_chat_template=processing_class.chat_template is not None,
+        system_instruction=system_instruction,
+        log_samples=False,
+    )
+    return {
+        task: {
+            metric.removesuffix(",none"): {"value": float(value), "stderr": _stderr(values, metric)}
+            for metric, value in values.items()
+            if isinstance(value, (int, float)) and "," in metric and "_stderr," not in metric
+        }
+        for task, values in found["results"].items()
+    }
+
+
+def _stderr(values: dict[str, Any], metric: str) -> float | None:
+    name, _, how = metric.partition(",")
+    value = values.get(f"{name}_stderr,{how}")
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _harness() -> Any:
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise ImportError(
+            "capability_tasks need lm-evaluation-harness, which is not installed: pip install 'peft-psr[ifeval]'."
+        ) from error
+    return lm_eval
+
+
+@cache
+def _task_manager(include_path: str | None) -> Any:
+    _harness()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+@cache
+def _model_class() -> type:
+    from lm_eval.models.huggingface import HFLM
+
+    class SteeredLM(HFLM):
+        """The harness's own class with continuations scored as they would be generated."""
+
+        @torch.no_grad()
+        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):  # noqa: ANN001, ANN202
+            """[(log-likelihood, whether it is the likeliest)] of (strings, context ids, continuation ids)."""
+            order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+            size = override_bs or self.batch_size
+            answers: dict[int, tuple[float, bool]] = {}
+            for start in tqdm(range(0, len(order), size), desc="scoring", disable=disable_tqdm):
+                chosen = order[start : start + size]
+                pairs = [(requests[i][1], requests[i][2]) for i in chosen]
+                answers |= zip(
+                    chosen, score_continuations(self.model, self.tokenizer, pairs, self.max_length), strict=True
+                )
+            for i, (strings, _, _) in enumerate(requests):
+                if strings is not None:
+                    self.cache_hook.add_partial("loglikelihood", strings, answers[i])
+            return [answers[i] for i in range(len(requests))]
+
+    return SteeredLM
+
+
+@torch.no_grad()
+def score_continuations(
+    model, processing_class, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int
+) -> list[tuple[float, bool]]:
+    """Log-likelihood of continuations, with the tokens edited that are edited when they are generated.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        processing_class: Its tokenizer.
+        pairs: Token ids of each context and continuation, neither of them empty.
+        max_length: Longest input; longer contexts are cut on the left.
+
+    Returns:
+        For each the sum of its tokens' log-probabilities, in nats, and whether each of them is the likeliest token.
+    """
+    rows = [[*context, *continuation][-(max_length + 1) :] for context, continuation in pairs]
+    labels = [
+        [-100] * (len(row) - len(continuation)) + list(continuation)[-len(row) :]
+        for row, (_, continuation) in zip(rows, pairs, strict=True)
+    ]
+    device = model.device
+    batch = {
+        "input_ids": pad_rows([row[:-1] for row in rows], pad_id(processing_class), device, side="right"),
+        "attention_mask": pad_rows([[1] * (len(row) - 1) for row in rows], 0, device, side="right"),
+    }
+    targets = pad_rows([row[1:] for row in labels], -100, device, side="right")
+    wanted = targets != -100
+    config = getattr(model, "active_peft_config", None)
+    inputs: dict[str, Any] = dict(batch)
+    if isinstance(config, PSRConfig):
+        mask = wanted if config.positions == "response" else batch["attention_mask"]
+        inputs["steering_mask"] = mask.long()
+    log_probs = model(**inputs, use_cache=False).logits.float().log_softmax(dim=-1)
+    found = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * wanted
+    likeliest = (log_probs.argmax(dim=-1) == targets) | ~wanted
+    return list(zip(found.sum(dim=1).tolist(), likeliest.all(dim=1).tolist(), strict=True))
