@@ -147,8 +147,8 @@ def measure(
     Returns:
         `layers`: their numbers. `prompts`: for each bare prompt, sums over its completions: `kl`, `errors` (by layer),
         `neutral` (by group of tokens: three sums by layer), and `correlations` with one entry a completion. `places`:
-        {name: mean strength over layers and completions by token}. `example`: of one completion the tokens, strengths by
-        layer and token, and for a PSR adapter `gates`, {layer: gate value by token}.
+        {name: mean strength over layers and completions by token}. `example`: of one completion the tokens, strengths
+        by layer and token, and for a PSR adapter `gates`, {layer: gate value by token}.
     """
     prompts: dict[str, dict[str, Any]] = {}
     places: dict[str, np.ndarray] = {}

@@ -263,7 +263,7 @@ def test_on_the_embedded_model_and_again(tmp_path, monkeypatch):
     assert abs(table["neutral instruction"]["prompt recovery"].mean) < 0.3
     sizes = {name: row["neutral size"].mean for name, row in first.tables[1].rows.items() if row["prompt"].mean}
     assert all(0 < size < 1 for size in sizes.values())
-    assert set(first.figures) == {"rmse_by_layer", "strength_by_place", "strength_by_token_pirate"}
+    assert set(first.figures) == {"gates_pirate", "rmse_by_layer", "strength_by_place", "strength_by_token_pirate"}
     assert "'Answer the question.'" in first.description
 
     measured = []
