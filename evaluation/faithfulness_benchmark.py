@@ -170,8 +170,8 @@ def measure(
             places.setdefault(name, np.zeros(PLACES))[at] += values.mean(dim=0)[shown].numpy()
         example = example or {"tokens": _texts(processing_class, movement), **_cut(by_token)}
     if not has_lora(model):
-        shown = map_tokens(model, processing_class, model.active_adapter, triplets[0]).gates
-        example["gates"] = {str(layer): values[:PLACES].tolist() for layer, values in shown.items()}
+        gates = map_tokens(model, processing_class, model.active_adapter, triplets[0]).gates
+        example["gates"] = {str(layer): values[:PLACES].tolist() for layer, values in gates.items()}
     there = counts > 0
     return {
         "layers": [layer_index(name) for name in measured_layers(model)],

@@ -82,7 +82,7 @@ def run_persona(bench: Workbench) -> Report:
             for seed in recipe.seeds:
                 prompted = 0.0
                 for method in (PLAIN, PROMPT, *methods):
-                    key = {"model": model, "trait": trait, "method": method, "seed": seed}
+                    key: dict[str, Any] = {"model": model, "trait": trait, "method": method, "seed": seed}
                     if method in (PLAIN, PROMPT):
                         result = bench.cell(key, partial(_reference, bench, **key))
                         prompted = result["alpha1"]["coherence"]

@@ -40,7 +40,9 @@ def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell]) -> Report:
         recipe: The benchmark's.
         cells: What was measured of each model, trait, method and seed.
     """
-    tables, figures, samples = [], {}, []
+    tables: list[Table] = []
+    figures: dict[str, tuple[Figure, str]] = {}
+    samples: list[Sample] = []
     traits = list(dict.fromkeys(cell["trait"] for cell in cells))
     for model in dict.fromkeys(cell["model"] for cell in cells):
         of_model = [cell for cell in cells if cell["model"] == model]
@@ -112,8 +114,9 @@ def _mean(cells: Sequence[Cell], number: Callable[[Cell], float | None]) -> Valu
     if not numbers:
         return Value(None, why="not there in any run")
     why = None if len(numbers) == len(cells) else f"mean over {len(numbers)} of {len(cells)}"
-    ends = (min(numbers), max(numbers)) if len(numbers) > 1 else (None, None)
-    return Value(statistics.fmean(numbers), *ends, why)
+    if len(numbers) == 1:
+        return Value(numbers[0], why=why)
+    return Value(statistics.fmean(numbers), min(numbers), max(numbers), why)
 
 
 def _sd_of_seeds(cells: Sequence[Cell]) -> Value:

@@ -82,7 +82,9 @@ class EvaluateRecipe(DrawFields):
     @field_validator("methods")
     @classmethod
     def _all_or_none(cls, methods: tuple[str, ...]) -> tuple[str, ...]:
-        return {("all",): tuple(METHODS), ("none",): ()}.get(methods, methods)
+        if methods == ("all",):
+            return tuple(METHODS)
+        return () if methods == ("none",) else methods
 
     @model_validator(mode="after")
     def _check_matrix(self) -> EvaluateRecipe:
