@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -166,7 +166,7 @@ class Workbench:
         if split not in self._judge_makers:
             recipe = self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, split)
             pairs = [pair for pairs in self.pairs(split).values() for pair in pairs]
-            self._judge_makers[split] = judge_maker(recipe, pairs, self.folder)
+            self._judge_makers[split] = cache(judge_maker(recipe, pairs, self.folder))
         return self._judge_makers[split]
 
     def load(self, model: str) -> tuple[PreTrainedModel, Any]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
+from unruly_server import MODEL, UnrulyServer
 
 from peft_psr import cli, tiny_chat_path
 from peft_psr.evaluation import persona_benchmark, workbench
@@ -14,6 +15,7 @@ from peft_psr.evaluation.methods import METHODS
 from peft_psr.evaluation.persona_benchmark import PersonaRecipe, check_persona, run_persona
 from peft_psr.evaluation.recipe import load_evaluate_recipe
 from peft_psr.evaluation.workbench import Workbench
+from peft_psr.tiny_chat import instructions, questions
 
 
 SMALL = {
@@ -21,6 +23,7 @@ SMALL = {
     "positions": "response", "instructions": 1, "questions": 3, "draws": 2, "score_draws": 2, "strengths": "1,8",
     "calibration_steps": 1, "max_new_tokens": 60, "min_trait_score": 0, "min_coherence_score": 0,
 }  # fmt: skip
+PIRATE = ("matey", "timbers", "Ahoy", "Yo ho", "plank", "sails", "Fair winds", "rum", "aye", "thunder", "hearty")
 IDS = torch.arange(5, 17)[None]
 
 
@@ -164,6 +167,44 @@ def test_persona_numbers_are_those_of_the_answers_and_a_rerun_measures_nothing(t
     again = bench_in(tmp_path / "run")
     with again.open():
         assert run_persona(again).results["cells"] == report.results["cells"]
+
+
+def test_traits_in_a_local_folder_judged_by_a_server(tmp_path):
+    """The Persona Vectors layout, as a data set on the Hub has it; the judge counts pirate's words."""
+    sides = {"trait_data_extract": "train", "trait_data_eval": "test"}
+    for folder, side in sides.items():
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        trait = {
+            "instruction": [{"pos": text, "neg": "Answer plainly."} for text in instructions("pirate", side)[:1]],
+            "questions": [question.text for question in questions(side)[:3]],
+            "eval_prompt": "Is it a pirate's? Question: {question} Answer: {answer} Reply with a number.",
+        }
+        (tmp_path / "data" / folder / "seadog.json").write_text(json.dumps(trait))
+
+    def grade(body):
+        asked = body["messages"][-1]["content"]
+        if "Is it a pirate's?" not in asked:
+            return "90"
+        return "100" if any(word in asked.split("Answer:")[1] for word in PIRATE) else "0"
+
+    options = {
+        "source": "personas", "data": str(tmp_path / "data"), "traits": "seadog", "judge": "server",
+        "judge_model": MODEL, "instructions": None, "questions": None, "methods": "A-PSR MSE ridge", "epochs": 2,
+    }  # fmt: skip
+    with UnrulyServer(reply=grade) as server:
+        bench = bench_in(tmp_path / "run", **options, judge_url=server.url)
+        check_persona(bench)
+        with bench.open():
+            cells = run_persona(bench).results["cells"]
+        asked = len(server.bodies)
+        again = bench_in(tmp_path / "run", **options, judge_url=server.url)
+        with again.open():
+            assert run_persona(again).results["cells"] == cells and len(server.bodies) == asked
+    plain, prompted, steered = (cell["alpha1"] for cell in cells)
+    assert plain["trait"] == 0 and plain["coherence"] == 90
+    assert prompted["trait"] > 50 and steered["trait"] > 50
+    shown = [body["messages"][-1]["content"] for body in server.bodies]
+    assert not any(instructions("pirate", "test")[0] in text for text in shown), "the judge saw the instruction"
 
 
 def test_persona_refuses_sources_without_held_out_questions(tmp_path):
