@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 
 import pytest
@@ -13,8 +12,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from peft_psr import PSRConfig, tiny_chat_path
+from peft_psr import PSRConfig, cli, tiny_chat_path
 from peft_psr.evaluation.chat import Chat, base_model_of, load_chat_model, name_adapters, read_lines
 from peft_psr.evaluation.chat_session import ChatSession
 
@@ -405,28 +405,23 @@ def test_piped_lines_are_printed(monkeypatch):
 
 
 def psr_chat(*arguments, lines=""):
-    return subprocess.run(
-        [sys.executable, "-m", "peft_psr.cli", "chat", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        input=lines,
-    )
+    return CliRunner().invoke(cli.app, ["chat", *map(str, arguments)], input=lines)
 
 
 def test_command_line(folder, tmp_path):
     (tmp_path / "options.yaml").write_text(f"adapters: [{folder / 'formal'}, b={folder / 'brief'}]\ntemperature: 0\n")
     arguments = ("--config", tmp_path / "options.yaml", "--max-new-tokens", 8, "--output", tmp_path / "talk.json")
     dry = psr_chat(*arguments, "--dry-run")
-    assert dry.returncode == 0 and f"would talk to {folder / 'base'} with formal" in dry.stdout
+    assert dry.exit_code == 0 and f"would talk to {folder / 'base'} with formal" in dry.stdout
     assert not (tmp_path / "talk.json").exists()
     done = psr_chat(*arguments, lines="/use formal+b\nw1 w2\n/nonsense\n")
     session = open_session(folder)
     session.use(["formal", "brief"])
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert f"> w1 w2\nformal+b: {session.ask('w1 w2').text}\n" in done.stdout and "error: No command" in done.stdout
     assert json.loads((tmp_path / "talk.json").read_text())["turns"][0]["alphas"] == {"formal": 1.0, "b": 0.5}
     again = psr_chat(*arguments)
-    assert again.returncode == 2 and "is there already" in " ".join(again.stdout.split())
+    assert again.exit_code == 2 and "is there already" in " ".join(again.stdout.split())
 
 
 # ---------------------------------------------------------------- the embedded model

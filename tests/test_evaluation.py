@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,8 +12,9 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from rich.console import Console
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from peft_psr import PSRConfig, tiny_chat_path
+from peft_psr import PSRConfig, cli, tiny_chat_path
 from peft_psr.evaluation import (
     SteeringScore,
     calibrate_alpha,
@@ -210,21 +209,21 @@ def test_demo_end_to_end(tmp_path, monkeypatch):
 
 
 def psr(*arguments):
-    return subprocess.run([sys.executable, "-m", "peft_psr.cli", *arguments], capture_output=True, text=True)
+    return CliRunner().invoke(cli.app, arguments)
 
 
 def test_command_line_mistakes(tmp_path):
     unknown = psr("demo", "--trait", "grumpy", "--output", str(tmp_path / "a"))
-    assert unknown.returncode == 2 and "No trait 'grumpy'" in unknown.stdout and "sycophantic" in unknown.stdout
+    assert unknown.exit_code == 2 and "No trait 'grumpy'" in unknown.stdout and "sycophantic" in unknown.stdout
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     full = psr("demo", "--output", str(tmp_path / "full"))
-    assert full.returncode == 2 and "is not empty" in full.stdout
+    assert full.exit_code == 2 and "is not empty" in full.stdout
     lost = psr("demo", "--model", str(tmp_path / "lost"), "--output", str(tmp_path / "a"), "--dry-run")
-    assert lost.returncode == 2 and "is no model folder" in lost.stdout
+    assert lost.exit_code == 2 and "is no model folder" in lost.stdout
     (tmp_path / "options.yaml").write_text("sead: 3\n")
     misspelt = psr("demo", "--config", str(tmp_path / "options.yaml"), "--dry-run")
-    assert misspelt.returncode == 2 and "sead" in misspelt.stderr
+    assert misspelt.exit_code == 2 and "sead" in misspelt.stderr
     assert not (tmp_path / "a").exists()
 
 
@@ -233,7 +232,7 @@ def test_command_line_dry_run_with_config(tmp_path):
     dry = psr(
         "demo", "--config", str(tmp_path / "options.yaml"), "--seed", "4", "--dry-run", "--output", str(tmp_path / "a")
     )
-    assert dry.returncode == 0 and "pirate with seed 4" in dry.stdout and not (tmp_path / "a").exists()
+    assert dry.exit_code == 0 and "pirate with seed 4" in dry.stdout and not (tmp_path / "a").exists()
 
 
 def test_demo_refuses_a_model_without_the_grammar(tmp_path):
