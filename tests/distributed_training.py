@@ -121,3 +121,6 @@ def main(base: str, output: str, *cases: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a loaded machine now and then aborts in the teardown of torch's threads, when all is written
