@@ -31,6 +31,7 @@ from peft_psr.training.draws import draw_seed
 from peft_psr.training.placement import check_placement
 from peft_psr.training.recipe_fields import split
 from peft_psr.training.sampling import Completion
+from peft_psr.training.train_data import folder_name
 
 from .axbench_judge import RatingJudge, rating_judge
 from .axbench_questions import Trial, make_trial, read_instructions
@@ -101,7 +102,9 @@ def check_axbench(bench: Workbench) -> None:
             no instruction where the recipe puts it, or whatever `Workbench.check` finds.
     """
     bench.check()
-    trials(_recipe(bench))
+    names = [folder_name(trial.concept.description) for trial in trials(_recipe(bench))]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"traits: several concepts are described as {twice[0]!r}; name one of them.")
     for model in bench.recipe.models:
         check_placement(load_tokenizer(model, bench.recipe.revision), bench.recipe.placement)
 
@@ -139,7 +142,7 @@ def run_axbench(bench: Workbench) -> Report:
                     known: dict[int, dict[str, Any]] = {}
                     for place, trial in enumerate(group):
                         key = {"model": model, "concept": trial.concept.id, "method": method, "seed": seed}
-                        drawn = {"instructions": trial.fingerprint}
+                        drawn = {"instructions": trial.fingerprint, "trait": trial.concept.description}
                         result = bench.cell({**key, **drawn}, partial(_first, known, measure, group[place:]))
                         cells.append({**key, **result})
     return axbench_report(recipe, cells)

@@ -17,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from peft_psr.training import LocalSampler
 from peft_psr.training.answer_cache import AnswerCache, answer_key
-from peft_psr.training.assembly import make_sampler
+from peft_psr.training.assembly import load_judge, load_tokenizer, make_sampler
 from peft_psr.training.draws import Draw, Failure, Sampler
 from peft_psr.training.llm_judge import fill_prompt
 from peft_psr.training.recipe import Recipe
@@ -208,6 +209,12 @@ def rating_judge(recipe: EvaluateRecipe, folder: Path) -> RatingJudge:
     }
 
     def sampler() -> Sampler:
+        if recipe.judge == "local":
+            about = recipe.judge_model or "", recipe.judge_revision
+            loaded = load_judge(*about, recipe.dtype, recipe.device_map)
+            return LocalSampler(
+                loaded, load_tokenizer(*about), RATING_TOKENS, 0.0, recipe.judge_batch_size, name=about[0]
+            )
         shared = recipe.triplet_recipe(recipe.models[0], recipe.traits).model_dump()
         own = {
             "sampler": recipe.judge,

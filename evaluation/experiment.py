@@ -36,7 +36,7 @@ class Sizes:
         train_draws: Completions for each of them.
         held_out_draws: Completions for each pair of held-out instruction and question, to measure faithfulness on.
         score_draws: Answers for each held-out question and strength.
-        epochs: Passes over the triplets for MSE and for objectives on text.
+        epochs: Passes over the triplets: for MSE and KL, and for likelihood and preference.
         batch_size: Triplets a training step.
         curve: Strengths measured for every method.
         calibration_steps: Further strengths tried for each target.

@@ -68,7 +68,7 @@ def response_log_probs(logits: torch.Tensor, attention_mask: torch.Tensor, lengt
 
 @torch.no_grad()
 def prompt_recovery(
-    model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float = 1.0, batch_size: int = 32
+    model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float = 1.0, batch_size: int = 8
 ) -> float:
     """Share of the prompt's effect on the next-token distribution that the adapter brings about.
 

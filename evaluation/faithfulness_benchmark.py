@@ -28,7 +28,7 @@ from .faithfulness_report import PLACES, Cell, faithfulness_report
 from .movement import Movement, movements, neutral_sums, squared_errors, strengths, token_correlations
 from .recipe import EvaluateRecipe
 from .report import Report
-from .strength import has_lora
+from .strength import at_strength, has_lora
 from .token_map import map_tokens
 from .workbench import Workbench
 
@@ -154,6 +154,7 @@ def measure(
     places: dict[str, np.ndarray] = {}
     counts = np.zeros(PLACES)
     example: dict[str, Any] = {}
+    in_response = torch.zeros(0, dtype=torch.bool)
     moved = movements(model, triplets, processing_class, neutral, reworded, alpha)
     for triplet, movement in zip(triplets, moved, strict=True):
         known = prompts.setdefault(json.dumps(triplet["prompt"]), {"kl": {}, "errors": {}, "neutral": {}})
@@ -168,10 +169,13 @@ def measure(
         counts[at] += 1
         for name, values in by_token.items():
             places.setdefault(name, np.zeros(PLACES))[at] += values.mean(dim=0)[shown].numpy()
-        example = example or {"tokens": _texts(processing_class, movement), **_cut(by_token)}
+        if not example:
+            in_response = movement.places >= 0
+            example = {"tokens": _texts(processing_class, movement), **_cut(by_token, in_response)}
     if not has_lora(model):
-        gates = map_tokens(model, processing_class, model.active_adapter, triplets[0]).gates
-        example["gates"] = {str(layer): values[:PLACES].tolist() for layer, values in gates.items()}
+        with at_strength(model, alpha):
+            gates = map_tokens(model, processing_class, model.active_adapter, triplets[0]).gates
+        example["gates"] = {str(layer): values[in_response][:PLACES].tolist() for layer, values in gates.items()}
     there = counts > 0
     return {
         "layers": [layer_index(name) for name in measured_layers(model)],
@@ -188,11 +192,11 @@ def _add(sums: dict[str, Any], values: Mapping[str, Any]) -> None:
 
 
 def _texts(processing_class, movement: Movement) -> list[str]:
-    return [processing_class.decode([token]) for token in movement.tokens[:PLACES].tolist()]
+    return [processing_class.decode([token]) for token in movement.tokens[movement.places >= 0][:PLACES].tolist()]
 
 
-def _cut(by_token: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    return {name: values[:, :PLACES].numpy() for name, values in by_token.items()}
+def _cut(by_token: Mapping[str, torch.Tensor], in_response: torch.Tensor) -> dict[str, np.ndarray]:
+    return {name: values[:, in_response][:, :PLACES].numpy() for name, values in by_token.items()}
 
 
 def _rounded(data: Any) -> Any:

@@ -112,11 +112,13 @@ def faithfulness_report(
                 _heat_maps(best),
                 f"One completion with the trait {trait}: what the prompt, the adapter and a neutral instruction move.",
             )
-            if gates := best.result["example"].get("gates"):
+            gated = [cell for cell in own if cell.trait == trait and cell.result["example"].get("gates")]
+            if gated:
+                best = max(gated, key=lambda cell: _recovery([cell], STEERED)[0])
                 figures[f"gates{suffix}_{folder_name(trait)}"] = (
                     gates_by_token(
                         best.result["example"]["tokens"],
-                        {layer: torch.tensor(values) for layer, values in gates.items()},
+                        {layer: torch.tensor(values) for layer, values in best.result["example"]["gates"].items()},
                         best.method,
                     ),
                     f"The same completion: how far the adapter's gates open, by layer and token ({trait}).",
@@ -132,7 +134,7 @@ def faithfulness_report(
             "cells": [_single_numbers(cell) for cell in cells],
         },
         figures=figures,
-        notes=_notes(cells),
+        notes=(*_notes(cells), *_lora_note(recipe)),
     )
 
 
@@ -301,6 +303,12 @@ def _description(control: str, alphas: Sequence[float], cells: Sequence[Cell]) -
         f"neutral instruction {control!r}. Strengths: {', '.join(f'{alpha:g}' for alpha in alphas)}. "
         "Intervals are 95 % bootstraps over prompts, pooled over traits and seeds."
     )
+
+
+def _lora_note(recipe: EvaluateRecipe) -> tuple[str, ...]:
+    if recipe.positions == "response" or not any(name.startswith("LoRA") for name in recipe.methods):
+        return ()
+    return (f"LoRA edits every token; it is measured on the response, the others on {recipe.positions}.",)
 
 
 def _notes(cells: Sequence[Cell]) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ class FitSettings:
         layer: The layer that single-layer methods edit, from 0.
         positions: Which tokens are edited; see `PSRConfig`.
         seed: Of random starts and of the order of the triplets.
-        epochs: Passes over the triplets, for the MSE and for objectives on text.
+        epochs: Passes over the triplets: to imitate the prompted model (MSE, KL), and for likelihood and preference.
         batch_size: Triplets a training step.
         learning_rate: In place of the method's own, if given.
         alpha: Strength while training: a number, or "trait_score" for each triplet's trait score / 100.

@@ -42,8 +42,8 @@ STEERED, REWORDED, NEUTRAL = "steered", "reworded", "neutral"
 POSITION_GROUPS = {"last prompt token": (0, 1), "token 1": (1, 2), "tokens 2-4": (2, 5), "tokens 5-16": (5, 17)}
 """{name: first and end of the places of tokens, the response's first being 1}; what comes later is "later tokens"."""
 LATER = "later tokens"
-CONSTANT = 1e-3
-"""Sizes that differ by less than this share of the largest are equal but for rounding."""
+CONSTANT = 2e-2
+"""Sizes that differ by less than this share of the largest are equal but for rounding, in bfloat16 too."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,9 @@ def token_correlations(movement: Movement) -> dict[str, float | None]:
         |Delta_AS| with |Delta_N|; `edit_prompt_given_neutral`: the partial correlation. Between -1 and 1; `None` where
         no layer has tokens enough (4) whose sizes differ.
     """
-    sizes = {name: delta.norm(dim=-1) for name, delta in {"prompt": movement.prompt, **movement.others}.items()}
+    response = movement.places >= 0  # the question's tokens are edited too, under some positions
+    deltas = {"prompt": movement.prompt, **movement.others}
+    sizes = {name: delta[:, response].norm(dim=-1) for name, delta in deltas.items()}
     edit, prompt, neutral = (_ranks(sizes[name]) for name in (STEERED, "prompt", NEUTRAL))
     with_prompt, with_neutral, between = _pearson(edit, prompt), _pearson(edit, neutral), _pearson(prompt, neutral)
     rest = ((1 - with_neutral**2) * (1 - between**2)).clamp(min=0).sqrt()
@@ -199,7 +201,7 @@ def token_correlations(movement: Movement) -> dict[str, float | None]:
         "edit_prompt_given_neutral": partial,
     }
     return {
-        name: None if values.isnan().all() or movement.prompt.shape[1] < 4 else values.nanmean().item()
+        name: None if values.isnan().all() or int(response.sum()) < 4 else values.nanmean().item()
         for name, values in found.items()
     }
 

@@ -117,4 +117,6 @@ def instructions_of(pairs: Sequence[PromptPair], placement: Placement) -> list[s
 
 def instructed(prompts: Sequence[Prompt], instructions: Sequence[str], placement: Placement) -> list[Prompt]:
     """Each prompt with one of the instructions, in turn."""
-    return [add_instruction(p, instructions[i % len(instructions)], placement) for i, p in enumerate(prompts)]
+    # shifted each round, or a period that they share would tie one kind of prompt to one instruction
+    count = len(instructions)
+    return [add_instruction(p, instructions[(i + i // count) % count], placement) for i, p in enumerate(prompts)]

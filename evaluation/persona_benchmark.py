@@ -17,12 +17,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 
 from peft_psr.training.recipe_fields import Count, split
+from peft_psr.training.run import NothingKeptError
 
 from .calibration import Calibration, calibrate_alpha
 from .faithfulness import prompt_recovery, relative_rmse
 from .method import PLAIN, PROMPT
 from .persona_report import persona_report
-from .recipe import EvaluateRecipe
+from .recipe import EvaluateRecipe, Positions
 from .report import Report
 from .scoring import Answers, SteeringScore, judged_answers
 from .workbench import Workbench
@@ -39,9 +40,7 @@ SAMPLED = 2
 class PersonaRecipe(EvaluateRecipe):
     """What `psr evaluate persona` measures. Each field is an option of it too."""
 
-    positions: Any = Field(
-        "question_and_response", description="Edited tokens: response | question_and_response | all"
-    )
+    positions: Positions = Field("question_and_response", description="Edited tokens.")
     strengths: Strengths = Field(
         (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), description="Strengths to measure before any are searched for."
     )
@@ -70,15 +69,25 @@ def check_persona(bench: Workbench) -> None:
 def run_persona(bench: Workbench) -> Report:
     """Measures every method on every trait of every model, with every seed.
 
+    A trait of which no triplet was kept is left out, and the report says so.
+
     Raises:
-        ValueError: the judge scored nothing, for one.
+        ConnectionError: the judge failed on answers after every retry.
+        ValueError: the judge scored nothing, or no trait is left.
     """
     recipe = bench.recipe
     methods = bench.method_names()
     bench.expect(len(recipe.models) * len(bench.traits) * len(recipe.seeds) * (2 + len(methods)))
-    cells = []
+    cells: list[dict[str, Any]] = []
+    left_out = []
     for model in recipe.models:
         for trait in bench.traits:
+            try:
+                if recipe.methods:
+                    bench.triplets(model, trait)
+            except NothingKeptError as error:
+                left_out.append(f"{trait} of {model} is left out: {error}")
+                continue
             for seed in recipe.seeds:
                 prompted = 0.0
                 for method in (PLAIN, PROMPT, *methods):
@@ -89,7 +98,9 @@ def run_persona(bench: Workbench) -> Report:
                     else:
                         result = bench.cell(key, partial(_method, bench, **key, prompted_coherence=prompted))
                     cells.append({**key, **result})
-    return persona_report(recipe, cells)
+    if not cells:
+        raise ValueError(" ".join(left_out))
+    return persona_report(recipe, cells, left_out)
 
 
 class _Scorer:
@@ -118,8 +129,19 @@ class _Scorer:
         found = judged_answers(
             model, processing_class, self.prompts, self.bare, self.questions, self.judge, self.sampling, alphas
         )
+        failed = [score.failure for answers in found for score in answers.scores if score.failure]
+        if failed:
+            raise ConnectionError(
+                f"The judge failed on {len(failed)} answers ({failed[0]}). What it has said is kept; the same command "
+                "asks again."
+            )
         self.seen |= {answers.alpha: answers for answers in found}
         return [answers.mean for answers in found]
+
+    def unscored(self) -> list[int]:
+        """How many answers the judge gave no usable score, and how many there are."""
+        scores = [score for answers in self.seen.values() for score in answers.scores]
+        return [sum(None in (score.trait, score.coherence) for score in scores), len(scores)]
 
     def samples(self, alpha: float | None) -> list[dict[str, Any]]:
         """The first answer to each of the first questions."""
@@ -148,6 +170,7 @@ def _reference(bench: Workbench, model: str, trait: str, method: str, seed: int)
     return {
         "alpha1": asdict(score),
         "by_question": {"alpha1": scorer.seen[None].by_question()},
+        "unscored": scorer.unscored(),
         "samples": scorer.samples(None),
     }
 
@@ -175,10 +198,11 @@ def _method(
     at = {"alpha1": 1.0, "c80": c80.alpha, "cp": cp.alpha}
     return {
         "alpha1": asdict(scorer.seen[1.0].mean),
-        "c80": _found(c80),
-        "cp": _found(cp),
+        "c80": _found(c80, 80.0),
+        "cp": _found(cp, prompted_coherence),
         "curve": [asdict(point) for point in cp.curve],
         "by_question": {place: scorer.seen[alpha].by_question() for place, alpha in at.items() if alpha is not None},
+        "unscored": scorer.unscored(),
         "prompt_recovery": recovery,
         "relative_rmse": {str(layer): value for layer, value in rmse.items()},
         "train_seconds": fitted.seconds,
@@ -189,5 +213,5 @@ def _method(
     }
 
 
-def _found(calibration: Calibration) -> dict[str, Any]:
-    return {name: getattr(calibration, name) for name in ("alpha", "trait", "coherence", "why")}
+def _found(calibration: Calibration, target: float) -> dict[str, Any]:
+    return {"target": target} | {name: getattr(calibration, name) for name in ("alpha", "trait", "coherence", "why")}

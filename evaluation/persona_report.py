@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from peft_psr.training.train_data import folder_name
+
 from .bootstrap import value_of
 from .method import PLAIN, PROMPT
 from .plots import rmse_by_layer, trait_against_coherence
@@ -30,15 +32,18 @@ COLUMNS = (
     Column("seconds", "to make the adapter from its triplets", 1),
     Column("bytes", "of the adapter's file", 0),
 )
+FAR_OFF = 5.0
+"""Points of coherence beyond which a strength does not count as found."""
 _SCORES = {"trait": ("alpha1", 0), "coherence": ("alpha1", 1), "TA@C80": ("c80", 0), "TA@Cp": ("cp", 0)}
 
 
-def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell]) -> Report:
+def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell], left_out: Sequence[str] = ()) -> Report:
     """Tables, figures and samples of what was measured.
 
     Args:
         recipe: The benchmark's.
         cells: What was measured of each model, trait, method and seed.
+        left_out: What could not be measured, and why.
     """
     tables: list[Table] = []
     figures: dict[str, tuple[Figure, str]] = {}
@@ -52,7 +57,7 @@ def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell]) -> Report:
             of_trait = [cell for cell in of_model if cell["trait"] == trait]
             tables.append(_table(f"{model}: {trait}", of_trait))
             first = {cell["method"]: cell for cell in of_trait if cell["seed"] == recipe.seeds[0]}
-            figures |= _figures(f"{model}_{trait}".replace("/", "_"), trait, first)
+            figures |= _figures(folder_name(f"{model}_{trait}"), trait, first)
             samples += _samples(trait, first)
     intervals = (
         "Intervals of scores are 95 % bootstrap intervals over questions, seeds pooled; those of other columns are "
@@ -71,8 +76,14 @@ def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell]) -> Report:
         figures=figures,
         samples=tuple(samples),
         notes=(
+            *left_out,
+            *_unscored(cells),
             "Strengths for TA@C80 and TA@Cp are chosen on the answers that are scored there, for every method alike.",
-            "A method whose coherence never comes to the target has no value there; a mean is over those that have.",
+            "Strength 1 is where training was; for what is computed and not trained (DiM, ActAdd, ITI, Stolfo et al.) "
+            "it is the unit that the source gives it, so compare those at TA@C80 and TA@Cp.",
+            "HyperSteer, of the paper's AxBench table, is not done.",
+            f"A run whose coherence does not come within {FAR_OFF:g} points of the target has no value there; means "
+            "are over the runs that have.",
         ),
     )
 
@@ -86,8 +97,8 @@ def _table(title: str, cells: Sequence[Cell]) -> Table:
         row |= {name: _score(of_method, *where) for name, where in _SCORES.items() if adapter or where[0] == "alpha1"}
         if adapter:
             row["sd of seeds"] = _sd_of_seeds(of_method)
-            row["alpha@C80"] = _mean(of_method, lambda cell: cell["c80"]["alpha"])
-            row["alpha@Cp"] = _mean(of_method, lambda cell: cell["cp"]["alpha"])
+            row["alpha@C80"] = _mean(of_method, lambda cell: cell["c80"]["alpha"] if _reached(cell, "c80") else None)
+            row["alpha@Cp"] = _mean(of_method, lambda cell: cell["cp"]["alpha"] if _reached(cell, "cp") else None)
             row["recovery"] = _mean(of_method, lambda cell: cell["prompt_recovery"])
             row["seconds"] = _mean(of_method, lambda cell: cell["train_seconds"])
             row["bytes"] = _mean(of_method, lambda cell: cell["adapter_bytes"])
@@ -98,15 +109,29 @@ def _table(title: str, cells: Sequence[Cell]) -> Table:
 def _score(cells: Sequence[Cell], place: str, which: int) -> Value:
     """Mean of the trait (0) or coherence (1) scores at a place of the curve, with its interval."""
     groups: dict[tuple[str, int], list[float]] = {}
-    lacking = [cell for cell in cells if place not in cell["by_question"]]
-    for cell in cells:
-        for question, answers in enumerate(cell["by_question"].get(place, ())):
+    there = [cell for cell in cells if place == "alpha1" or _reached(cell, place)]
+    for cell in there:
+        for question, answers in enumerate(cell["by_question"][place]):
             groups.setdefault((cell["trait"], question), []).extend(answer[which] for answer in answers)
-    whys = [f"{cell['trait']}, seed {cell['seed']}: {cell[place]['why']}" for cell in cells
-            if place != "alpha1" and cell[place]["why"]]  # fmt: skip
-    if lacking and len(lacking) < len(cells):
-        whys.insert(0, f"mean over {len(cells) - len(lacking)} of {len(cells)}")
+    whys = []
+    if there and len(there) < len(cells):
+        whys.append(f"mean over {len(there)} of {len(cells)} runs")
+    if place != "alpha1":
+        whys += [f"{cell['trait']}, seed {cell['seed']}: {cell[place]['why']}" for cell in cells if cell[place]["why"]]
     return value_of({key: scores for key, scores in groups.items() if scores}, why="; ".join(whys) or None)
+
+
+def _reached(cell: Cell, place: str) -> bool:
+    """Whether a strength was found there, with a coherence near the target."""
+    found = cell[place]
+    return found["alpha"] is not None and abs(found["coherence"] - found["target"]) <= FAR_OFF
+
+
+def _unscored(cells: Sequence[Cell]) -> list[str]:
+    lost, asked = (sum(cell["unscored"][i] for cell in cells) for i in (0, 1))
+    return (
+        [f"{lost} of {asked} answers got no usable score from the judge; means are over the others."] if lost else []
+    )
 
 
 def _mean(cells: Sequence[Cell], number: Callable[[Cell], float | None]) -> Value:
@@ -122,7 +147,7 @@ def _mean(cells: Sequence[Cell], number: Callable[[Cell], float | None]) -> Valu
 def _sd_of_seeds(cells: Sequence[Cell]) -> Value:
     by_seed: dict[int, list[float]] = {}
     for cell in cells:
-        if cell["cp"]["trait"] is None:
+        if not _reached(cell, "cp"):
             return Value(None, why="a run has no TA@Cp")
         by_seed.setdefault(cell["seed"], []).append(cell["cp"]["trait"])
     if len(by_seed) == 1:

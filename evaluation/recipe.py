@@ -49,7 +49,7 @@ class EvaluateRecipe(DrawFields):
         {},
         json_schema_extra=FREE,
         description='Adapters to measure beside them: {"name": "folder or Hub name"}, with {trait} in it where each '
-        "trait has its own.",
+        "trait has its own. They are measured at the recipe's strengths, whatever they were saved with.",
     )
     seeds: Seeds = Field(
         (0,),
@@ -74,10 +74,15 @@ class EvaluateRecipe(DrawFields):
     train_alpha: Literal["trait_score"] | float = Field(
         "trait_score", description="Strength while training: each triplet's trait score / 100, or one number."
     )
-    epochs: float = Field(15.0, gt=0, description="Passes over the triplets for the MSE.")
-    text_epochs: float = Field(7.0, gt=0, description="Passes over the triplets for objectives on text.")
+    epochs: float = Field(15.0, gt=0, description="Passes over the triplets for the MSE and KL objectives.")
+    text_epochs: float = Field(7.0, gt=0, description="Passes over the triplets for likelihood and preference.")
     train_batch_size: Count = Field(8, description="Triplets a training step.")
     learning_rate: float | None = Field(None, gt=0, description="For every method, in place of its own.")
+
+    @field_validator("traits", "models", "methods", "seeds")
+    @classmethod
+    def _once(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(values))
 
     @field_validator("methods")
     @classmethod
@@ -89,6 +94,11 @@ class EvaluateRecipe(DrawFields):
     @model_validator(mode="after")
     def _check_matrix(self) -> EvaluateRecipe:
         chosen(self.methods)
+        if self.methods and self.positions != "response" and (self.placement != "system" or self.source == "ifeval"):
+            raise ValueError(
+                f"positions: {self.positions} needs the instruction in the system turn: in the user's, the question's "
+                "own tokens differ. Use positions: response."
+            )
         for name, source in self.adapters.items():
             if name in METHODS or name in (PLAIN, PROMPT):
                 raise ValueError(f"adapters: {name!r} is what a method is called; give the adapter another name.")
@@ -97,6 +107,8 @@ class EvaluateRecipe(DrawFields):
                 raise ValueError(f"adapters: {source!r} may hold {{trait}} and no other placeholder.")
         if self.triplets and len(self.models) > 1:
             raise ValueError("triplets are of one model; leave them out to have each model draw its own.")
+        if self.adapters and len(self.models) > 1:
+            raise ValueError("adapters are of one model; measure each model's with an --output of its own.")
         self.triplet_recipe(self.models[0], self.traits)
         return self
 

@@ -52,7 +52,8 @@ class SideEffectsRecipe(EvaluateRecipe):
         description="Strength to compare at: matched, where the trait is the prompted model's, or a number.",
     )
     strengths: Strengths = Field(
-        (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0), description="Strengths among which the matched one is looked for."
+        (0.06, 0.12, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0),
+        description="Strengths among which the matched one is looked for.",
     )
     score_draws: Count = Field(4, description="Answers to each held-out question, and to each unsafe request.")
     capability_tasks: Names = Field(
@@ -138,7 +139,11 @@ class _Task:
     def answers(self, model, prompted: bool, alphas: Sequence[float] | None) -> list[Answers]:
         """Answers to the questions as they are; those of the prompted model under each instruction in turn."""
         rows = [
-            (pairs[draw % len(pairs)].steered_prompt if prompted else pairs[0].prompt, pairs[0].prompt, question)
+            (
+                pairs[(question + draw) % len(pairs)].steered_prompt if prompted else pairs[0].prompt,
+                pairs[0].prompt,
+                question,
+            )
             for question, pairs in enumerate(self.by_question.values())
             for draw in range(self.recipe.score_draws)
         ]
@@ -224,7 +229,8 @@ def _method(bench: Workbench, model: str, trait: str, method: str, seed: int, pr
         by_alpha = {answers.alpha: answers for answers in found}
         curve = [answers.mean for answers in found]
         matched = least_alpha(curve, prompted_trait - MARGIN) if recipe.alpha == "matched" else recipe.alpha
-        alpha = 1.0 if matched is None else matched
+        alpha = max(found, key=lambda answers: answers.mean.trait).alpha if matched is None else matched
+        assert alpha is not None
         return {
             "alpha": alpha,
             "matched": matched is not None,

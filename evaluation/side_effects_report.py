@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from peft_psr.training.train_data import folder_name
+
 from .bootstrap import bootstrap_interval, value_of
 from .injection import LEAST_LIFT, success
 from .method import PLAIN, PROMPT
@@ -54,7 +56,7 @@ def side_effects_report(
     samples: list[Sample] = []
     models = list(dict.fromkeys(cell["model"] for cell in cells))
     for model in models:
-        of_model, suffix = (f": {model}", "_" + model.replace("/", "_")) if len(models) > 1 else ("", "")
+        of_model, suffix = (f": {model}", "_" + folder_name(model)) if len(models) > 1 else ("", "")
         own = [cell for cell in cells if cell["model"] == model]
         by_method = {
             method: [cell for cell in own if cell["method"] == method]
@@ -153,7 +155,9 @@ def _strength(cells: Sequence[Cell]) -> Value:
     alphas = [cell["alpha"] for cell in cells]
     missed = sum(not cell["matched"] for cell in cells)
     why = (
-        f"the prompt's trait score is not reached in {missed} of {len(cells)} runs, which are at 1" if missed else None
+        f"the prompt's trait score is not reached in {missed} of {len(cells)} runs, which are where it is highest"
+        if missed
+        else None
     )
     return Value(float(np.mean(alphas)), min(alphas), max(alphas), why)
 
@@ -242,7 +246,7 @@ def _description(recipe: EvaluateRecipe, cells: Sequence[Cell]) -> str:
 def _notes(recipe: EvaluateRecipe, alpha: str | float) -> tuple[str, ...]:
     notes = [
         "Every method is at the least strength measured whose trait score is the prompted model's (within a point), "
-        "chosen on the answers that are scored here; where none reaches it, at 1."
+        "chosen on the answers that are scored here; where none reaches it, the one with the highest."
         if alpha == "matched"
         else f"Every method is at strength {alpha}, whatever its trait score there.",
         "Whether it is good that a user can have the trait dropped depends on who asks. The judge sees the question "

@@ -15,24 +15,27 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from peft_psr.facts import package_versions
 from peft_psr.files import write_whole
 from peft_psr.judging import Judge
+from peft_psr.tiny_chat import tiny_chat_path
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, sample_completions, write_triplets
-from peft_psr.training.assembly import judge_maker, load_model, load_tokenizer, prompt_pairs
+from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
 from peft_psr.training.folder_lock import LOCK, locked
 from peft_psr.training.placement import check_placement
+from peft_psr.training.recipe import EMBEDDED
 from peft_psr.training.run import TripletRun
 from peft_psr.training.train_data import check_origin, folder_name, read_traits
 
@@ -43,6 +46,7 @@ from .recipe import EvaluateRecipe
 
 STATE, TRIPLETS, HELD_OUT, ADAPTERS, CELLS, FIT = "run.json", "triplets", "held_out", "adapters", "cells", "fit.json"
 Split = Literal["train", "test"]
+SPLITS: tuple[Split, Split] = ("train", "test")
 
 
 class Workbench:
@@ -83,10 +87,19 @@ class Workbench:
         self._judges("test")
         for model in self.recipe.models:
             processing_class = load_tokenizer(model, self.recipe.revision)
+            source = tiny_chat_path() if model == EMBEDDED else model
+            config = AutoConfig.from_pretrained(source, revision=self.recipe.revision)
+            self.recipe.fit_settings(config.get_text_config().num_hidden_layers, 0)
             if self.recipe.source != "ifeval":  # its prompts hold their instructions
                 check_placement(processing_class, self.recipe.placement)
-        if self.recipe.triplets:
-            read_traits(self.recipe.triplets, self.traits)
+            if self.recipe.triplets:
+                check_origin(read_traits(self.recipe.triplets, self.traits), model, None, processing_class)
+        for name, source in self.recipe.adapters.items():
+            for place in dict.fromkeys(source.format(trait=folder_name(trait)) for trait in self.traits):
+                try:
+                    PeftConfig.from_pretrained(place)
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"adapters: {name!r} is not to be had from {place!r}: {error}") from error
 
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -96,8 +109,10 @@ class Workbench:
             raise FileExistsError(f"{self.folder} is not empty and holds no run of psr evaluate; name another folder.")
         if STATE in names:
             begun = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-            now = {"benchmark": self.benchmark, **self.recipe.fixed()}
-            before = {"benchmark": begun.get("benchmark"), **begun.get("fixed", {})}
+            now = {"benchmark": self.benchmark, **_filter_of(self.recipe.model_dump()), **self.recipe.fixed()}
+            before = {
+                "benchmark": begun.get("benchmark"), **_filter_of(begun.get("recipe", {})), **begun.get("fixed", {}),
+            }  # fmt: skip
             differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
             if differ:
                 changes = ", ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in differ)
@@ -208,13 +223,13 @@ class Workbench:
                 check_origin(rows, model, None, load_tokenizer(model, self.recipe.revision))
                 self._triplets[model, trait] = rows[trait]
             else:
-                folder = self.folder / TRIPLETS / folder_name(model) / folder_name(trait)
-                self._triplets[model, trait] = self._draw(model, self.pairs("train")[trait], folder)
+                self._triplets[model, trait] = self._draw(model, self.pairs("train")[trait])
         return self._triplets[model, trait]
 
-    def _draw(self, model: str, pairs: Sequence[PromptPair], folder: Path) -> list[Triplet]:
+    def _draw(self, model: str, pairs: Sequence[PromptPair]) -> list[Triplet]:
         # an AxBench concept is asked for by its number
         name = str(pairs[0].metadata.get("concept_id", pairs[0].trait))
+        folder = self.folder / TRIPLETS / folder_name(model) / folder_name(name)
         recipe = self.recipe.triplet_recipe(model, (name,))
         self._say(f"triplets: {name}")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -234,8 +249,10 @@ class Workbench:
         if self.recipe.source in ("ifeval", "axbench"):
             raise ValueError(f"source: {self.recipe.source} has no test split of its own.")
         if (model, trait) not in self._held_out:
-            path = self.folder / HELD_OUT / folder_name(model) / f"{folder_name(trait)}.jsonl"
-            self._held_out[model, trait] = self._draw_held_out(model, self.pairs("test")[trait], path)
+            pairs = self.pairs("test")[trait]
+            drawn_on = _hash([[pair.prompt, pair.steered_prompt] for pair in pairs])
+            path = self.folder / HELD_OUT / folder_name(model) / f"{folder_name(trait)}-{drawn_on}.jsonl"
+            self._held_out[model, trait] = self._draw_held_out(model, pairs, path)
         return self._held_out[model, trait]
 
     def _draw_held_out(self, model: str, pairs: Sequence[PromptPair], path: Path) -> list[Triplet]:
@@ -292,7 +309,9 @@ class Workbench:
         base, processing_class = self.load(model)
         if method in self.recipe.adapters:
             source = self.recipe.adapters[method].format(trait=folder_name(trait))
-            fitted = Fitted(PeftModel.from_pretrained(base, source).eval())
+            given = PeftModel.from_pretrained(base, source).eval()
+            own = {name: getattr(given.active_peft_config, name, None) for name in ("alpha", "positions")}
+            fitted = Fitted(given, notes={"saved_with": own})
         else:
             rows = self.triplets(model, trait) if triplets is None else list(triplets)
             fitted = self._fit(base, processing_class, model, trait, method, seed, rows, part)
@@ -316,7 +335,11 @@ class Workbench:
             return Fitted(steered, known["dead_gates"], known["notes"], known["seconds"], known["bytes"])
         self._say(f"{trait}: making {method}, seed {seed} {part}")
         begin = time.perf_counter()
-        fitted = METHODS[method].fit(base, processing_class, rows, settings)
+        try:
+            fitted = METHODS[method].fit(base, processing_class, rows, settings)
+        except BaseException:
+            self._loaded.clear()  # half an adapter may be on it
+            raise
         fitted.seconds = time.perf_counter() - begin
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -343,7 +366,9 @@ class Workbench:
         """
         full = {
             "benchmark": self.benchmark, "parameters": parameters, "fixed": self.recipe.fixed(),
-            "adapter": self.recipe.adapters.get(parameters.get("method", "")), "triplets": self._given_triplets,
+            "adapter": self._adapter(parameters.get("method", ""), parameters.get("trait", "")),
+            "triplets": self._given_triplets, "filter": asdict(self.recipe.filter),
+            "asked": self._asked(parameters.get("trait", "")),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
         path = self.folder / CELLS / f"{_hash(full)}.json"
@@ -359,6 +384,21 @@ class Workbench:
             self._progress[0].advance(self._progress[1])
         return result
 
+    def _adapter(self, method: str, trait: str) -> Any:
+        """Where a given adapter comes from, and what a folder of it holds; `None` for what is made here."""
+        source = self.recipe.adapters.get(method)
+        if source is None:
+            return None
+        files = sorted(Path(source.format(trait=folder_name(trait))).glob("adapter_*"))
+        return [source, {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}]
+
+    def _asked(self, trait: str) -> str:
+        """What a trait's prompts and its judge's hash to: the files that they come from may change."""
+        recipe = self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, "test")
+        pairs = [asdict(pair) for split in SPLITS for pair in self.pairs(split).get(trait, ())]
+        own, coherence = judge_prompts(recipe, self.pairs("test").get(trait, ())) if recipe.model_judge else ({}, "")
+        return _hash([pairs, own.get(trait), coherence])
+
     @cached_property
     def _given_triplets(self) -> str | None:
         """What the recipe's triplets hash to, if it has any."""
@@ -367,6 +407,11 @@ class Workbench:
     def _say(self, what: str) -> None:
         if self._progress:
             self._progress[0].update(self._progress[1], description=what)
+
+
+def _filter_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that filter triplets: all methods of a run are to be made from the same."""
+    return {name: recipe.get(name) for name in ("min_trait_score", "min_coherence_score", "max_similarity")}
 
 
 def _hash(data: Any) -> str:

@@ -94,12 +94,15 @@ def test_a_cell_is_computed_once_for_its_parameters_and_recipe(tmp_path):
 
 def test_an_adapter_is_made_once_and_found_again(tmp_path, monkeypatch):
     base = logits(AutoModelForCausalLM.from_pretrained(tiny_chat_path()).eval())
+    with pytest.raises(ValueError, match="adapters: 'mine' is not to be had from .*pirate"):
+        bench_in(tmp_path / "run", adapters={"mine": str(tmp_path / "{trait}")}).check()
+    bench = bench_in(tmp_path / "run")
+    with bench.open(), bench.fitted("embedded", "pirate", "S-Const DiM", 0) as fitted:
+        edited = logits(fitted.model)
+        assert fitted.bytes > 500 and fitted.seconds > 0 and not torch.equal(edited, base)
+        fitted.model.save_pretrained(str(tmp_path / "pirate"))
     bench = bench_in(tmp_path / "run", adapters={"mine": str(tmp_path / "{trait}")})
     with bench.open():
-        with bench.fitted("embedded", "pirate", "S-Const DiM", 0) as fitted:
-            edited = logits(fitted.model)
-            assert fitted.bytes > 500 and fitted.seconds > 0 and not torch.equal(edited, base)
-            fitted.model.save_pretrained(str(tmp_path / "pirate"))
         model, _ = bench.load("embedded")
         assert torch.equal(logits(model), base)
         with bench.fitted("embedded", "pirate", "mine", 0) as given:
@@ -169,17 +172,52 @@ def test_persona_numbers_are_those_of_the_answers_and_a_rerun_measures_nothing(t
         assert run_persona(again).results["cells"] == report.results["cells"]
 
 
-def test_traits_in_a_local_folder_judged_by_a_server(tmp_path):
-    """The Persona Vectors layout, as a data set on the Hub has it; the judge counts pirate's words."""
-    sides = {"trait_data_extract": "train", "trait_data_eval": "test"}
-    for folder, side in sides.items():
-        (tmp_path / "data" / folder).mkdir(parents=True)
+def write_seadog(folder, skip=0):
+    """A pirate under another name, in the Persona Vectors layout."""
+    for name, side in {"trait_data_extract": "train", "trait_data_eval": "test"}.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
         trait = {
             "instruction": [{"pos": text, "neg": "Answer plainly."} for text in instructions("pirate", side)[:1]],
-            "questions": [question.text for question in questions(side)[:3]],
+            "questions": [question.text for question in questions(side)[skip : skip + 3]],
             "eval_prompt": "Is it a pirate's? Question: {question} Answer: {answer} Reply with a number.",
         }
-        (tmp_path / "data" / folder / "seadog.json").write_text(json.dumps(trait))
+        (folder / name / "seadog.json").write_text(json.dumps(trait))
+
+
+def seadog(folder, **options):
+    settings = {"source": "personas", "data": str(folder / "data"), "traits": "seadog", "judge": "server",
+                "judge_model": MODEL, "instructions": None, "questions": None}  # fmt: skip
+    return bench_in(folder / "run", **settings | options)
+
+
+def test_other_questions_in_the_same_file_are_measured_anew(tmp_path):
+    calls = []
+    for skip in (0, 0, 3):
+        write_seadog(tmp_path / "data", skip)
+        bench = seadog(tmp_path, judge_url="http://localhost:1/v1")
+        with bench.open():
+            bench.cell({"trait": "seadog"}, lambda: calls.append(1) or {})
+    assert len(calls) == 2
+
+
+def test_a_judge_that_fails_is_asked_again(tmp_path):
+    write_seadog(tmp_path / "data")
+    settings = {"methods": "none", "max_failure_share": 0.9}
+    broken = UnrulyServer(lambda body, attempt: "422" if len(broken.bodies) % 2 else "ok", reply=lambda body: "90")
+    with broken:
+        bench = seadog(tmp_path, **settings, judge_url=broken.url)
+        with bench.open(), pytest.raises(ConnectionError, match="failed on .* asks again"):
+            run_persona(bench)
+    with UnrulyServer(reply=lambda body: "90") as server:
+        bench = seadog(tmp_path, **settings, judge_url=server.url)
+        with bench.open():
+            cells = run_persona(bench).results["cells"]
+    assert all(cell["unscored"] == [0, 6] for cell in cells)
+
+
+def test_traits_in_a_local_folder_judged_by_a_server(tmp_path):
+    """The Persona Vectors layout, as a data set on the Hub has it; the judge counts pirate's words."""
+    write_seadog(tmp_path / "data")
 
     def grade(body):
         asked = body["messages"][-1]["content"]
@@ -187,17 +225,14 @@ def test_traits_in_a_local_folder_judged_by_a_server(tmp_path):
             return "90"
         return "100" if any(word in asked.split("Answer:")[1] for word in PIRATE) else "0"
 
-    options = {
-        "source": "personas", "data": str(tmp_path / "data"), "traits": "seadog", "judge": "server",
-        "judge_model": MODEL, "instructions": None, "questions": None, "methods": "A-PSR MSE ridge", "epochs": 2,
-    }  # fmt: skip
+    options = {"methods": "A-PSR MSE ridge", "epochs": 2}
     with UnrulyServer(reply=grade) as server:
-        bench = bench_in(tmp_path / "run", **options, judge_url=server.url)
+        bench = seadog(tmp_path, **options, judge_url=server.url)
         check_persona(bench)
         with bench.open():
             cells = run_persona(bench).results["cells"]
         asked = len(server.bodies)
-        again = bench_in(tmp_path / "run", **options, judge_url=server.url)
+        again = seadog(tmp_path, **options, judge_url=server.url)
         with again.open():
             assert run_persona(again).results["cells"] == cells and len(server.bodies) == asked
     plain, prompted, steered = (cell["alpha1"] for cell in cells)

@@ -145,7 +145,7 @@ def load_model(model: str, revision: str | None, dtype: str, device_map: str) ->
     return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, device_map=device_map).eval()
 
 
-_load_judge = lru_cache(maxsize=1)(load_model)
+load_judge = lru_cache(maxsize=1)(load_model)
 """One judge is in memory at a time, whatever asks for it."""
 
 
@@ -235,7 +235,7 @@ def _language_model_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: P
         }
         if recipe.model_judge == "server":
             return ServerJudge(server, **settings)
-        loaded = _load_judge(judge_model, recipe.judge_revision, recipe.dtype, recipe.device_map)
+        loaded = load_judge(judge_model, recipe.judge_revision, recipe.dtype, recipe.device_map)
         tokenizer = load_tokenizer(judge_model, recipe.judge_revision)
         return LocalJudge(loaded, tokenizer, **settings, batch_size=recipe.judge_batch_size)
 

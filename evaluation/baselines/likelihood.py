@@ -38,7 +38,7 @@ def train_by_likelihood(
 
     Raises:
         FloatingPointError: the loss was not finite.
-        ValueError: no triplets, or one that can't be used.
+        ValueError: no triplets, or one that can't be used; or the process would train on several GPUs.
     """
     collator = TripletCollator(processing_class, alpha=1.0)
     rows = encode_dataset(collator, triplets, "triplets")
@@ -55,13 +55,19 @@ def train_by_likelihood(
             per_device_train_batch_size=settings.batch_size,
             train_sampling_strategy="group_by_length",
             seed=settings.seed,
-            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=model.device.type == "cpu",
+            dataloader_pin_memory=model.device.type == "cuda",
             remove_unused_columns=False,
             save_strategy="no",
             logging_strategy="no",
             logging_nan_inf_filter=False,
             report_to="none",
         )
+        if arguments.n_gpu > 1:
+            raise ValueError(
+                f"This process sees {arguments.n_gpu} GPUs and would take {arguments.n_gpu} times the batch; let it "
+                "see one (CUDA_VISIBLE_DEVICES=0)."
+            )
         trainer = Trainer(model, arguments, collate, rows)  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
