@@ -243,6 +243,27 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("positions", ["response", "question_and_response"])
+def test_gates_of_the_example_are_those_at_its_strength(positions):
+    model, tokenizer, rows = steered_model(positions=positions), tiny_tokenizer(), triplets()
+    with torch.no_grad():  # gates that the edits of earlier layers move
+        for layer in model.psr_layers().values():
+            layer.psr_unit["default"].gate_weight.normal_()
+    collator = TripletCollator(tokenizer, positions, alpha=3.0)
+    batch = collator([collator.encode(rows[0])])
+    length = int((batch["labels"] != -100).sum()) + 1  # the last prompt token too
+    seen = {}
+    for alpha in (1.0, 3.0):
+        example = measure(model, tokenizer, rows, [NEUTRAL] * len(rows), None, alpha)["example"]
+        assert len(example["tokens"]) == length
+        seen[alpha] = torch.tensor(list(example["gates"].values()))
+        with model.alpha_scale(alpha):
+            gates = model.gate_values(batch["input_ids"], steering_mask=batch["steering_mask"])
+        wanted = torch.stack([values[0, -length:].sum(dim=-1) for values in gates.values()])
+        torch.testing.assert_close(seen[alpha], wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(seen[1.0], seen[3.0])
+
+
 def bench_in(folder, **options):
     recipe = load_evaluate_recipe(FaithfulnessRecipe, None, SMALL | options)
     return Workbench(recipe, folder, "faithfulness")
