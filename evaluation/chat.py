@@ -86,18 +86,28 @@ def check_transcript(path: Path | None) -> None:
 
 
 def load_chat_model(base: str, adapters: Mapping[str, str]) -> tuple[PeftModel, Any]:
-    """The base model with all adapters on it, in eval mode, and its tokenizer.
-
-    Args:
-        base: Folder or Hub name of a causal language model whose tokenizer has a chat template.
-        adapters: {name: folder or Hub name}.
+    """As `load_with_adapters`, for a base model with a chat template.
 
     Raises:
         OSError: the model can't be found.
         ValueError: it has no chat template, or an adapter can't be found or does not fit.
     """
+    render_prompt(AutoTokenizer.from_pretrained(base), [{"role": "user", "content": "hello"}])
+    return load_with_adapters(base, adapters)
+
+
+def load_with_adapters(base: str, adapters: Mapping[str, str]) -> tuple[PeftModel, Any]:
+    """The base model with all adapters on it, in eval mode, and its tokenizer.
+
+    Args:
+        base: Folder or Hub name of a causal language model.
+        adapters: {name: folder or Hub name}.
+
+    Raises:
+        OSError: the model can't be found.
+        ValueError: an adapter can't be found or does not fit.
+    """
     processing_class = AutoTokenizer.from_pretrained(base)
-    render_prompt(processing_class, [{"role": "user", "content": "hello"}])
     device_map = "auto" if torch.cuda.is_available() else None
     model: Any = AutoModelForCausalLM.from_pretrained(base, device_map=device_map)
     for name, where in adapters.items():

@@ -11,8 +11,8 @@ from peft import PeftModel
 from rich.text import Text
 
 from peft_psr import PSRConfig
+from peft_psr.chat import Prompt
 from peft_psr.decoder import layer_index
-from peft_psr.judging import Message
 from peft_psr.training import Triplet, add_instruction, sample_completions
 from peft_psr.training.placement import Placement
 from peft_psr.training.sampling import Completion
@@ -93,8 +93,8 @@ def map_adapters(
 
     Args:
         model: With PSR adapters, in eval mode.
-        processing_class: Its tokenizer, with a chat template.
-        question: The user's turn.
+        processing_class: Its tokenizer.
+        question: The user's turn; plain text that the model goes on from, where it has no chat template.
         answer: The answer; by default the model's own, steered by the adapter that is looked through.
         instruction: What it moves is told too.
         placement: Where the instruction stands, see `peft_psr.training.add_instruction`.
@@ -104,8 +104,8 @@ def map_adapters(
     Raises:
         ValueError: the text can't be encoded, or the instruction has no place in the prompt.
     """
-    prompt: list[Message] = [{"role": "user", "content": question}]
-    steered_prompt = add_instruction(prompt, instruction, placement)
+    prompt: Prompt = [{"role": "user", "content": question}] if processing_class.chat_template else question
+    steered_prompt: Prompt = add_instruction(prompt, instruction, placement)  # type: ignore[arg-type]
     maps = []
     for name in model.peft_config:
         model.set_adapter(name, inference_mode=True)

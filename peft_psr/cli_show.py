@@ -32,7 +32,7 @@ def show(
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    from peft_psr.evaluation.chat import base_model_of, check_transcript, load_chat_model, name_adapters
+    from peft_psr.evaluation.chat import base_model_of, check_transcript, load_with_adapters, name_adapters
     from peft_psr.evaluation.token_map import map_adapters, shade, token_page
     from peft_psr.files import write_whole
     from peft_psr.training.placement import Placement, check_placement
@@ -50,7 +50,7 @@ def show(
             listed = ", ".join(f"{name} ({where})" for name, where in named.items())
             console.print(f"would show {listed} on {base}")
             return
-        steered, processing_class = load_chat_model(base, named)
+        steered, processing_class = load_with_adapters(base, named)
         maps = map_adapters(
             steered, processing_class, prompt, answer, instruction, place, max_new_tokens=max_new_tokens, seed=seed
         )

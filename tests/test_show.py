@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from peft_psr import PSRConfig, cli_show
 from peft_psr.evaluation import token_map
-from peft_psr.evaluation.chat import load_chat_model
+from peft_psr.evaluation.chat import load_chat_model, load_with_adapters
 from peft_psr.evaluation.token_map import DIGITS, TokenMap, map_adapters, shade, token_page, token_texts
 from peft_psr.training.sampling import Completion
 
@@ -237,3 +237,18 @@ def test_command_line_mistakes(folder, tmp_path):
     assert show(folder / "one").exit_code == 2
     lost = show(folder / "lost", "--prompt", QUESTION)
     assert lost.exit_code == 2 and "error:" in lost.output
+
+
+def test_plain_text_where_the_model_has_no_chat_template(folder, tmp_path):
+    tokenizer = tiny_tokenizer(WORDS)
+    tokenizer.chat_template = None
+    tiny_model().save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    model, tokenizer = load_with_adapters(str(tmp_path / "plain"), {"one": str(folder / "one")})
+    (shown,) = map_adapters(model, tokenizer, "w1 w2", " w5 w6", "w20", "before")
+    assert [token.strip() for token in shown.tokens[:3]] == ["w2", "w5", "w6"]
+    ids = tokenizer("w1 w2 w5 w6", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    (gates,) = model.gate_values(ids, steering_mask=torch.tensor([[0, 1, 1, 1]])).values()
+    torch.testing.assert_close(shown.gates[2][:3], gates[0, 1:4].sum(dim=-1))
+    with pytest.raises(ValueError, match="placement='before'"):
+        map_adapters(model, tokenizer, "w1 w2", " w5 w6", "w20")
