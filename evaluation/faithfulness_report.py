@@ -95,7 +95,8 @@ def faithfulness_report(
         )
         # figures are of the first strength alone: more lines could not be told apart
         drawn = list(_rows([cell for cell in own if cell.alpha == alphas[0]], alphas[:1]))
-        about = ", ".join(dict.fromkeys(cell.trait for cell in own)) + of_model
+        traits = list(dict.fromkeys(cell.trait for cell in own))
+        about = (", ".join(traits) if len(traits) < 4 else f"{len(traits)} traits") + of_model
         figures[f"rmse_by_layer{suffix}"] = (
             rmse_by_layer({name: layer_rmse(of_row, which) for name, of_row, which in drawn if of_row}, about),
             f"Relative RMSE by decoder layer at strength {alphas[0]:g}, pooled over traits, prompts and "

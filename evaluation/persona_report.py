@@ -25,7 +25,7 @@ COLUMNS = (
     Column("coherence", "mean coherence at strength 1, 0-100"),
     Column("TA@C80", "trait where mean coherence is 80, 0-100", best="high"),
     Column("TA@Cp", "trait where mean coherence is the prompted model's, 0-100", best="high"),
-    Column("sd of seeds", "standard deviation of TA@Cp (mean over traits) over the seeds, in points", 2),
+    Column("sd of seeds", "standard deviation of TA@C80 (mean over traits) over the seeds, in points", 2),
     Column("alpha@C80", "the strength there", 2),
     Column("alpha@Cp", "the strength there", 2),
     Column("recovery", "prompt recovery at strength 1: 1 = the prompt replaced, 0 = nothing done", 3, "high"),
@@ -147,11 +147,10 @@ def _mean(cells: Sequence[Cell], number: Callable[[Cell], float | None]) -> Valu
 def _sd_of_seeds(cells: Sequence[Cell]) -> Value:
     by_seed: dict[int, list[float]] = {}
     for cell in cells:
-        if not _reached(cell, "cp"):
-            return Value(None, why="a run has no TA@Cp")
-        by_seed.setdefault(cell["seed"], []).append(cell["cp"]["trait"])
-    if len(by_seed) == 1:
-        return Value(None, why="one seed")
+        if _reached(cell, "c80"):
+            by_seed.setdefault(cell["seed"], []).append(cell["c80"]["trait"])
+    if len(by_seed) < 2:
+        return Value(None, why="not two seeds")
     return Value(statistics.stdev(statistics.fmean(values) for values in by_seed.values()))
 
 
