@@ -1,7 +1,15 @@
 """Measuring steering: scores, calibration of alpha, faithfulness to the prompt, side effects, plots, the demo."""
 
+from .benchmarks import (
+    evaluate_axbench,
+    evaluate_faithfulness,
+    evaluate_ifeval,
+    evaluate_persona,
+    evaluate_side_effects,
+)
 from .calibration import Calibration, calibrate_alpha
 from .faithfulness import intervention_strength, prompt_recovery, relative_rmse
+from .report import Report
 from .scoring import SteeringScore, score_model
 from .side_effects import (
     NeutralKL,
@@ -16,16 +24,24 @@ from .side_effects import (
     text_triplets,
     usable_alpha_range,
 )
+from .strength import at_strength
 
 
 __all__ = [
     "Calibration",
     "NeutralKL",
+    "Report",
     "SideEffects",
     "SteeringScore",
     "TextPerplexity",
     "UsableRange",
+    "at_strength",
     "calibrate_alpha",
+    "evaluate_axbench",
+    "evaluate_faithfulness",
+    "evaluate_ifeval",
+    "evaluate_persona",
+    "evaluate_side_effects",
     "intervention_strength",
     "least_alpha",
     "measure_side_effects",

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from peft_psr.evaluation.benchmarks import BENCHMARKS, Benchmark
+from peft_psr.evaluation.benchmarks import BENCHMARKS, Benchmark, run_benchmark
 
 from .cli_common import errors, load_config, recipe_options
 
@@ -44,7 +44,6 @@ def _run(
     from transformers.utils import logging as transformers_logging
 
     from peft_psr.evaluation.recipe import load_evaluate_recipe
-    from peft_psr.evaluation.report_files import write_report
     from peft_psr.evaluation.workbench import Workbench
     from peft_psr.training.server import ServerError, TooManyFailures
 
@@ -56,9 +55,9 @@ def _run(
     with errors(console, ServerError, TooManyFailures, ImportError, FloatingPointError):
         given = {name: value for name, value in options.items() if value is not None}
         chosen = load_evaluate_recipe(benchmark.recipe, recipe or None, given)
-        bench = Workbench(chosen, output, benchmark.name, console)
-        benchmark.check(bench)
         if dry_run:
+            bench = Workbench(chosen, output, benchmark.name)
+            benchmark.check(bench)
             console.print(f"would measure {', '.join(bench.method_names()) or 'no method'} beside the plain and the "
                           "prompted model")  # fmt: skip
             console.print(f"on {', '.join(bench.traits)}")
@@ -66,9 +65,7 @@ def _run(
             console.print(f"of {', '.join(chosen.models)}, with seeds {seeds}, and write to {output}/")
             return
         try:
-            with bench.open():
-                report = benchmark.run(bench)
-                files = write_report(output, report)
+            _, files = run_benchmark(benchmark, chosen, output, console)
         except KeyboardInterrupt:
             console.print(f"stopped; the same command goes on from what is in {output}/")
             raise typer.Exit(130) from None

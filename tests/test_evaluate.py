@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from unruly_server import MODEL, UnrulyServer
 
 from peft_psr import cli, tiny_chat_path
-from peft_psr.evaluation import persona_benchmark, workbench
+from peft_psr.evaluation import evaluate_persona, persona_benchmark, workbench
 from peft_psr.evaluation.methods import METHODS
 from peft_psr.evaluation.persona_benchmark import PersonaRecipe, check_persona, run_persona
 from peft_psr.evaluation.recipe import load_evaluate_recipe
@@ -202,8 +202,10 @@ def test_other_questions_in_the_same_file_are_measured_anew(tmp_path):
 
 def test_a_judge_that_fails_is_asked_again(tmp_path):
     write_seadog(tmp_path / "data")
-    settings = {"methods": "none", "max_failure_share": 0.9}
-    broken = UnrulyServer(lambda body, attempt: "422" if len(broken.bodies) % 2 else "ok", reply=lambda body: "90")
+    settings = {"methods": "none", "max_failure_share": 0.9, "concurrency": 1}
+    broken = UnrulyServer(
+        lambda body, attempt: "422" if len(broken.bodies) % 3 == 2 else "ok", reply=lambda body: "90"
+    )
     with broken:
         bench = seadog(tmp_path, **settings, judge_url=broken.url)
         with bench.open(), pytest.raises(ConnectionError, match="failed on .* asks again"):
@@ -258,6 +260,14 @@ def test_persona_refuses_sources_without_held_out_questions(tmp_path):
 
 def psr(*arguments):
     return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
+
+
+def test_as_a_function(tmp_path):
+    report = evaluate_persona(tmp_path / "run", **SMALL | {"methods": "none"})
+    assert list(report.tables[0].rows) == ["none", "prompt"]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["cells"] == report.results["cells"]
+    with pytest.raises(ValueError, match="grumpy"):
+        evaluate_persona(tmp_path / "run", **SMALL | {"traits": "grumpy"})
 
 
 def test_the_command(tmp_path):
