@@ -265,7 +265,7 @@ def psr(*arguments):
 def test_as_a_function(tmp_path):
     report = evaluate_persona(tmp_path / "run", **SMALL | {"methods": "none"})
     assert list(report.tables[0].rows) == ["none", "prompt"]
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["cells"] == report.results["cells"]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["results"]["cells"] == report.results["cells"]
     with pytest.raises(ValueError, match="grumpy"):
         evaluate_persona(tmp_path / "run", **SMALL | {"traits": "grumpy"})
 
