@@ -68,8 +68,8 @@ def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell], left_out: Sequ
         description=(
             f"Answers to held-out questions, scored by the judge ({recipe.judge}) for the trait and for coherence. "
             f"{len(traits)} trait(s), seeds {', '.join(map(str, recipe.seeds))}; adapters edit the positions "
-            f"{recipe.positions!r}; single-layer methods edit layer "
-            f"{'just before the middle' if recipe.layer is None else recipe.layer}. {intervals}"
+            f"{recipe.positions!r}; single-layer methods edit "
+            f"{'the layer before the middle' if recipe.layer is None else f'layer {recipe.layer}'}. {intervals}"
         ),
         tables=tuple(tables),
         results={"benchmark": "persona", "recipe": recipe.model_dump(mode="json"), "cells": list(cells)},
