@@ -25,6 +25,7 @@ from peft_psr.training.llm_judge import fill_prompt
 from peft_psr.training.recipe import Recipe
 
 from .recipe import EvaluateRecipe
+from .scoring import check_answered
 
 
 RATING_TOKENS = 256
@@ -154,9 +155,10 @@ class RatingJudge:
             asked: (concept, instruction, answer) of each.
 
         Returns:
-            The ratings of each, in order. A question that the model gave no reply to counts as unread.
+            The ratings of each, in order.
 
         Raises:
+            ConnectionError: the model gave no reply to a question; the others' replies are kept.
             ServerError: a server refuses for good.
             TooManyFailures: the share of failures passed the server's limit.
         """
@@ -170,20 +172,23 @@ class RatingJudge:
         replies = self._replies(list(dict.fromkeys(text for each in texts for text in each.values())))
         return [_ratings({name: replies[text] for name, text in each.items()}) for each in texts]
 
-    def _replies(self, texts: list[str]) -> dict[str, str | Failure]:
+    def _replies(self, texts: list[str]) -> dict[str, str]:
         keys = {text: answer_key(self.identity, text, {}) for text in texts}
         known = self.cache.get(keys.values())
-        replies: dict[str, str | Failure] = {text: known[key] for text, key in keys.items() if key in known}
+        replies = {text: known[key] for text, key in keys.items() if key in known}
         self.usage["cached"] += len(replies)
         text_of = {key: text for text, key in keys.items() if text not in replies}
         draws = [Draw(key, [{"role": "user", "content": text}], seed=0) for key, text in text_of.items()]
+        failures: list[str | None] = []
         for draw, outcome in self._sampler(draws) if draws else ():
             self.usage["calls"] += 1
             if isinstance(outcome, Failure):
-                replies[text_of[draw.id]] = outcome
+                failures.append(outcome.reason)
             else:
+                failures.append(None)
                 replies[text_of[draw.id]] = outcome.text
                 self.cache.put({draw.id: outcome.text})
+        check_answered(failures)
         return replies
 
 
@@ -231,13 +236,11 @@ def rating_judge(recipe: EvaluateRecipe, folder: Path) -> RatingJudge:
     return RatingJudge(identity, sampler, AnswerCache(recipe.judge_cache or folder / "judge_answers.sqlite"))
 
 
-def _ratings(replies: dict[str, str | Failure]) -> Ratings:
+def _ratings(replies: dict[str, str]) -> Ratings:
     values: dict[str, int] = {}
     unread: dict[str, str] = {}
     for name, reply in replies.items():
-        if isinstance(reply, Failure):
-            unread[name] = f"no reply: {reply.reason}"
-        elif (rating := read_rating(reply)) is None:
+        if (rating := read_rating(reply)) is None:
             unread[name] = f"not in the form asked for: {reply[-200:]!r}"
         else:
             values[name] = rating

@@ -34,6 +34,7 @@ from .ifeval_scoring import ScoredAnswer, bare_text, rows_apart, split_folds
 from .method import PLAIN, PROMPT
 from .recipe import EvaluateRecipe
 from .report import Report
+from .scoring import check_answered
 from .strength import sample_steered
 from .workbench import Workbench
 
@@ -296,6 +297,7 @@ def _answers(
         judge = cast(IFEvalJudge, bench.judge(pairs[0].trait)).coherence
         assert judge is not None
         scores = judge([pair.prompt for pair in pairs], texts)  # type: ignore[misc]
+        check_answered([score.failure for score in scores])
     return [
         {
             "pair": pair.id,
@@ -306,7 +308,6 @@ def _answers(
             "strict": followed.strict,
             "loose": followed.loose,
             "coherence": score.coherence,
-            "failure": score.failure,
         }
         for (pair, instructed), completion, followed, score in zip(
             asked, completions, checkers.followed(pairs, texts), scores, strict=True

@@ -156,12 +156,11 @@ def _notes(
     cut = sum(answer.truncated for answer in answers)
     if cut:
         notes.append(f"{cut} of {len(answers)} answers were cut off at {recipe.max_new_tokens} tokens and judged so.")
-    failed = sum(answer.failure is not None for answer in answers)
-    unclear = sum(answer.coherence is None for answer in answers) - failed
-    if recipe.coherence_judge and (failed or unclear):
+    unclear = sum(answer.coherence is None for answer in answers)
+    if recipe.coherence_judge and unclear:
         notes.append(
-            f"Coherence: the judge failed on {failed} of {len(answers)} answers and gave no usable score for "
-            f"{unclear}; means are over the others."
+            f"Coherence: the judge gave no usable score for {unclear} of {len(answers)} answers; means are over the "
+            "others."
         )
     at_first = [adapter for adapter in adapters if adapter["alpha"] == recipe.alphas[0]]
     dead = sum(bool(adapter["dead_gates"]) for adapter in at_first)

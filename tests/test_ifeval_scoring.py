@@ -65,7 +65,7 @@ def scored(question="q", trait=COMMAS, condition="none", **fields):
     values = {
         "model": "m", "trait": trait, "pair": f"{trait}/{question}", "question": question, "condition": condition,
         "seed": None, "fold": "", "alpha": None, "answer": "a", "truncated": False, "strict": False, "loose": False,
-        "coherence": None, "failure": None,
+        "coherence": None,
     }  # fmt: skip
     return ScoredAnswer(**{**values, **fields})
 

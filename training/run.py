@@ -19,11 +19,12 @@ from peft_psr.judging import Judge
 
 from .draws import Draw, Failure, PromptPair, Sampler, draws_on
 from .filtering import sort_out
-from .folder_lock import LOCK, locked
+from .folder_lock import locked
 from .journal import Journal
 from .progress import Progress
 from .recipe import Recipe
 from .report import Counts, histograms, report
+from .run_folder import check_run_folder, check_same_recipe
 
 
 STATE = "run.json"
@@ -100,11 +101,7 @@ class TripletRun:
 
     def check(self) -> None:
         """Raises what `run` would raise at its start for the folder; writes nothing."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"{self.folder} is a file; name a folder.")
-        names = {path.name for path in self.folder.glob("*")} - {LOCK, STATE + ".partial"}
-        if names and STATE not in names:
-            raise FileExistsError(f"{self.folder} is not empty and holds no run ({STATE}); name another folder.")
+        check_run_folder(self.folder, STATE, "run")
         self._begun()
 
     @contextmanager
@@ -119,14 +116,7 @@ class TripletRun:
         if not path.exists():
             return None
         state = json.loads(path.read_text(encoding="utf-8"))
-        begun, now = state["fixed"], self.recipe.fixed()
-        differ = sorted(name for name in {*begun, *now} if begun.get(name) != now.get(name))
-        if differ:
-            changes = ", ".join(f"{name}: {begun.get(name)!r} -> {now.get(name)!r}" for name in differ)
-            raise ValueError(
-                f"The run in {self.folder} was begun with another recipe ({changes}). Put the recipe back to go on "
-                "with it, or name another folder."
-            )
+        check_same_recipe(self.folder, state["fixed"], self.recipe.fixed())
         if state["plan_hash"] != self._plan_hash():
             raise ValueError(
                 f"The prompts are not those that the run in {self.folder} was begun with: the trait files or the data "

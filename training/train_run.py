@@ -27,6 +27,7 @@ from peft_psr.files import write_whole
 from .collator import TripletCollator
 from .dataset import encode_dataset
 from .folder_lock import LOCK, locked
+from .run_folder import check_same_recipe
 from .train_assembly import (
     add_adapters,
     last_checkpoint,
@@ -149,14 +150,7 @@ class TrainRun:
 
     def _compare(self, state: Mapping[str, Any]) -> None:
         """Raise `ValueError` unless this run is the one that was begun."""
-        begun, now = state["fixed"], self.recipe.fixed()
-        differ = sorted(name for name in {*begun, *now} if begun.get(name) != now.get(name))
-        if differ:
-            changes = ", ".join(f"{name}: {begun.get(name)!r} -> {now.get(name)!r}" for name in differ)
-            raise ValueError(
-                f"The run in {self.folder} was begun with another recipe ({changes}). Put the recipe back to go on "
-                "with it, or name another folder."
-            )
+        check_same_recipe(self.folder, state["fixed"], self.recipe.fixed())
         for name, rows in self.triplets.items():
             if state["triplets"].get(name, _digest(rows)) != _digest(rows):
                 raise ValueError(
