@@ -8,12 +8,13 @@ from typing import Literal
 
 import torch
 from peft import get_peft_model
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel
 
 from peft_psr import PSRConfig
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, Triplet, initialize_psr_weights
 
 from .method import FitSettings, Fitted, Method
+from .quiet_training import train_quietly
 
 
 PAPER = "arXiv 2605.03907"
@@ -66,26 +67,7 @@ def psr_method(
                 logging_strategy="no",
             )
             trainer = PSRTrainer(steered, arguments, triplets, processing_class=processing_class)
-            trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
-            if settings.on_step is not None:
-                trainer.add_callback(StepCallback(settings.on_step))
-            trainer.train()
+            train_quietly(trainer, settings.on_step)
         return Fitted(steered.eval(), trainer.dead_gates)
 
     return Method(name, fit, str(objective), "open gates" if start == "live" else start, source)
-
-
-class StepCallback(TrainerCallback):
-    """Tells how far a training run is.
-
-    Args:
-        on_step: Called with the steps done and those in all.
-    """
-
-    def __init__(self, on_step) -> None:
-        self.on_step = on_step
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Say it."""
-        self.on_step(state.global_step, state.max_steps)

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import steered_model, tiny_model, tiny_tokenizer
 from tiny_triplets import triplets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_psr import PSRConfig, tiny_chat_path
+from peft_psr import tiny_chat_path
 from peft_psr.decoder import capture_layer_outputs
 from peft_psr.evaluation import (
     intervention_strength,
@@ -42,15 +42,6 @@ def lora_model(base=None, scale=0.1, **settings):
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
-
-
-def psr_model(**settings):
-    model = get_peft_model(tiny_model(), PSRConfig(**settings)).eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for layer in model.psr_layers().values():
-            layer.psr_unit["default"].direction.normal_(std=0.5)
     return model
 
 
@@ -93,7 +84,7 @@ def test_a_loras_strength_scales_its_weights(settings, scaling):
 
 
 def test_a_psr_adapters_strength_is_its_alpha():
-    model = psr_model(alpha=1.7, positions="all")
+    model = steered_model(alpha=1.7, positions="all")
     as_saved = logits(model)
     for alpha in (0.0, 1.0, -2.5):
         expected = model(IDS, alpha=alpha).logits
@@ -222,7 +213,7 @@ def test_completions_keep_the_order_of_their_prompts():
     prompts = [[{"role": "user", "content": text}] for text in ("what is tea", "dogs", "a b c d e", "yes")]
     settings = {"max_new_tokens": 6, "seed": 5}
     alpha = [2.0, 0.0, 2.0, 0.0]
-    for make in (lora_model, psr_model):
+    for make in (lora_model, steered_model):
         model = make()
         drawn = sample_steered(model, tiny_tokenizer(), prompts, alpha, temperature=0, **settings)
         for prompt, strength, completion in zip(prompts, alpha, drawn, strict=True):

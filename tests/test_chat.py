@@ -9,30 +9,19 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from random_adapter import save_adapter
 from rich.console import Console
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from peft_psr import PSRConfig, cli, tiny_chat_path
+from peft_psr import cli, tiny_chat_path
 from peft_psr.evaluation.chat import Chat, base_model_of, load_chat_model, name_adapters, read_lines
 from peft_psr.evaluation.chat_session import ChatSession
 
 
 WORDS = " ".join(f"w{i}" for i in range(57))  # one for each of the model's tokens, so that text can be encoded again
 GREEDY = {"max_new_tokens": 8, "temperature": 0.0}
-
-
-def save_adapter(folder, base, seed, model=None, **settings):
-    model = get_peft_model(tiny_model() if model is None else model, PSRConfig(**settings))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for layer in model.psr_layers().values():
-            layer.unit("default").direction.normal_(std=0.2)
-            layer.unit("default").gate_weight.normal_(std=0.1)
-    model.save_pretrained(str(folder))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
 
 
 @pytest.fixture(scope="module")

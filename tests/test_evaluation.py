@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from rich.console import Console
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import steered_model, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -95,15 +95,6 @@ def test_calibration_says_what_it_can_not_do():
 
 
 # ---------------------------------------------------------------- faithfulness
-
-
-def steered_model(**settings):
-    model = get_peft_model(tiny_model(), PSRConfig(**settings)).eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for layer in model.psr_layers().values():
-            layer.psr_unit["default"].direction.normal_(std=0.5)
-    return model
 
 
 @pytest.mark.parametrize("positions", ["response", "question_and_response"])

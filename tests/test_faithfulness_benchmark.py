@@ -8,10 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import steered_model, tiny_model, tiny_tokenizer
 from tiny_triplets import USER, triplets
 
-from peft_psr import PSRConfig
 from peft_psr.evaluation import faithfulness_benchmark, prompt_recovery, relative_rmse
 from peft_psr.evaluation.faithfulness_benchmark import (
     FaithfulnessRecipe,
@@ -36,15 +35,6 @@ from peft_psr.training import PromptPair, TripletCollator, add_instruction
 
 
 REWORDED, NEUTRAL = add_instruction([USER], "be good"), add_instruction([USER], "what")
-
-
-def steered_model(**settings):
-    model = get_peft_model(tiny_model(), PSRConfig(**settings)).eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for layer in model.psr_layers().values():
-            layer.psr_unit["default"].direction.normal_(std=0.5)
-    return model
 
 
 def lora_model():

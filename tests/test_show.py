@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 import torch
 import typer
 from html_page import Page, check_stands_alone
-from peft import get_peft_model
+from random_adapter import save_adapter
 from tiny_models import LAYERS, tiny_model, tiny_tokenizer
 from typer.testing import CliRunner
 
@@ -27,28 +26,15 @@ PROMPTED = f"<s> <system> {INSTRUCTION} </t> <user> {QUESTION} </t> <assistant> 
 EDITED = 6  # the last prompt token, the answer, the end of the turn
 
 
-def save_adapter(folder, base, seed, **settings):
-    model = get_peft_model(tiny_model(), PSRConfig(**settings))
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for layer in model.psr_layers().values():
-            unit = layer.unit("default")
-            unit.direction.normal_(std=0.3)
-            if unit.gate_weight is not None:
-                unit.gate_weight.normal_(std=0.3)
-    model.save_pretrained(str(folder))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A base model, an adapter of one layer, and one of all layers with two ranks on more tokens."""
     folder = tmp_path_factory.mktemp("show")
     tiny_model().save_pretrained(folder / "base")
     tiny_tokenizer(WORDS).save_pretrained(folder / "base")
-    save_adapter(folder / "one", folder / "base", seed=1, layers_to_transform=2, alpha=0.5)
-    save_adapter(folder / "all", folder / "base", seed=2, r=2, positions="question_and_response")
+    wide = {"std": 0.3, "gate_std": 0.3}
+    save_adapter(folder / "one", folder / "base", seed=1, **wide, layers_to_transform=2, alpha=0.5)
+    save_adapter(folder / "all", folder / "base", seed=2, **wide, r=2, positions="question_and_response")
     return folder
 
 

@@ -7,11 +7,9 @@ import math
 
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import steered_model, tiny_model, tiny_tokenizer
 from tiny_triplets import USER, triplets
 
-from peft_psr import PSRConfig
 from peft_psr.evaluation import (
     SteeringScore,
     least_alpha,
@@ -23,15 +21,6 @@ from peft_psr.evaluation import (
     usable_alpha_range,
 )
 from peft_psr.training import TripletCollator, sample_completions
-
-
-def steered_model(**settings):
-    model = get_peft_model(tiny_model(), PSRConfig(**settings)).eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for layer in model.psr_layers().values():
-            layer.psr_unit["default"].direction.normal_(std=0.5)
-    return model
 
 
 def naive_log_probs(model, triplet, alpha, positions="response"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -15,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from peft_psr import PSRConfig
 
 
 VOCABULARY = 64
@@ -94,6 +97,16 @@ CHAT_TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{{ ' <' + m['role'] + '> ' + m['content'] + ' </t>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ ' <assistant> ' }}{% endif %}"
 )
+
+
+def steered_model(**settings):
+    """The tiny model with an adapter whose gates are open and whose directions are random."""
+    model = get_peft_model(tiny_model(), PSRConfig(**settings)).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for layer in model.psr_layers().values():
+            layer.unit("default").direction.normal_(std=0.5)
+    return model
 
 
 def tiny_tokenizer(words: str = "be brief now what is tea dogs are good yes no a b c d e") -> PreTrainedTokenizerFast:

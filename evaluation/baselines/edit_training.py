@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import Trainer
 
 from peft_psr.decoder import decoder_layer_names, hidden_of
 from peft_psr.layer import PSRUnit
@@ -23,7 +23,7 @@ from peft_psr.training.branches import Batch, psr_model, run_branch
 from peft_psr.training.prediction import prediction_losses
 
 from ..method import FitSettings
-from ..psr_methods import StepCallback
+from ..quiet_training import text_arguments, train_quietly
 
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
@@ -105,31 +105,9 @@ def train_edit(
         ValueError: the process would spread the model over several GPUs with `nn.DataParallel`.
     """
     with TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=settings.epochs[1],
-            learning_rate=settings.learning_rate or learning_rate,
-            per_device_train_batch_size=settings.batch_size,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            use_cpu=model.device.type == "cpu",
-            dataloader_pin_memory=model.device.type == "cuda",
-            remove_unused_columns=False,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-        )
-        if arguments.n_gpu > 1:
-            raise ValueError(
-                f"This process sees {arguments.n_gpu} GPUs and would take {arguments.n_gpu} times the batch; let it "
-                "see one (CUDA_VISIBLE_DEVICES=0)."
-            )
-        trainer = _EditTrainer(loss, edit, arguments, collate, cast(Any, list(rows)))
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        if settings.on_step is not None:
-            trainer.add_callback(StepCallback(settings.on_step))
-        trainer.train()
+        rate = settings.learning_rate or learning_rate
+        arguments = text_arguments(folder, model, settings, rate, data_seed=settings.seed)
+        train_quietly(_EditTrainer(loss, edit, arguments, collate, cast(Any, list(rows))), settings.on_step)
 
 
 class _EditTrainer(Trainer):

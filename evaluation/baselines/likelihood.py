@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import Trainer
 
 from peft_psr.training import Triplet, TripletCollator
 from peft_psr.training.dataset import encode_dataset
 
 from ..method import FitSettings
-from ..psr_methods import StepCallback
+from ..quiet_training import text_arguments, train_quietly
 
 
 def train_by_likelihood(
@@ -48,31 +48,11 @@ def train_by_likelihood(
         return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
 
     with TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            num_train_epochs=settings.epochs[1],
-            learning_rate=learning_rate,
-            per_device_train_batch_size=settings.batch_size,
-            train_sampling_strategy="group_by_length",
-            seed=settings.seed,
-            use_cpu=model.device.type == "cpu",
-            dataloader_pin_memory=model.device.type == "cuda",
-            remove_unused_columns=False,
-            save_strategy="no",
-            logging_strategy="no",
+        arguments = text_arguments(
+            folder, model, settings, learning_rate, train_sampling_strategy="group_by_length",
             logging_nan_inf_filter=False,
-            report_to="none",
-        )
-        if arguments.n_gpu > 1:
-            raise ValueError(
-                f"This process sees {arguments.n_gpu} GPUs and would take {arguments.n_gpu} times the batch; let it "
-                "see one (CUDA_VISIBLE_DEVICES=0)."
-            )
+        )  # fmt: skip
         trainer = Trainer(model, arguments, collate, rows)  # type: ignore[arg-type]
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        if settings.on_step is not None:
-            trainer.add_callback(StepCallback(settings.on_step))
-        loss = trainer.train().training_loss
+        loss = train_quietly(trainer, settings.on_step)
     if not isfinite(loss):
         raise FloatingPointError(f"The loss became {loss}; try a learning rate below {learning_rate}.")
