@@ -14,18 +14,23 @@ from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any
 
+import torch
+from peft import PeftModel
 from pydantic import BeforeValidator, Field, field_validator
 
+from peft_psr.training import Triplet
 from peft_psr.training.recipe_fields import Count, split
 from peft_psr.training.run import NothingKeptError
 
 from .calibration import Calibration, calibrate_alpha
-from .faithfulness import prompt_recovery, relative_rmse
+from .faithfulness import intervention_strength, prompt_recovery, relative_rmse
 from .method import PLAIN, PROMPT
 from .persona_report import persona_report
 from .recipe import EvaluateRecipe, Positions
 from .report import Report
 from .scoring import Answers, SteeringScore, judged_answers
+from .strength import at_strength, has_lora
+from .token_map import map_tokens
 from .workbench import Workbench
 
 
@@ -33,6 +38,8 @@ Strength = Annotated[float, Field(gt=0)]
 Strengths = Annotated[tuple[Strength, ...], Field(min_length=1), BeforeValidator(split)]
 MAX_ALPHA = 64.0
 """Largest strength searched: some methods count theirs in standard deviations."""
+SHOWN = 48
+"""Tokens, the last ones, of the completion that is shown token by token."""
 SAMPLED = 2
 """Questions of each trait whose first answer is kept to be read."""
 
@@ -189,6 +196,7 @@ def _method(
         held_out = bench.held_out(model, trait)
         recovery = prompt_recovery(fitted.model, held_out, processing_class)
         rmse = relative_rmse(fitted.model, held_out, processing_class)
+        example = _example(fitted.model, processing_class, held_out[0])
     at = {"alpha1": 1.0, "c80": c80.alpha, "cp": cp.alpha}
     return {
         "alpha1": asdict(scorer.seen[1.0].mean),
@@ -199,12 +207,32 @@ def _method(
         "unscored": scorer.unscored(),
         "prompt_recovery": recovery,
         "relative_rmse": {str(layer): value for layer, value in rmse.items()},
+        "example": example,
         "train_seconds": fitted.seconds,
         "adapter_bytes": fitted.bytes,
         "dead_gates": fitted.dead_gates,
         "notes": fitted.notes,
         "samples": scorer.samples(1.0 if cp.alpha is None else cp.alpha),
     }
+
+
+def _example(model: PeftModel, processing_class, triplet: Triplet) -> dict[str, Any]:
+    """What prompt and adapter move at strength 1 in one held-out completion, and a PSR adapter's gates, by layer."""
+    tokens, prompt, adapter = intervention_strength(model, triplet, processing_class)
+    gates = {}
+    if not has_lora(model):
+        with at_strength(model, 1.0):
+            gates = map_tokens(model, processing_class, model.active_adapter, triplet).gates
+    return {
+        "tokens": tokens[-SHOWN:],
+        "prompt": _rounded(prompt),
+        "adapter": _rounded(adapter),
+        "gates": {str(layer): _rounded(values) for layer, values in gates.items()},
+    }
+
+
+def _rounded(values: torch.Tensor) -> list[Any]:
+    return values[..., -SHOWN:].double().round(decimals=5).tolist()
 
 
 def _found(calibration: Calibration, target: float) -> dict[str, Any]:

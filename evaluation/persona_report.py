@@ -6,13 +6,14 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from peft_psr.training.train_data import folder_name
 
 from .bootstrap import value_of
 from .method import PLAIN, PROMPT
-from .plots import rmse_by_layer, trait_against_coherence
+from .plots import gates_by_token, rmse_by_layer, strength_by_token, trait_against_coherence
 from .recipe import EvaluateRecipe
 from .report import Column, Report, Sample, Table, Value
 from .scoring import SteeringScore
@@ -161,7 +162,7 @@ def _figures(stem: str, trait: str, cells: Mapping[str, Cell]) -> dict[str, tupl
     plain, prompted = (SteeringScore(**cells[name]["alpha1"]) for name in (PLAIN, PROMPT))
     curves = {name: [SteeringScore(**point) for point in cell["curve"]] for name, cell in methods.items()}
     rmse = {name: cell["relative_rmse"] for name, cell in methods.items()}
-    return {
+    return _looks_inside(stem, trait, methods) | {
         f"curve_{stem}": (
             trait_against_coherence(curves, plain, prompted, trait),
             f"{trait}: trait against coherence from weak to strong, one line a method. The upper right is best.",
@@ -169,6 +170,27 @@ def _figures(stem: str, trait: str, cells: Mapping[str, Cell]) -> dict[str, tupl
         f"rmse_{stem}": (
             rmse_by_layer(rmse, trait),
             f"{trait}: distance to the prompted residual stream at strength 1, by layer; 0 is the prompt, 1 nothing.",
+        ),
+    }
+
+
+def _looks_inside(stem: str, trait: str, methods: Mapping[str, Cell]) -> dict[str, tuple[Figure, str]]:
+    """One completion token by token, through the gated method with the highest prompt recovery."""
+    gated = {name: cell for name, cell in methods.items() if cell["example"]["gates"]}
+    if not gated:
+        return {}
+    name = max(gated, key=lambda method: gated[method]["prompt_recovery"])
+    example = gated[name]["example"]
+    moved = (torch.tensor(example[which]) for which in ("prompt", "adapter"))
+    gates = {layer: torch.tensor(values) for layer, values in example["gates"].items()}
+    return {
+        f"strength_{stem}": (
+            strength_by_token(example["tokens"], *moved, name),
+            f"{trait}: how far the prompt and {name} move each token of one held-out completion, on a log scale.",
+        ),
+        f"gates_{stem}": (
+            gates_by_token(example["tokens"], gates, name),
+            f"{trait}: how far the gates of {name} open on the same completion, by layer and token.",
         ),
     }
 

@@ -161,6 +161,12 @@ def test_persona_numbers_are_those_of_the_answers_and_a_rerun_measures_nothing(t
     assert {point["alpha"] for point in method["curve"]} >= {1.0, 8.0}
     for place in ("c80", "cp"):
         assert (method[place]["alpha"] is None) == (place not in method["by_question"])
+    example = method["example"]
+    gates = torch.tensor(list(example["gates"].values()))
+    assert gates.shape == (1, len(example["tokens"])) and (gates == 1).all()  # a constant gate of one layer
+    moved = torch.tensor(example["adapter"])
+    assert moved.shape == (6, len(example["tokens"])) and (moved[:2] == 0).all() and (moved[2:] > 0).all()
+    assert {name.split("_")[0] for name in report.figures} == {"curve", "rmse", "strength", "gates"}
     assert [sample.answers.keys() for sample in report.samples] == [{"none", "prompt", "S-Const DiM"}] * 2
 
     def no_sampling(*args, **settings):
