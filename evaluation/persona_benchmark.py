@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from pydantic import BeforeValidator, Field, field_validator
 
+from peft_psr.chat import encode_completion
 from peft_psr.training import Triplet
 from peft_psr.training.recipe_fields import Count, split
 from peft_psr.training.run import NothingKeptError
@@ -39,7 +40,7 @@ Strengths = Annotated[tuple[Strength, ...], Field(min_length=1), BeforeValidator
 MAX_ALPHA = 64.0
 """Largest strength searched: some methods count theirs in standard deviations."""
 SHOWN = 48
-"""Tokens, the last ones, of the completion that is shown token by token."""
+"""Tokens, from the last one of the prompt on, of the completion that is shown token by token."""
 SAMPLED = 2
 """Questions of each trait whose first answer is kept to be read."""
 
@@ -223,16 +224,20 @@ def _example(model: PeftModel, processing_class, triplet: Triplet) -> dict[str, 
     if not has_lora(model):
         with at_strength(model, 1.0):
             gates = map_tokens(model, processing_class, model.active_adapter, triplet).gates
+    response = encode_completion(
+        processing_class, triplet["prompt"], triplet["completion"], triplet.get("truncated", False)
+    )
+    first = len(tokens) - len(response) - 1  # the last prompt token; under some positions the question is edited too
+
+    def shown(values: torch.Tensor) -> list[Any]:
+        return values[..., first : first + SHOWN].double().round(decimals=5).tolist()
+
     return {
-        "tokens": tokens[-SHOWN:],
-        "prompt": _rounded(prompt),
-        "adapter": _rounded(adapter),
-        "gates": {str(layer): _rounded(values) for layer, values in gates.items()},
+        "tokens": tokens[first : first + SHOWN],
+        "prompt": shown(prompt),
+        "adapter": shown(adapter),
+        "gates": {str(layer): shown(values) for layer, values in gates.items()},
     }
-
-
-def _rounded(values: torch.Tensor) -> list[Any]:
-    return values[..., -SHOWN:].double().round(decimals=5).tolist()
 
 
 def _found(calibration: Calibration, target: float) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from peft_psr.tiny_chat import instructions, questions
 
 SMALL = {
     "source": "embedded", "models": "embedded", "judge": "grammar", "traits": "pirate", "methods": "S-Const DiM",
-    "positions": "response", "instructions": 1, "questions": 3, "draws": 2, "score_draws": 2, "strengths": "1,8",
+    "positions": "question_and_response", "instructions": 1, "questions": 3, "draws": 2, "score_draws": 2, "strengths": "1,8",
     "calibration_steps": 1, "max_new_tokens": 60, "min_trait_score": 0, "min_coherence_score": 0,
 }  # fmt: skip
 PIRATE = ("matey", "timbers", "Ahoy", "Yo ho", "plank", "sails", "Fair winds", "rum", "aye", "thunder", "hearty")
@@ -164,6 +164,7 @@ def test_persona_numbers_are_those_of_the_answers_and_a_rerun_measures_nothing(t
     example = method["example"]
     gates = torch.tensor(list(example["gates"].values()))
     assert gates.shape == (1, len(example["tokens"])) and (gates == 1).all()  # a constant gate of one layer
+    assert example["tokens"][0] == "<|assistant|>" and len(example["tokens"]) <= persona_benchmark.SHOWN
     moved = torch.tensor(example["adapter"])
     assert moved.shape == (6, len(example["tokens"])) and (moved[:2] == 0).all() and (moved[2:] > 0).all()
     assert {name.split("_")[0] for name in report.figures} == {"curve", "rmse", "strength", "gates"}
@@ -257,6 +258,7 @@ def test_persona_refuses_sources_without_held_out_questions(tmp_path):
         "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}],
     }))  # fmt: skip
     options = {"source": "ifeval", "judge": "ifeval", "data": str(rows), "traits": "", "instructions": None}
+    options["positions"] = "response"
     with pytest.raises(ValueError, match="psr evaluate ifeval"):
         check_persona(bench_in(tmp_path / "run", **options))
 
