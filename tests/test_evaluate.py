@@ -20,8 +20,8 @@ from peft_psr.tiny_chat import instructions, questions
 
 SMALL = {
     "source": "embedded", "models": "embedded", "judge": "grammar", "traits": "pirate", "methods": "S-Const DiM",
-    "positions": "question_and_response", "instructions": 1, "questions": 3, "draws": 2, "score_draws": 2, "strengths": "1,8",
-    "calibration_steps": 1, "max_new_tokens": 60, "min_trait_score": 0, "min_coherence_score": 0,
+    "positions": "question_and_response", "instructions": 1, "questions": 3, "draws": 2, "score_draws": 2,
+    "strengths": "1,8", "calibration_steps": 1, "max_new_tokens": 60, "min_trait_score": 0, "min_coherence_score": 0,
 }  # fmt: skip
 PIRATE = ("matey", "timbers", "Ahoy", "Yo ho", "plank", "sails", "Fair winds", "rum", "aye", "thunder", "hearty")
 IDS = torch.arange(5, 17)[None]
