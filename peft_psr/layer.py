@@ -155,6 +155,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         self.psr_unit[adapter_name] = PSRUnit(self.width, config.r, config.gate, config.init_weights)
         self.config[adapter_name] = config
         self.state.positions.add(config.positions)
+        self.state.alone = None
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -209,30 +210,39 @@ class PSRLayer(nn.Module, BaseTunerLayer):
 
         A module may see its tokens as rows: (batch * seq, d).
         """
+        state = self.state
+        alone = state.alone
+        if alone is not None and alone[0] == self._active_adapter and not self._disable_adapters:
+            unit = self._modules["psr_unit"]._modules.get(alone[1])  # type: ignore[union-attr]
+            # not by its `__call__`: its only hooks are accelerate's, which take the place of `forward`
+            stream = hidden if unit is None else unit.forward(hidden, hidden, alone[2])[0]
+            return stream if stream.dtype is hidden.dtype else stream.to(hidden.dtype)
         if self._disable_adapters:
             return hidden
         if hidden.dim() == 2:
             return self.forward(hidden[:, None])[:, 0]
         if torch.is_autocast_enabled(hidden.device.type):
             with torch.autocast(hidden.device.type, enabled=False):
-                return self.forward(hidden)
+                stream = self._edit(hidden)
+            state.alone = None  # the next layer has to leave autocast as well
+            return stream
+        return self._edit(hidden)
+
+    def _edit(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The edited stream, all cases; leaves in the state what further layers need not work out again."""
         state = self.state
         if state.adapter_names is not None:
             return self._edit_rows(hidden, state.adapter_names)
-        stream, active, units = hidden, self._active_adapter, self._modules["psr_unit"]._modules  # type: ignore
-        for name in (active,) if isinstance(active, str) else active:
-            unit = units.get(name)
-            if unit is None:
+        stream, active = hidden, self.active_adapters
+        for name in active:
+            if name not in self.psr_unit:
                 continue
-            strength: Strength | None = state.strengths.get(name)
-            if strength is None:
-                strength = self.strength(name, hidden)
-                if isinstance(strength, float):  # the same on every layer of this call
-                    state.strengths[name] = strength
-            # not by its `__call__`: its only hooks are accelerate's, which take the place of `forward`
-            stream, gates = unit.forward(hidden, stream, strength)
+            strength = self.strength(name, hidden)
+            stream, gates = self.unit(name).forward(hidden, stream, strength)
             if state.gates is not None:
                 state.gates[self.name, name] = gates
+            elif len(active) == 1 and isinstance(strength, float):
+                state.alone = (self._active_adapter, name, strength)
         return stream if stream.dtype is hidden.dtype else stream.to(hidden.dtype)
 
     def _edit_rows(self, hidden: torch.Tensor, names: list[str]) -> torch.Tensor:

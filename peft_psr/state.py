@@ -43,7 +43,8 @@ class SteeringState:
         positions: Kinds of positions that the model's adapters use.
         scale: Factor on every strength, set by `alpha_scale`.
         alpha: Strength for this call in place of the adapters' own: a float, (batch, 1, 1), or `None`.
-        strengths: {adapter: strength of this call}, where that is one number for all tokens and layers.
+        alone: Where one adapter is active, at one strength for all tokens and layers, and nobody looks at its gates: what
+            layers call active, its name, that strength. Left by the first layer of a call for the others.
         masks: For each kind of positions (batch, seq) bool, or `None` to edit every token.
         gates: Where layers leave their gate values, {(layer name, adapter): (batch, seq, r)}, while someone looks.
         adapter_names: One adapter's name for each row, or `None` for the active adapters on all.
@@ -55,7 +56,7 @@ class SteeringState:
     positions: set[str] = field(default_factory=set)
     scale: float = 1.0
     alpha: Strength | None = None
-    strengths: dict[str, float] = field(default_factory=dict)
+    alone: tuple[str | list[str], str, float] | None = None
     masks: dict[str, torch.Tensor | None] = field(default_factory=dict)
     gates: dict[tuple[str, str], torch.Tensor] | None = None
     adapter_names: list[str] | None = None
@@ -74,7 +75,7 @@ class SteeringState:
         given = (arguments.get(name) for name in (*names, "input_ids", "inputs_embeds"))
         tokens = next((value for value in given if value is not None), None)
         self.masks = dict.fromkeys(self.positions)
-        self.strengths = {}
+        self.alone = None
         self.alpha = None
         if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
             return

@@ -68,12 +68,14 @@ class Variant:
     """One way to train: arguments of the trainer, rows besides the usual ones, start.
 
     Rows: "drop", neutral prompts that ask to drop the act; "text", neutral texts; "other", prompts that ask for
-    another trait, answered with both; "negatives", answers without the trait to neutral prompts under the instruction.
+    another trait, answered with both, or "other x3", three times as many; "negatives", answers without the trait to
+    neutral prompts under the instruction.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
     rows: tuple[str, ...] = ()
     ridge: bool = True
+    r: int = 1
 
 
 VARIANTS = {
@@ -92,6 +94,15 @@ VARIANTS = {
     "neutral 1, both": Variant({"neutral_weight": 1.0}, ("drop", "text")),
     "other instructions": Variant({}, ("other",)),
     "neutral 1, other instructions": Variant({"neutral_weight": 1.0}, ("drop", "other")),
+    "neutral 1, other x3": Variant({"neutral_weight": 1.0}, ("drop", "other x3")),
+    "neutral 1, other, r = 4": Variant({"neutral_weight": 1.0}, ("drop", "other"), r=4),
+    "neutral 1, other x3, r = 4": Variant({"neutral_weight": 1.0}, ("drop", "other x3"), r=4),
+    "neutral 1, other x3, r = 4, MSE + 5 KL": Variant(
+        {"neutral_weight": 1.0, "objective": {"mse": 1.0, "kl": 5.0}, "normalize_loss": "global"},
+        ("drop", "other x3"),
+        r=4,
+    ),
+    "neutral 1, other x3, r = 4, KL": Variant({"neutral_weight": 1.0, "objective": "kl"}, ("drop", "other x3"), r=4),
     "norm penalty 1": Variant({"norm_penalty": 1.0, "normalize_loss": "global"}),
     "norm penalty 10": Variant({"norm_penalty": 10.0, "normalize_loss": "global"}),
     "negatives": Variant({}, ("negatives",)),
@@ -181,9 +192,13 @@ class Study:
             rows += neutral_triplets(self.model, self.tokenizer, self.drop_train, MAX_NEW_TOKENS, seed=self.seed + 4)
         if "text" in kinds:
             rows += self._plain_texts(random.Random(self.seed + 5), "train", len(self.drop_train), [])
-        if "other" in kinds:
+        draws = {"other": 1, "other x3": 3}
+        for kind in kinds:
             rng = random.Random(self.seed + 7)
-            rows += self._sampled([self._two_instructions(rng, q, "train") for q in questions("train")])
+            two = [
+                self._two_instructions(rng, q, "train") for _ in range(draws.get(kind, 0)) for q in questions("train")
+            ]
+            rows += self._sampled(two) if two else []
         if "negatives" in kinds:
             drawn = generate_triplets(
                 self.model,
@@ -204,7 +219,7 @@ class Study:
         """The adapter, whose strength in training is 1, and facts about the training."""
         torch.manual_seed(self.seed)
         negatives = "negatives" in variant.rows
-        model = get_peft_model(self.model, PSRConfig(coefficient_bias=-0.5 if negatives else 0.0))
+        model = get_peft_model(self.model, PSRConfig(r=variant.r, coefficient_bias=-0.5 if negatives else 0.0))
         rows = self.rows(variant.rows)
         begin = time.perf_counter()
         if variant.ridge:
