@@ -1,11 +1,10 @@
-"""What training costs: the reported recipe in a plain loop against ours, the floor of a step, many adapters at once.
+"""What training costs: the reported recipe in a plain loop against ours, and many adapters at once.
 
     python benchmarks/training.py target                    # seconds to the naive recipe's final held-out loss
-    python benchmarks/training.py step                      # seconds of an epoch, piece by piece, against the floor
     python benchmarks/training.py together                  # seconds a trait as more traits share a run
 
 On the embedded model. Times are medians over rounds in which every variant runs once, in random order; ratios are of
-the same round. Use an idle machine.
+the same round. Use an idle machine. What a step costs is in `training_step.py`.
 """
 
 from __future__ import annotations
@@ -25,21 +24,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
+from quiet_trainer import data_of, trainer_of
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
     TrainerCallback,
 )
 
 from peft_psr import PSRConfig, tiny_chat_path
-from peft_psr.evaluation.demo import tiny_task
-from peft_psr.evaluation.experiment import Experiment, Sizes
+from peft_psr.evaluation.experiment import Experiment
 from peft_psr.files import write_whole
-from peft_psr.training import PSRTrainer, PSRTrainingArguments, Triplet, TripletCollator, initialize_psr_weights
+from peft_psr.training import PSRTrainer, Triplet, TripletCollator, initialize_psr_weights
 
 
 # ---------------------------------------------------------------- the naive recipe
@@ -114,20 +111,6 @@ def naive_recipe(model: PreTrainedModel, rows: list[dict], epochs: int, seed: in
 # ---------------------------------------------------------------- ours
 
 
-def trainer_of(model: PeftModel, train: Any, held_out: Any, tokenizer, folder: str, **settings: Any) -> PSRTrainer:
-    """A quiet trainer."""
-    settings = {
-        "per_device_eval_batch_size": 32, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True,
-        "dataloader_pin_memory": False, **settings,
-    }  # fmt: skip
-    made = PSRTrainer(
-        model, PSRTrainingArguments(output_dir=folder, **settings), train, held_out, processing_class=tokenizer
-    )
-    made.remove_callback(PrinterCallback)
-    made.remove_callback(ProgressCallback)
-    return made
-
-
 def held_out_loss(made: PSRTrainer) -> float:
     """Mean MSE, summed over layers, of a triplet held out."""
     total = count = 0.0
@@ -167,14 +150,6 @@ class UntilTarget(TrainerCallback):
     def seconds(self) -> float | None:
         """Seconds until the target was met, or `None`."""
         return self.curve[-1][0] if self.curve[-1][1] <= self.target else None
-
-
-def data_of(trait: str, tokenizer, model: PreTrainedModel, prompts: int, draws: int, seed: int) -> Experiment:
-    """Triplets of the embedded model's trait: to train on, and held out."""
-    sizes = Sizes(train_prompts=prompts, train_draws=draws, score_draws=1)
-    experiment = Experiment(model, tokenizer, tiny_task(trait), sizes, seed)
-    experiment.prepare()
-    return experiment
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -252,93 +227,6 @@ def target_part(options: argparse.Namespace, base: PreTrainedModel, tokenizer) -
     return {"part": "target", "rounds": rounds}
 
 
-# ---------------------------------------------------------------- an epoch against its floor
-
-
-def step_part(options: argparse.Namespace, base: PreTrainedModel, tokenizer) -> dict[str, Any]:
-    """Seconds of an epoch: the frozen model's own passes (the floor), and training."""
-    data = data_of(options.trait, tokenizer, base, options.prompts, options.draws, 0)
-    collator = TripletCollator(tokenizer)
-    encoded = sorted((collator.encode(triplet) for triplet in data.triplets), key=lambda row: len(row["input_ids"]))
-    batches = [collator(encoded[i : i + options.batch]) for i in range(0, len(encoded), options.batch)]
-    tokens = sum(len(row["input_ids"]) for row in encoded)
-    embeddings = base.get_input_embeddings()
-
-    def passes(backward: bool) -> Callable[[], None]:
-        def run() -> None:
-            for batch in batches:
-                with torch.set_grad_enabled(backward):
-                    inputs = embeddings(batch["input_ids"]).detach().requires_grad_(backward)
-                    decoder = base.get_decoder()
-                    hidden = decoder(inputs_embeds=inputs, attention_mask=batch["attention_mask"], use_cache=False)
-                    if backward:
-                        hidden.last_hidden_state.sum().backward()
-
-        return run
-
-    def teacher() -> None:
-        with torch.no_grad():
-            for batch in batches:
-                ids, mask = batch["teacher_input_ids"], batch["teacher_attention_mask"]
-                base.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)
-
-    variants: dict[str, Callable[[], float]] = {}
-
-    def timed(run: Callable[[], None]) -> Callable[[], float]:
-        def measure() -> float:
-            begin = time.perf_counter()
-            run()
-            return time.perf_counter() - begin
-
-        return measure
-
-    variants["floor: student forward and backward"] = timed(passes(backward=True))
-    variants["teacher forward"] = timed(teacher)
-
-    def training(layers: int | None, objective: str, cache: str) -> Callable[[], float]:
-        def measure() -> float:
-            epochs = 3
-            model = get_peft_model(base, PSRConfig(layers_to_transform=layers))
-            ends: list[float] = []
-
-            class Clock(TrainerCallback):
-                def on_epoch_end(self, args, state, control, **kwargs):
-                    ends.append(time.perf_counter())
-
-            with TemporaryDirectory() as folder:
-                made = trainer_of(
-                    model, data.triplets, None, tokenizer, folder, num_train_epochs=epochs, objective=objective,
-                    per_device_train_batch_size=options.batch, teacher_cache=cache,
-                    train_sampling_strategy="group_by_length",
-                )  # fmt: skip
-                made.add_callback(Clock())
-                made.train()
-            model.unload()
-            return ends[-1] - ends[-2]  # the first epoch fills the cache
-
-        return measure
-
-    middle = (base.config.num_hidden_layers - 1) // 2
-    for objective in ("mse", "kl"):
-        for name, layers in (("all layers", None), (f"layer {middle}", middle)):
-            for cache in ("none", "memory"):
-                kept = "activations kept" if cache == "memory" else "teacher each step"
-                variants[f"PSRTrainer, {objective}, {name}, {kept}"] = training(layers, objective, cache)
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for index in range(options.rounds):
-        for name, measure in random.Random(index).sample(list(variants.items()), len(variants)):
-            times[name].append(measure())
-        print(index, flush=True)
-    floor = times["floor: student forward and backward"]
-    print(f"\n{len(encoded)} triplets, {tokens} tokens of x y', batch {options.batch}, {options.rounds} rounds\n")
-    print("| an epoch | seconds | tokens/s | time / floor |\n|---|---|---|---|")
-    for name, values in times.items():
-        ratio = statistics.median(value / least for value, least in zip(values, floor, strict=True))
-        seconds = statistics.median(values)
-        print(f"| {name} | {seconds:.2f} | {tokens / seconds:.0f} | {ratio:.2f} |")
-    return {"part": "step", "tokens": tokens, "times": times}
-
-
 # ---------------------------------------------------------------- many at once
 
 
@@ -375,13 +263,12 @@ def together_part(options: argparse.Namespace, base: PreTrainedModel, tokenizer)
 def main() -> None:
     """Run one part and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"target": target_part, "step": step_part, "together": together_part}
+    parts = {"target": target_part, "together": together_part}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--trait", default="sycophantic", help="a trait of the embedded model")
     parser.add_argument("--prompts", type=int, default=20, help="prompts to train on, for each instruction")
     parser.add_argument("--draws", type=int, default=2, help="completions for each of them")
     parser.add_argument("--epochs", type=int, default=15, help="of the naive recipe, and at most for the others")
-    parser.add_argument("--batch", type=int, default=8, help="triplets a step, for `step`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON file for all single times")
     options = parser.parse_args()

@@ -43,8 +43,8 @@ class SteeringState:
         positions: Kinds of positions that the model's adapters use.
         scale: Factor on every strength, set by `alpha_scale`.
         alpha: Strength for this call in place of the adapters' own: a float, (batch, 1, 1), or `None`.
-        alone: Where one adapter is active, at one strength for all tokens and layers, and nobody looks at its gates: what
-            layers call active, its name, that strength. Left by the first layer of a call for the others.
+        alone: Where one adapter is active, at one strength for all tokens and layers, and nobody looks at its gates:
+            what layers call active, its name, that strength. Left by the first layer of a call for the others.
         masks: For each kind of positions (batch, seq) bool, or `None` to edit every token.
         gates: Where layers leave their gate values, {(layer name, adapter): (batch, seq, r)}, while someone looks.
         adapter_names: One adapter's name for each row, or `None` for the active adapters on all.

@@ -68,8 +68,8 @@ class Variant:
     """One way to train: arguments of the trainer, rows besides the usual ones, start.
 
     Rows: "drop", neutral prompts that ask to drop the act; "text", neutral texts; "other", prompts that ask for
-    another trait, answered with both, or "other x3", three times as many; "negatives", answers without the trait to
-    neutral prompts under the instruction.
+    another trait, answered with both, "other x3" and "other x10", so many times as many; "negatives", answers without
+    the trait to neutral prompts under the instruction.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -95,14 +95,14 @@ VARIANTS = {
     "other instructions": Variant({}, ("other",)),
     "neutral 1, other instructions": Variant({"neutral_weight": 1.0}, ("drop", "other")),
     "neutral 1, other x3": Variant({"neutral_weight": 1.0}, ("drop", "other x3")),
-    "neutral 1, other, r = 4": Variant({"neutral_weight": 1.0}, ("drop", "other"), r=4),
-    "neutral 1, other x3, r = 4": Variant({"neutral_weight": 1.0}, ("drop", "other x3"), r=4),
-    "neutral 1, other x3, r = 4, MSE + 5 KL": Variant(
-        {"neutral_weight": 1.0, "objective": {"mse": 1.0, "kl": 5.0}, "normalize_loss": "global"},
-        ("drop", "other x3"),
-        r=4,
-    ),
-    "neutral 1, other x3, r = 4, KL": Variant({"neutral_weight": 1.0, "objective": "kl"}, ("drop", "other x3"), r=4),
+    **{
+        f"neutral 1, other {times}, r = 4, MSE + 5 KL": Variant(
+            {"neutral_weight": 1.0, "objective": {"mse": 1.0, "kl": 5.0}, "normalize_loss": "global"},
+            ("drop", f"other {times}"),
+            r=4,
+        )
+        for times in ("x3", "x10")
+    },
     "norm penalty 1": Variant({"norm_penalty": 1.0, "normalize_loss": "global"}),
     "norm penalty 10": Variant({"norm_penalty": 10.0, "normalize_loss": "global"}),
     "negatives": Variant({}, ("negatives",)),
@@ -192,13 +192,11 @@ class Study:
             rows += neutral_triplets(self.model, self.tokenizer, self.drop_train, MAX_NEW_TOKENS, seed=self.seed + 4)
         if "text" in kinds:
             rows += self._plain_texts(random.Random(self.seed + 5), "train", len(self.drop_train), [])
-        draws = {"other": 1, "other x3": 3}
-        for kind in kinds:
+        times = sum({"other": 1, "other x3": 3, "other x10": 10}.get(kind, 0) for kind in kinds)
+        if times:
             rng = random.Random(self.seed + 7)
-            two = [
-                self._two_instructions(rng, q, "train") for _ in range(draws.get(kind, 0)) for q in questions("train")
-            ]
-            rows += self._sampled(two) if two else []
+            asked = [question for _ in range(times) for question in questions("train")]
+            rows += self._sampled([self._two_instructions(rng, question, "train") for question in asked])
         if "negatives" in kinds:
             drawn = generate_triplets(
                 self.model,

@@ -91,7 +91,7 @@ class FrozenModel:
         inside = any(layer.name not in names for layer in psr_model(model).psr_layers().values())
         # upper layers that read the keys and values of lower ones
         shares = getattr(text_config(base), "num_kv_shared_layers", 0)
-        whole = args.gradient_checkpointing or args.torch_compile or trained_elsewhere or inside or shares
+        whole = args.gradient_checkpointing or trained_elsewhere or inside or shares
         reason = None
         if any(parameter.is_meta for parameter in base.parameters()):
             reason = "part of the base model is offloaded"

@@ -4,7 +4,7 @@ The layers left out stay where they are; for the time of a call their `forward` 
 own code does all else (masks, rotary embeddings, final norm, soft-capping), whatever the layout.
 
 Not for a model that computes layers again in the backward pass (gradient checkpointing), since that happens after the
-call, nor inside `torch.compile`.
+call, nor for one that is compiled as a whole; one whose layers are compiled (see `compiled`) will do.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _replaced(
         for name in off:
             layer = getattr(model.get_submodule(name), "psr", None)
             if isinstance(layer, PSRLayer):
-                stack.enter_context(_attribute(layer, "_disable_adapters", True))
+                stack.enter_context(attribute(layer, "_disable_adapters", True))
         yield
 
 
@@ -96,12 +96,13 @@ def _forward_of(module: nn.Module, output: Callable[[torch.Tensor], torch.Tensor
         result = output(args[0] if args else kwargs["hidden_states"])
         return (result, *[None] * (length - 1)) if length else result
 
-    with _attribute(module, "forward", forward):
+    with attribute(module, "forward", forward):
         yield
 
 
 @contextmanager
-def _attribute(target: Any, name: str, value: Any) -> Iterator[None]:
+def attribute(target: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, `target` has the attribute `name` of this value; then what it had before, or none of its own."""
     had, before = name in target.__dict__, target.__dict__.get(name)
     setattr(target, name, value)
     try:

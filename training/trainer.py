@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, Trainer
@@ -19,6 +20,7 @@ from .arguments import PSRTrainingArguments
 from .branches import Batch, Branch, config_of, layers_downstream, psr_model, run_branch
 from .checkpoints import load_adapters
 from .collator import TripletCollator
+from .compiled import compiled_layers
 from .dataset import encode_datasets
 from .frozen import FrozenModel
 from .length_grouping import LengthGroupedSampler
@@ -131,6 +133,7 @@ class PSRTrainer(Trainer):
                 "where PSR can't follow its layers. Start one process a GPU with `accelerate launch`, or let the "
                 "process see one GPU (CUDA_VISIBLE_DEVICES=0)."
             )
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # not as a whole: `train` compiles the layers
         # the loss is a mean over triplets already, which the Trainer is to divide by its accumulation steps
         self.model_accepts_loss_kwargs = False
         self._active_before = model.active_adapter
@@ -170,7 +173,8 @@ class PSRTrainer(Trainer):
         self._since_log, self._in_epoch, self._epoch = Means(), Means(), 0
         self._gates = GateRecord(self.adapters)
         try:
-            result = super().train(*args, **kwargs)
+            with compiled_layers(self._peft_model, self.args):
+                result = super().train(*args, **kwargs)
         finally:
             self._deactivate()
         names, means = self._in_epoch.take(self.args.device)

@@ -1,0 +1,34 @@
+"""A trainer that prints nothing, and triplets of the embedded model, for the benchmarks of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+
+from peft_psr.evaluation.demo import tiny_task
+from peft_psr.evaluation.experiment import Experiment, Sizes
+from peft_psr.training import PSRTrainer, PSRTrainingArguments
+
+
+def trainer_of(model: PeftModel, train: Any, held_out: Any, tokenizer, folder: str, **settings: Any) -> PSRTrainer:
+    """A quiet trainer."""
+    settings = {
+        "per_device_eval_batch_size": 32, "save_strategy": "no", "logging_strategy": "no", "use_cpu": True,
+        "dataloader_pin_memory": False, **settings,
+    }  # fmt: skip
+    made = PSRTrainer(
+        model, PSRTrainingArguments(output_dir=folder, **settings), train, held_out, processing_class=tokenizer
+    )
+    made.remove_callback(PrinterCallback)
+    made.remove_callback(ProgressCallback)
+    return made
+
+
+def data_of(trait: str, tokenizer, model: PreTrainedModel, prompts: int, draws: int, seed: int) -> Experiment:
+    """Triplets of the embedded model's trait: to train on, and held out."""
+    sizes = Sizes(train_prompts=prompts, train_draws=draws, score_draws=1)
+    experiment = Experiment(model, tokenizer, tiny_task(trait), sizes, seed)
+    experiment.prepare()
+    return experiment
