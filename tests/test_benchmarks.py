@@ -13,6 +13,7 @@ from transformers import DynamicCache
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import inference
+import training_step
 import variants
 from timing import Task, count_operations, median_interval, ratio, static_cache
 
@@ -163,3 +164,13 @@ def test_bad_arguments_say_so(capsys):
     with pytest.raises(SystemExit):
         inference.main(["--rounds", "0"])
     assert "--rounds must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_an_epoch_is_compared_with_the_floor_of_its_own_round():
+    times = {
+        training_step.FLOOR: [(None, 1.0), (None, 4.0), (None, 2.0)],
+        "ours": [(9.0, 2.0), (5.0, 4.0), (7.0, 6.0)],
+    }
+    lines = training_step.table(times, tokens=100).splitlines()
+    assert lines[-1] == "| ours | 4.00 | 25 | 2.00 | 7.00 |"
+    assert lines[-2].endswith("| 2.00 | 50 | 1.00 | – |")
