@@ -180,11 +180,13 @@ def test_frozen_directions_have_to_be_there(tmp_path):
         train(model, DATA["brief"], tmp_path)
 
 
-def test_held_out_loss_of_each_comes_from_its_own_adapter(tmp_path):
-    data = {name: DATA[name] for name in ("brief", "kind")}
+@pytest.mark.parametrize(("of_kind", "batch"), [(None, 8), (1, 1), (1, 2), (3, 2)])
+def test_held_out_loss_of_each_comes_from_its_own_adapter(tmp_path, of_kind, batch):
+    data = {"brief": DATA["brief"], "kind": DATA["kind"][:of_kind]}
+    settings = {**SETTINGS, "per_device_eval_batch_size": batch}
     model = steered(data)
     made = PSRTrainer(
-        model, PSRTrainingArguments(output_dir=str(tmp_path), **SETTINGS), data, processing_class=tiny_tokenizer()
+        model, PSRTrainingArguments(output_dir=str(tmp_path), **settings), data, processing_class=tiny_tokenizer()
     )
     assert model.active_adapters == ["brief"]  # not both, until training begins
     expected = 0.0

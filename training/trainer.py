@@ -33,7 +33,7 @@ from .objectives import (
 from .penalties import gate_regularizer, relative_norm
 from .prediction import prediction_losses
 from .summary import GateKey, GateRecord, Means, TrainingSummary, peak_memory, sum_up
-from .together import check_adapters, check_directions, clip_each, in_turn
+from .together import check_adapters, check_directions, clip_each, in_turn, shares
 from .triplets import Triplet
 
 
@@ -148,6 +148,7 @@ class PSRTrainer(Trainer):
         self.dead_gates: list[str] = []
         self.summary: TrainingSummary | None = None
         self._frozen: FrozenModel | None = None
+        self._held_out: torch.Tensor | None = None
         self._since_log, self._in_epoch, self._epoch = Means(), Means(), 0
         self._gates = GateRecord(self.adapters)
 
@@ -208,9 +209,14 @@ class PSRTrainer(Trainer):
         elif isinstance(eval_dataset, list) and eval_dataset is not self.train_dataset:
             # rows of another trainer's data set would be taken for this one's
             eval_dataset = [{key: value for key, value in row.items() if key != "index"} for row in eval_dataset]
+        if self.several:
+            items: Any = (self.eval_dataset if eval_dataset is None else eval_dataset) or []
+            owners = [row["adapter"] for item in items for row in item["rows"]]
+            self._held_out = torch.bincount(torch.tensor(owners), minlength=len(self.adapters))
         try:
             return super().evaluate(eval_dataset, *args, **kwargs)
         finally:
+            self._held_out = None
             if not self.is_in_train:
                 self._frozen = None  # the base model may be changed before the next call
 
@@ -332,8 +338,7 @@ class PSRTrainer(Trainer):
             parts["norm_penalty"] = relative_norm(student, units, self.adapters, inputs)
             factors["norm_penalty"] = args.norm_penalty
         values = torch.stack([factors[name] * part.to(args.device) for name, part in parts.items()]).sum(dim=0)
-        # the mean over each adapter's triplets
-        share = (1.0 / torch.bincount(adapter, minlength=len(self.adapters)))[adapter]
+        share = shares(adapter, len(self.adapters), self._held_out)
         values = torch.where(inputs["neutral"], args.neutral_weight, 1.0) * values
         loss = (share * values).sum()
         if not torch.isfinite(loss):
