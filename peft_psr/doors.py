@@ -41,7 +41,6 @@ class SteeredGenerate:
             ValueError: `steering_mask` or `alpha` does not fit the prompt, or `guidance_scale` is given.
         """
         state: SteeringState = self.model._psr_state  # type: ignore[assignment]
-        before = state.generation, state.generation_alpha
         if self._setting("guidance_scale", kwargs) not in (None, 1, 1.0):
             raise ValueError(
                 "guidance_scale runs a second prompt through the model, whose tokens can't be told from the first's. "
@@ -49,6 +48,7 @@ class SteeredGenerate:
             )
         prompt = prompt_of(args, kwargs)
         encoder_decoder = is_encoder_decoder(self.model)
+        generation = None
         if steering_mask is not None and (encoder_decoder or not isinstance(prompt, torch.Tensor)):
             raise ValueError(
                 "generate takes a steering_mask together with a prompt of a decoder-only model, as `input_ids`; an "
@@ -62,20 +62,48 @@ class SteeredGenerate:
                 attention_mask = torch.ones(batch, length, dtype=torch.long, device=prompt.device)
             if mask is not None:  # what a given cache holds already comes before the prompt
                 mask = nn.functional.pad(mask, (attention_mask.shape[1] - length, 0))
-            state.generation = Generation(attention_mask, mask, decoding=encoder_decoder)
-        state.generation_alpha = alpha
-        try:
-            if self.original is not None:
-                return self.original(*args, **kwargs)
-            return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
-        finally:
-            state.generation, state.generation_alpha = before
+            generation = Generation(attention_mask, mask, decoding=encoder_decoder)
+        elif prompt is None and not encoder_decoder:  # the model begins with its BOS token
+            generation = Generation(torch.ones(1, 1, dtype=torch.long), None)
+        with state.lock:
+            before = state.generation, state.generation_alpha
+            state.generation, state.generation_alpha = generation, alpha
+            try:
+                if self.original is not None:
+                    return self.original(*args, **kwargs)
+                return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+            finally:
+                state.generation, state.generation_alpha = before
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
         """What transformers takes for a setting of `generate`."""
         configs = (kwargs.get("generation_config"), getattr(self.model, "generation_config", None))
         given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in given if value is not None), None)
+
+
+class SteeredBatching:
+    """The model's `init_continuous_batching`, where it can be steered: also what `generate_batch` begins with.
+
+    Args:
+        model: A model with a steering state.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin continuous batching.
+
+        Raises:
+            NotImplementedError: an adapter edits the response alone, whose beginnings can't be told in one long row.
+        """
+        if "response" in self.model._psr_state.positions:  # type: ignore[union-attr, operator]
+            raise NotImplementedError(
+                "Continuous batching (`generate_batch`, `init_continuous_batching`) lays all prompts in one row, "
+                "where positions='response' can't find their ends. Use `generate`, or an adapter with positions='all'."
+            )
+        return type(self.model).init_continuous_batching(self.model, *args, **kwargs)  # type: ignore[operator]
 
 
 def prompt_of(args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -138,6 +166,8 @@ def attach_state(model: nn.Module) -> SteeringState:
     model._psr_handles.append(model.register_forward_hook(end_steered_call, always_call=True))  # type: ignore
     if hasattr(model, "generate"):
         model.generate = SteeredGenerate(model)  # type: ignore[assignment]
+    if hasattr(model, "init_continuous_batching"):
+        model.init_continuous_batching = SteeredBatching(model)  # type: ignore[assignment]
     return state
 
 
@@ -148,6 +178,7 @@ def detach_state(model: nn.Module) -> None:
             module.__dict__.pop("_psr_arguments")
             for handle in module.__dict__.pop("_psr_handles"):
                 handle.remove()
+    model.__dict__.pop("init_continuous_batching", None)
     generate = model.__dict__.pop("generate", None)
     if isinstance(generate, SteeredGenerate) and generate.original is not None:
         model.generate = generate.original  # type: ignore[assignment]

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .config import PSRConfig
 from .decoder import hidden_of
-from .rows import EACH_ROW, RowAdapters
+from .rows import BASE, EACH_ROW, RowAdapters
 from .state import SteeringState, Strength
 
 
@@ -42,7 +42,7 @@ def add_edit(stream: torch.Tensor, gates: torch.Tensor, direction: torch.Tensor,
         value = strength
     if direction.shape[-2] == 1:  # an outer product
         return torch.addcmul(stream, gates, direction, value=value)
-    if direction.dim() == 3:
+    if direction.dim() == 3 and stream.dtype is not torch.float64:
         return torch.baddbmm(stream.float(), gates, direction, alpha=value)
     # not one addmm over all rows: its result would be a view, which FSDP2 can't guard against writing in place
     return torch.add(stream, gates @ direction, alpha=value)
@@ -65,8 +65,8 @@ class PSRUnit(nn.Module):
         super().__init__()
         self.direction = nn.Parameter(torch.empty(r, width, dtype=torch.float32))
         gated = gate == "relu"
-        self.gate_weight = nn.Parameter(torch.empty(r, width, dtype=torch.float32)) if gated else None
-        self.gate_bias = nn.Parameter(torch.empty(r, dtype=torch.float32)) if gated else None
+        for name, shape in (("gate_weight", (r, width)), ("gate_bias", (r,))):
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)) if gated else None)
         self.reset_parameters(init_weights)
 
     @torch.no_grad()
@@ -94,7 +94,10 @@ class PSRUnit(nn.Module):
         `strength` broadcasts over (..., r). The two streams differ where several adapters edit one after another.
         """
         weights: dict[str, Any] = self._parameters
-        weight, bias, direction = weights.get("gate_weight"), weights.get("gate_bias"), weights["direction"]
+        try:
+            weight, bias, direction = weights["gate_weight"], weights["gate_bias"], weights["direction"]
+        except KeyError:  # pruned, or made of others by a parametrization
+            weight, bias, direction = self.gate_weight, self.gate_bias, self.direction
         if direction.dtype is not torch.float32:  # FSDP2's mixed precision hands the weights over in half precision
             direction = direction.float()
             weight, bias = (None, None) if weight is None or bias is None else (weight.float(), bias.float())
@@ -151,7 +154,13 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         return self.base_device, None
 
     def update_layer(self, adapter_name: str, config: PSRConfig, inference_mode: bool = False) -> None:
-        """Add the adapter `adapter_name`, or make it anew."""
+        """Add the adapter `adapter_name`, or make it anew.
+
+        Raises:
+            ValueError: the name stands for something else.
+        """
+        if adapter_name in (BASE, EACH_ROW):
+            raise ValueError(f"An adapter can't be called {adapter_name!r}, which has a meaning of its own.")
         self.psr_unit[adapter_name] = PSRUnit(self.width, config.r, config.gate, config.init_weights)
         self.config[adapter_name] = config
         self.state.positions.add(config.positions)
@@ -211,12 +220,21 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         A module may see its tokens as rows: (batch * seq, d).
         """
         state = self.state
-        alone = state.alone
-        if alone is not None and alone[0] == self._active_adapter and not self._disable_adapters:
+        alone = None if torch.compiler.is_compiling() else state.alone  # it would compile anew for each strength
+        if (
+            alone is not None
+            and alone[0] == self._active_adapter
+            and state.adapter_names is None
+            and not self._disable_adapters
+            and hidden.dim() > 2
+        ):
             unit = self._modules["psr_unit"]._modules.get(alone[1])  # type: ignore[union-attr]
+            if unit is None:
+                return hidden
             # not by its `__call__`: its only hooks are accelerate's, which take the place of `forward`
-            stream = hidden if unit is None else unit.forward(hidden, hidden, alone[2])[0]
-            return stream if stream.dtype is hidden.dtype else stream.to(hidden.dtype)
+            stream, gates = unit.forward(hidden, hidden, alone[2])
+            if gates.dtype is torch.float32:  # else in autocast, which is slow to ask for
+                return stream if stream.dtype is hidden.dtype else stream.to(hidden.dtype)
         if self._disable_adapters:
             return hidden
         if hidden.dim() == 2:
@@ -224,7 +242,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         if torch.is_autocast_enabled(hidden.device.type):
             with torch.autocast(hidden.device.type, enabled=False):
                 stream = self._edit(hidden)
-            state.alone = None  # the next layer has to leave autocast as well
+            state.alone = None
             return stream
         return self._edit(hidden)
 
@@ -241,8 +259,8 @@ class PSRLayer(nn.Module, BaseTunerLayer):
             stream, gates = self.unit(name).forward(hidden, stream, strength)
             if state.gates is not None:
                 state.gates[self.name, name] = gates
-            elif len(active) == 1 and isinstance(strength, float):
-                state.alone = (self._active_adapter, name, strength)
+            elif len(active) == 1 and isinstance(strength, float) and not torch.compiler.is_compiling():
+                state.alone = (self._active_adapter, name, strength) if self.config[name].gate == "relu" else None
         return stream if stream.dtype is hidden.dtype else stream.to(hidden.dtype)
 
     def _edit_rows(self, hidden: torch.Tensor, names: list[str]) -> torch.Tensor:

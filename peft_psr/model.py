@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
 from typing import Any, cast
@@ -16,7 +16,7 @@ from torch import nn
 from .composition import check_weights, combine_units, combined_config, edit_factors
 from .config import PSRConfig, check_strength
 from .decoder import decoder_layer_names, layer_index, output_width
-from .doors import attach_state, detach_state, prompt_of
+from .doors import attach_state, detach_state, is_encoder_decoder, prompt_of
 from .layer import PSRLayer, edit_output
 from .rank_cut import cut_adapter
 from .rows import BASE, gather_rows
@@ -49,6 +49,8 @@ class PSRModel(BaseTuner):
         """Find the decoder layers to edit; nothing is touched yet, so errors leave the model as it was."""
         self._layer_names: set[str] = set()
         if peft_config.target_modules is not None:
+            keys = [key for key, _ in model.named_modules() if check_target_module_exists(peft_config, key)]
+            _check_not_in_encoder(model, keys)
             return
         names = decoder_layer_names(model, peft_config.layers_pattern)
         wanted = peft_config.layers_to_transform
@@ -60,6 +62,7 @@ class PSRModel(BaseTuner):
                     f"layers: 0 to {len(names) - 1}."
                 )
         self._layer_names = {names[layer] for layer in layers}
+        _check_not_in_encoder(model, sorted(self._layer_names))
 
     def _check_target_module_exists(self, peft_config: PSRConfig, key: str):  # type: ignore[override]
         if peft_config.target_modules is not None:
@@ -133,6 +136,26 @@ class PSRModel(BaseTuner):
                 )
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or several.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        wanted = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        unknown = [name for name in wanted if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"No adapter {unknown[0]!r}; there are: {', '.join(self._names())}.")
+        super().set_adapter(adapter_name, inference_mode)
+
+    def unmerge_adapter(self) -> None:
+        """Refused like merging.
+
+        Raises:
+            ValueError: always.
+        """
+        self._check_merge_allowed()
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             "A PSR adapter can't be merged into the base weights: its edit depends on each token's activations. "
@@ -165,10 +188,18 @@ class PSRModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT enters this around `forward` and `generate`; it is where `adapter_names` arrives."""
+        with nullcontext() if torch.compiler.is_compiling() else attach_state(self.model).lock:
+            with self._rows_named(args, kwargs):
+                yield
+
+    @contextmanager
+    def _rows_named(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"adapter_names must be one adapter's name for each row, got {names!r}.")
         prompt = prompt_of(args, kwargs)
         if isinstance(prompt, torch.Tensor) and prompt.shape[0] != len(names):
             raise ValueError(
@@ -259,7 +290,9 @@ class PSRModel(BaseTuner):
             if any(name in layer.psr_unit for name in adapters)
         }
         ranks = {layer.name: sum(layer.config[name].r for name, _ in there) for layer, there in layers.items()}
-        numbered = all(config.target_modules is None for config in configs)
+        numbered = all(
+            config.target_modules is None and config.layers_pattern == configs[0].layers_pattern for config in configs
+        )
         indices = [int(layer_index(name)) for name in ranks] if numbered else None
         self.peft_config[adapter_name] = combined_config(configs, ranks, indices, list(ranks))
         try:
@@ -387,6 +420,19 @@ def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: li
     """Pre-hook that tells a module of `modules_to_save` each row's adapter; beams repeat a row."""
     times = len(args[0]) // len(names)
     return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}
+
+
+def _check_not_in_encoder(model: nn.Module, keys: Sequence[str]) -> None:
+    """Raise `ValueError` if a module lies in the encoder of an encoder-decoder, whose tokens no mask is for."""
+    if not is_encoder_decoder(model):
+        return
+    inside = set(model.get_encoder().modules())  # type: ignore[operator]
+    found = next((key for key in keys if model.get_submodule(key) in inside), None)
+    if found is not None:
+        raise ValueError(
+            f"{found!r} lies in the encoder of {type(model).__name__}; an encoder-decoder is edited in its decoder. "
+            "Name modules of the decoder, by a pattern such as target_modules=r'.*decoder.*wo'."
+        )
 
 
 class _ExactTarget:

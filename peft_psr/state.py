@@ -6,6 +6,7 @@ The hooks in `doors` call `SteeringState.begin_call`; the layers read what it le
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 import torch
@@ -26,12 +27,14 @@ class Generation:
         attention_mask: (batch, prompt) of the prompt, 0 on padding.
         steering_mask: (batch, prompt) as the caller gave it, or `None`.
         seen: Prompt tokens that earlier steps have put into the cache.
+        caches: A step was given its cache as `past_key_values`, so that every further one will be.
         decoding: The whole prompt is in the cache; every further token is edited.
     """
 
     attention_mask: torch.Tensor
     steering_mask: torch.Tensor | None
     seen: int = 0
+    caches: bool = False
     decoding: bool = False
 
 
@@ -43,14 +46,15 @@ class SteeringState:
         positions: Kinds of positions that the model's adapters use.
         scale: Factor on every strength, set by `alpha_scale`.
         alpha: Strength for this call in place of the adapters' own: a float, (batch, 1, 1), or `None`.
-        alone: Where one adapter is active, at one strength for all tokens and layers, and nobody looks at its gates:
-            what layers call active, its name, that strength. Left by the first layer of a call for the others.
+        alone: Where one gated adapter is active, at one strength for all tokens and layers, and nobody looks at its
+            gates: what layers call active, its name, that strength. Left by the first layer for the others.
         masks: For each kind of positions (batch, seq) bool, or `None` to edit every token.
         gates: Where layers leave their gate values, {(layer name, adapter): (batch, seq, r)}, while someone looks.
         adapter_names: One adapter's name for each row, or `None` for the active adapters on all.
         generation: The `generate()` call in progress.
         generation_alpha: That call's strength.
         begun: The model's pre-hook has begun this call; its decoder's need not.
+        lock: Held by `PeftModel.forward` and by `generate`, so that threads take turns.
     """
 
     positions: set[str] = field(default_factory=set)
@@ -63,13 +67,28 @@ class SteeringState:
     generation: Generation | None = None
     generation_alpha: Any = None
     begun: bool = False
+    lock: RLock = field(default_factory=RLock, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: all but the lock."""
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        """A lock of its own."""
+        vars(self).update(kept, lock=RLock())
 
     def begin_call(self, arguments: dict[str, Any], encoder_decoder: bool = False) -> None:
         """Work out masks and strength from the arguments of the model's forward call.
 
         What an encoder-decoder's decoder reads is all response: every token is edited unless `steering_mask` says
         otherwise.
+
+        Raises:
+            TypeError: `adapter_names` is given to a model that is not a `PeftModel`.
+            ValueError: `adapter_names`, `steering_mask` or `alpha` does not fit the call's rows and tokens.
         """
+        if arguments.get("adapter_names") is not None:
+            raise TypeError("adapter_names is for a PeftModel: the bare model's forward can't choose adapters by row.")
         steering_mask, alpha = arguments.pop("steering_mask", None), arguments.pop("alpha", None)
         names = ("decoder_input_ids", "decoder_inputs_embeds", "labels") if encoder_decoder else ()
         given = (arguments.get(name) for name in (*names, "input_ids", "inputs_embeds"))
@@ -81,6 +100,11 @@ class SteeringState:
             return
         batch, length = tokens.shape[:2]
         expected = batch if self.generation is None else self.generation.attention_mask.shape[0]
+        if self.adapter_names is not None and self.generation is None and len(self.adapter_names) != batch:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.adapter_names)} names and {batch} rows."
+            )
         alpha = self.generation_alpha if alpha is None else alpha
         self.alpha = prepare_alpha(alpha, batch, expected, tokens.device)
         if self.generation is not None and self._continue_generation(batch, length, arguments, tokens.device):
@@ -91,21 +115,27 @@ class SteeringState:
         elif encoder_decoder:
             return
         elif length > 1:  # a single token is the last of its prompt, or was generated
-            attention_mask = token_mask(arguments.get("attention_mask"), batch, length, tokens.device)
+            attention_mask = token_mask(arguments, batch, length, tokens.device)
             labels = arguments.get("labels")
+            if not isinstance(labels, torch.Tensor) or labels.shape != (batch, length):  # of a sequence, say
+                labels = None
             self.masks = {kind: default_mask(kind, attention_mask, labels) for kind in self.positions}
 
     def _continue_generation(self, batch: int, length: int, arguments: dict[str, Any], device: torch.device) -> bool:
         """Work out the masks of a step of the `generate()` in progress; false if this call is none of its steps."""
         generation = self.generation
         assert generation is not None
+        cache = arguments.get("past_key_values")
+        if generation.caches and cache is None:  # a logits processor that calls the model, say
+            return False
+        generation.caches = cache is not None
         if generation.decoding:
             return True
         prompt = generation.attention_mask.shape[1]
         # a cache of another kind (Mamba's) shows by itself: the call brings no more tokens than were seen already
         without = arguments.get("use_cache") is False
-        cached = arguments.get("past_key_values") is not None or (not without and 0 < length <= generation.seen)
-        if not cached and length < prompt:  # a logits processor that calls the model, say
+        cached = cache is not None or (not without and 0 < length <= generation.seen)
+        if not cached and length < prompt:
             return False
         start = max(generation.seen, cache_length(arguments)) if cached else 0
         generation.seen = start + length
@@ -156,7 +186,7 @@ def check_mask(mask: Any, batch: int, length: int) -> torch.Tensor:
 
     Raises:
         TypeError: not a tensor.
-        ValueError: another shape.
+        ValueError: another shape, or fractions.
     """
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"steering_mask must be a tensor of 0/1, shape (batch, seq), got {type(mask).__name__}.")
@@ -164,14 +194,24 @@ def check_mask(mask: Any, batch: int, length: int) -> torch.Tensor:
         raise ValueError(
             f"steering_mask must have the shape of input_ids, {(batch, length)}, got {tuple(mask.shape)}."
         )
-    return mask.bool()
+    chosen = mask.bool()
+    if mask.is_floating_point() and not torch.compiler.is_compiling() and not torch.equal(chosen.to(mask.dtype), mask):
+        raise ValueError("steering_mask must be 0 or 1 at each token; how strong the edit is, is `alpha`.")
+    return chosen
 
 
-def token_mask(attention_mask: Any, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """The part of a (batch, past + seq) attention mask that covers this call's tokens; all ones without one."""
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        return attention_mask[:, -length:].to(device)
-    return torch.ones(batch, length, dtype=torch.long, device=device)
+def token_mask(arguments: dict[str, Any], batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """The part of a call's (batch, past + seq) attention mask that covers its own tokens; all ones without one.
+
+    The mask of a cache of fixed size goes on beyond them.
+    """
+    attention_mask = arguments.get("attention_mask")
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return torch.ones(batch, length, dtype=torch.long, device=device)
+    start = attention_mask.shape[1] - length
+    if start > 0:
+        start = min(start, cache_length(arguments))
+    return attention_mask[:, start : start + length].to(device)
 
 
 def cache_length(arguments: dict[str, Any]) -> int:

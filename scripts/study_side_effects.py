@@ -222,8 +222,6 @@ class Study:
         begin = time.perf_counter()
         if variant.ridge:
             initialize_psr_weights(model, self.experiment.triplets, processing_class=self.tokenizer, progress=False)
-        if negatives and variant.ridge:  # the start is for strength 1, full scores are trained at 1 - 0.5
-            scale_directions(model, 2.0)
         settings = {"num_train_epochs": 3, "learning_rate": 1e-2, **variant.arguments}
         with TemporaryDirectory() as folder:
             arguments = PSRTrainingArguments(

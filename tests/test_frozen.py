@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import pytest
 import torch
@@ -154,14 +155,12 @@ def test_cache_gives_back_what_was_put_in(tmp_path, on_disk):
     cache = ActivationCache([2, 3, 1], ["a", "b"], 4, torch.bfloat16, tmp_path if on_disk else None)
     first = {name: torch.randn(4, 4, dtype=torch.bfloat16) for name in "ab"}
     cache.put(torch.tensor([1, 2]), first)
-    assert cache.holds(torch.tensor([2])) and not cache.holds(torch.tensor([0, 1]))
+    assert cache.holds(torch.tensor([0, 2, 1])).tolist() == [False, True, True]
     devices = dict.fromkeys("ab", torch.device("cpu"))
     turned = cache.get(torch.tensor([2, 1]), devices)
     for name in "ab":
         assert torch.equal(turned[name], first[name][[3, 0, 1, 2]])
-    assert bool(list(tmp_path.iterdir())) == on_disk
-    del cache, turned
-    assert not list(tmp_path.iterdir())
+    assert os.name == "nt" or not list(tmp_path.iterdir())  # a killed process leaves no file either
 
 
 def test_edits_inside_the_layers_below_are_not_left_out(tmp_path):
@@ -215,3 +214,33 @@ def test_a_changed_base_model_is_looked_at_again(tmp_path):
     made.train()
     losses = [made.compute_loss(made.model, made.data_collator([row])).item() for row in made.train_dataset]
     assert sum(losses) / len(losses) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(("objective", "layers"), [("mse", None), ("kl", 2)])
+def test_only_what_is_missing_is_computed(tmp_path, objective, layers):
+    # as in a run of several processes, where each epoch deals the triplets anew
+    frozen = []
+    for place in ("memory", "none"):
+        made = made_trainer(tiny_model(), tmp_path, layers, objective=objective, teacher_cache=place)
+        frozen.append((made._frozen_model(made.model), made))
+    (kept, made), (anew, other) = frozen
+    rows = {id(model): 0 for model in (made.model, other.model)}
+    for model in (made.model, other.model):
+        first = model.get_base_model().model.embed_tokens
+
+        def count(module, args, output, model=model):
+            rows[id(model)] += len(output)
+
+        first.register_forward_hook(count)
+    for chosen in ([0, 1], [1, 2], [2, 0, 3], [3, 1]):
+        batch = made.data_collator([made.train_dataset[i] for i in chosen])
+        ours, expected = kept.teacher(batch), anew.teacher(batch)
+        for name, hidden in expected.items():
+            torch.testing.assert_close(ours[name], hidden, atol=1e-5, rtol=1e-4)
+    assert rows[id(other.model)] == 9 and rows[id(made.model)] == 4
+    if layers is not None:
+        for chosen in ([0, 1], [1, 2]):
+            batch = made.data_collator([made.train_dataset[i] for i in chosen])
+            flat = kept._stream_of(batch)
+            assert len(flat) == batch["attention_mask"].sum()
+        assert rows[id(made.model)] == 4 + 3 + 1  # and one token to learn what layers return

@@ -285,3 +285,15 @@ def test_freeze_directions_is_checked():
         PSRConfig(freeze_directions=torch.ones(1, 4))
     with pytest.raises(ValueError, match="gate='relu'"):
         PSRConfig(gate="constant", freeze_directions=True)
+
+
+@pytest.mark.parametrize("method", ["ridge", "mean_difference"])
+def test_the_start_is_for_alpha_1_whatever_the_bias(method):
+    logits = []
+    for bias in (0.0, -0.5):
+        model = get_peft_model(tiny_model(), PSRConfig(coefficient_bias=bias)).eval()
+        start(model, method=method)
+        logits.append(model(torch.tensor([[1, 5, 9, 12]])).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="coefficient_bias=-1 leaves no edit"):
+        start(get_peft_model(tiny_model(), PSRConfig(coefficient_bias=-1.0)), method=method)

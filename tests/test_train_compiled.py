@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_frozen import made_trainer, trained
 from tiny_models import LAYOUTS, tiny_model
+from tiny_triplets import triplets
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
@@ -52,6 +53,14 @@ def test_a_few_graphs_serve_all_layers_steps_and_lengths(tmp_path):
     assert len(graphs) == 3 and graphs[0] == graphs[2]
     assert graphs[0] <= 6  # with gradients and without, with padding and without, one row and more
     assert not counters["graph_break"]
+
+
+def test_no_graph_is_refused(tmp_path, caplog):
+    held_out = triplets("dogs are good")
+    settings = {"teacher_cache": "none", "eval_strategy": "epoch", "per_device_train_batch_size": 4, **COMPILED}
+    made = made_trainer(tiny_model(), tmp_path, None, held_out[:3], per_device_eval_batch_size=2, **settings)
+    made.train()  # a last batch of two rows and one, with padding and without, with and without gradients
+    assert "recompile_limit" not in caplog.text
 
 
 def test_the_layers_are_as_before_when_training_ends_or_fails(tmp_path):

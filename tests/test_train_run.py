@@ -78,11 +78,14 @@ def test_the_held_out_loss_is_that_of_the_saved_adapter(tmp_path, recipe):
 
 
 def test_parallel_equals_one_after_another(tmp_path, recipe):
+    summaries = {}
     for parallel in (False, True):
         used = recipe(parallel=parallel, checkpoint_steps=100, start="linear", eval_share=0.2)
-        summaries = TrainRun(tmp_path / str(parallel), used).run()
+        summaries[parallel] = TrainRun(tmp_path / str(parallel), used).run()
     assert_same(tmp_path / "False", tmp_path / "True", atol=1e-5)
-    assert summaries["brief"]["trained_with"] == ["kind"] and "eval_loss_together" in summaries["brief"]
+    assert summaries[True]["brief"]["trained_with"] == ["kind"]
+    for name, alone in summaries[False].items():
+        assert summaries[True][name]["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("start", ["live", "linear", "mean_difference", "ridge"])

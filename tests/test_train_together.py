@@ -227,3 +227,29 @@ def weights_at(model, name):
         if name in layer.psr_unit
         for kind, parameter in layer.unit(name).named_parameters()
     }
+
+
+@pytest.mark.parametrize("counts", [(4, 4), (4, 3), (3, 1)])
+def test_accumulated_steps_are_those_of_the_larger_batch(tmp_path, counts):
+    data = {name: DATA[name][:count] for name, count in zip(("brief", "kind"), counts, strict=True)}
+    found = []
+    for batch, accumulated in ((4, 1), (2, 2), (1, 4)):
+        model = steered(data)
+        train(
+            model, data, tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
+            optim="sgd", learning_rate=0.1, train_sampling_strategy="sequential", max_steps=1,
+        )  # fmt: skip
+        found.append(model)
+    for name in data:
+        for key, expected in weights(found[0], name).items():
+            for other in found[1:]:
+                torch.testing.assert_close(weights(other, name)[key], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_a_normaliser_needs_triplets_to_train_on(tmp_path):
+    arguments = PSRTrainingArguments(output_dir=str(tmp_path), normalize_loss="global", use_cpu=True)
+    made = PSRTrainer(
+        get_peft_model(tiny_model(), PSRConfig()), arguments, None, DATA["brief"], processing_class=tiny_tokenizer()
+    )
+    with pytest.raises(ValueError, match="on train_dataset, and there is none"):
+        made.evaluate()

@@ -7,6 +7,7 @@ else they are computed each time. `plan_cache` decides and says so.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -43,14 +44,17 @@ class ActivationCache:
             values = torch.empty(shape, dtype=dtype)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".activations-")  # noqa: SIM115
+            unlinked = os.name != "nt"  # while it is mapped, so that it can't outlive the process
+            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".activations-", delete=not unlinked)  # noqa: SIM115
             size = shape[0] * shape[1] * shape[2]
             values = torch.from_file(self._file.name, shared=True, size=size, dtype=dtype).view(shape)
+            if unlinked:
+                os.unlink(self._file.name)
         self._values = dict(zip(names, values, strict=True))
 
-    def holds(self, triplets: torch.Tensor) -> bool:
-        """Whether the activations of all these triplets, (batch,) int64, are there."""
-        return bool(self._filled[triplets.cpu()].all())
+    def holds(self, triplets: torch.Tensor) -> torch.Tensor:
+        """Which of these triplets' activations are there: (batch,) bool for (batch,) int64."""
+        return self._filled[triplets.cpu()]
 
     def put(self, triplets: torch.Tensor, activations: Mapping[str, torch.Tensor]) -> None:
         """Keep {layer name: (tokens of these triplets, row after row, d)}."""

@@ -19,6 +19,10 @@ from peft_psr.decoder import decoder_layer_names
 from .partial import attribute
 
 
+GRAPHS = 64
+"""Graphs that may be made of decoder layers in one process, of one model after another."""
+
+
 @contextmanager
 def compiled_layers(model: PeftModel, args: TrainingArguments) -> Iterator[None]:
     """Inside, the decoder layers' `forward` is compiled, for any length of sequences, if the arguments say so.
@@ -44,6 +48,8 @@ def compiled_layers(model: PeftModel, args: TrainingArguments) -> Iterator[None]
         )
     settings = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
     with ExitStack() as stack:
+        # one for every mix of gradients, padding and single rows; all decoder layers of a process share the count
+        stack.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
         for layer in layers.values():
             compiled = torch.compile(layer.forward, dynamic=True, **settings)
             stack.enter_context(attribute(layer, "forward", compiled))

@@ -124,15 +124,16 @@ class FrozenModel:
         names = self.teacher_layers
         if not names:
             return {}
-        keeps = self._keeps(batch)
-        if keeps and self._teacher is not None and self._teacher.holds(batch["index"]):
-            return self._teacher.get(batch["index"], {name: self._device(name) for name in names})
-        hidden = run_branch(self.model, batch, names, "teacher").hidden
-        if keeps:
+        if not self._keeps(batch):
+            return run_branch(self.model, batch, names, "teacher").hidden
+        missing = _missing(self._teacher, batch)
+        if missing["index"].numel():
+            hidden = run_branch(self.model, missing, names, "teacher").hidden
             if self._teacher is None:
                 self._teacher = self._cache(self._teacher_lengths, names, hidden[names[0]])
-            self._teacher.put(batch["index"], hidden)
-        return hidden
+            self._teacher.put(missing["index"], hidden)
+        assert self._teacher is not None
+        return self._teacher.get(batch["index"], {name: self._device(name) for name in names})
 
     @contextmanager
     def layers_below_known(self, batch: Batch) -> Iterator[None]:
@@ -147,7 +148,7 @@ class FrozenModel:
         if self._trusted is None:
             self._trusted = self._check(batch, hidden)
             if not self._trusted:
-                self._stream = None
+                self._stream = None if self._trusted is False else self._stream
                 yield
                 return
         with known_output(base, self.below, hidden, edited=False):
@@ -156,9 +157,14 @@ class FrozenModel:
     @torch.no_grad()
     def _stream_of(self, batch: Batch) -> torch.Tensor:
         first = self.below[-1]
-        if self._stream is not None and self._stream.holds(batch["index"]):
-            return self._stream.get(batch["index"], {first: self._device(first)})[first]
-        base = self.model.get_base_model()
+        missing = _missing(self._stream, batch)
+        if missing["index"].numel():
+            self._run_below(missing)
+        assert self._stream is not None
+        return self._stream.get(batch["index"], {first: self._device(first)})[first]
+
+    def _run_below(self, batch: Batch) -> None:
+        first, base = self.below[-1], self.model.get_base_model()
         names = decoder_layer_names(base, self.model.active_peft_config.layers_pattern)
         with (
             unedited(self.model),
@@ -171,14 +177,18 @@ class FrozenModel:
         if self._stream is None:
             self._stream = self._cache(self._stream_lengths, [first], flat)
         self._stream.put(batch["index"], {first: flat})
-        return flat
 
     @torch.no_grad()
-    def _check(self, batch: Batch, hidden: torch.Tensor) -> bool:
-        """Whether starting from the known stream gives what the whole model gives, on one batch."""
+    def _check(self, batch: Batch, hidden: torch.Tensor) -> bool | None:
+        """Whether starting from the known stream gives what the whole model gives, on one batch.
+
+        `None` if that can't be told because the whole model's activations are not finite.
+        """
         base = self.model.get_base_model()
         last = decoder_layer_names(base, self.model.active_peft_config.layers_pattern)[-1]
         whole = run_branch(self.model, batch, [last], "base").hidden[last].float()
+        if not whole.isfinite().all():
+            return None
         with known_output(base, self.below, hidden, edited=False):
             part = run_branch(self.model, batch, [last], "base").hidden[last].float()
         if torch.allclose(whole, part, rtol=1e-2, atol=1e-2 * whole.abs().mean().item()):
@@ -189,3 +199,11 @@ class FrozenModel:
             type(base).__name__,
         )
         return False
+
+
+def _missing(cache: ActivationCache | None, batch: Batch) -> Batch:
+    """The rows of a batch that a cache does not hold."""
+    if cache is None:
+        return batch
+    missing = ~cache.holds(batch["index"]).to(batch["index"].device)
+    return {name: values[missing] for name, values in batch.items()}

@@ -49,7 +49,7 @@ def initialize_psr_weights(
     batch_size: int = 16,
     progress: bool = True,
 ) -> None:
-    """Set the active adapter's weights from triplets, in place.
+    """Set the active adapter's weights from triplets, in place, for a strength alpha of 1.
 
     Either branch runs about once through the layers up to the last edited one, as long as the hidden states of all
     triplets fit in 4 GB; else once for each edited layer. At d = 2048, r = 4, the sums and the fit of a layer took
@@ -76,8 +76,9 @@ def initialize_psr_weights(
     Raises:
         FileNotFoundError: `directions` names no file.
         TypeError: the model has no PSR adapter; a strength or directions of another type.
-        ValueError: an unknown method, a strength that is not positive, directions that do not fit the adapter, an
-            empty data set, activations that are not finite, or an instruction that changes nothing at an edited layer.
+        ValueError: an unknown method, a strength that is not positive, a coefficient_bias of -1 or less, directions
+            that do not fit the adapter, an empty data set, activations that are not finite, or an instruction that
+            changes nothing at an edited layer.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
@@ -97,8 +98,10 @@ def initialize_psr_weights(
     if processing_class is None:
         processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
     config = model.active_peft_config
-    # a strength of 1 in all, whatever the bias
-    collator = TripletCollator(processing_class, config.positions, alpha=1.0 - config.coefficient_bias)
+    strength = 1.0 + config.coefficient_bias  # at alpha 1
+    if strength <= 0:
+        raise ValueError(f"At alpha 1, coefficient_bias={config.coefficient_bias:g} leaves no edit to start from.")
+    collator = TripletCollator(processing_class, config.positions, alpha=1.0)
     rows = encode_dataset(collator, dataset, "dataset")
     choosing = method == "ridge" and config.gate == "relu" and ridge_strength is None
     folds = fold_of_each(rows, FOLDS if choosing else 1)
@@ -109,7 +112,7 @@ def initialize_psr_weights(
         for name, unit in units.items():
             moments = _sums(streams.at(name), folds, layers[name].width, bar)
             z = None if given is None else given[layer_index(name)].to(moments[0].gram.device)
-            _set_weights(unit, _edit(moments, unit, method, ridge_strength, z, name))
+            _set_weights(unit, _edit(moments, unit, method, ridge_strength, z, name), strength)
 
 
 def fold_of_each(rows: Sequence[dict[str, Any]], count: int) -> torch.Tensor:
@@ -155,9 +158,9 @@ def _edit(
 
 
 @torch.no_grad()
-def _set_weights(unit: PSRUnit, edit: Edit) -> None:
-    """Write an edit into an adapter's weights at one layer."""
-    unit.direction.copy_(edit.direction)
+def _set_weights(unit: PSRUnit, edit: Edit, strength: float) -> None:
+    """Write an edit into an adapter's weights at one layer; it is what they do at that strength."""
+    unit.direction.copy_(edit.direction / strength)
     if unit.gate_weight is not None and unit.gate_bias is not None:
         unit.gate_weight.copy_(edit.weight)
         unit.gate_bias.copy_(edit.bias)

@@ -14,6 +14,7 @@ from .objectives import rows_of
 
 def not_finite(
     parts: Mapping[str, torch.Tensor],
+    by_layer: Mapping[str, torch.Tensor],
     student: Mapping[str, torch.Tensor],
     teacher: Mapping[str, torch.Tensor],
     batch: Batch,
@@ -22,6 +23,7 @@ def not_finite(
 
     Args:
         parts: {name: (batch,)}, the parts of the loss.
+        by_layer: {layer name: (batch,)}, the MSE of each layer.
         student: {layer name: (tokens, d)} of the steered model.
         teacher: The same of the prompted model.
         batch: The batch.
@@ -36,8 +38,9 @@ def not_finite(
             if bad.any():
                 row = rows[bad.to(rows.device)][0]
                 return int(batch["index"][row]), f"the {whose} model's activations at layer {layer_index(name)} are"
-    for name, values in parts.items():
+    layers = {f"'mse' at layer {layer_index(name)}": loss for name, loss in by_layer.items()}
+    for name, values in {**layers, **{repr(name): loss for name, loss in parts.items()}}.items():
         bad = ~torch.isfinite(values)
         if bad.any():
-            return int(batch["index"][int(bad.nonzero()[0])]), f"the loss of objective {name!r} is"
+            return int(batch["index"][int(bad.nonzero()[0])]), f"the loss of objective {name} is"
     return int(batch["index"][0]), "the sum of the losses is"

@@ -95,22 +95,6 @@ def clip_each(tuner: PSRModel, names: Sequence[str], max_norm: float) -> torch.T
     return torch.stack(norms).norm()
 
 
-def shares(adapter: torch.Tensor, adapters: int, held_out: torch.Tensor | None) -> torch.Tensor:
-    """Weights of a batch's triplets that make their sum the mean over each adapter's triplets, added up.
-
-    Args:
-        adapter: (batch,) int64, whose triplet each is.
-        adapters: How many there are.
-        held_out: (adapters,), how many triplets a held-out set has of each: the means are over that set, once batches
-            are averaged by their number of items (see `in_turn`), as `Trainer` does. `None`: means over the batch.
-    """
-    counts = torch.bincount(adapter, minlength=adapters)
-    if held_out is None:
-        return (1.0 / counts)[adapter]
-    held_out = held_out.to(adapter.device)
-    return held_out.max() / (counts.max() * held_out[adapter])
-
-
 def in_turn(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One item for the first rows of all adapters, one for their second rows, and so on.
 

@@ -73,6 +73,7 @@ def make_arguments(recipe: TrainRecipe, folder: Path) -> PSRTrainingArguments:
         neutral_weight=recipe.neutral_weight,
         norm_penalty=recipe.norm_penalty,
         teacher_cache=recipe.teacher_cache,
+        teacher_cache_gb=recipe.teacher_cache_gb,
         num_train_epochs=recipe.epochs,
         per_device_train_batch_size=recipe.batch_size,
         per_device_eval_batch_size=recipe.batch_size,

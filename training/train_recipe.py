@@ -102,6 +102,9 @@ class TrainRecipe(RecipeFields):
         json_schema_extra=FREE,
         description="Where to keep the frozen model's activations between epochs; auto: in memory if they fit.",
     )
+    teacher_cache_gb: float = Field(
+        4.0, gt=0, json_schema_extra=FREE, description="Most that these may take, in GB; more is computed anew."
+    )
 
     checkpoint_steps: Count | None = Field(
         None, description="Steps between checkpoints, and held-out losses; none: an epoch."

@@ -59,7 +59,7 @@ def write_adapter_folder(
     assert trainer.summary is not None
     losses: dict[str, Any] = {"loss": _loss(trainer, adapter)}
     if trainer.eval_dataset is not None:
-        losses["eval_loss_together" if trainer.several else "eval_loss"] = _eval_loss(trainer)
+        losses["eval_loss"] = _eval_loss(trainer, f"eval_loss/{adapter}" if trainer.several else "eval_loss")
     summary = {"trait": trait, "triplets": len(triplets), **more, **losses, **trainer.summary.to_json()}
     write_whole(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
@@ -97,9 +97,9 @@ def _loss(trainer: PSRTrainer, adapter: str) -> float:
     return sum(weights[name] * loss for name, loss in summary.losses.items())
 
 
-def _eval_loss(trainer: PSRTrainer) -> float | None:
+def _eval_loss(trainer: PSRTrainer, name: str) -> float | None:
     """The held-out loss of the weights that are saved."""
     if trainer.state.best_metric is not None and trainer.args.load_best_model_at_end:
         return trainer.state.best_metric
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    losses = [entry[name] for entry in trainer.state.log_history if name in entry]
     return losses[-1] if losses else None

@@ -33,8 +33,9 @@ from .objectives import (
 from .penalties import gate_regularizer, relative_norm
 from .prediction import prediction_losses
 from .summary import GateKey, GateRecord, Means, TrainingSummary, peak_memory, sum_up
-from .together import check_adapters, check_directions, clip_each, in_turn, shares
+from .together import check_adapters, check_directions, clip_each, in_turn
 from .triplets import Triplet
+from .untrained import untrained_loss
 
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,8 @@ class PSRTrainer(Trainer):
         self.dead_gates: list[str] = []
         self.summary: TrainingSummary | None = None
         self._frozen: FrozenModel | None = None
-        self._held_out: torch.Tensor | None = None
+        self._held_out = torch.zeros(2, len(self.adapters))  # sums of losses and numbers of triplets
+        self._step: tuple[torch.Tensor, int] | None = None  # triplets of each adapter, batches, of all processes
         self._since_log, self._in_epoch, self._epoch = Means(), Means(), 0
         self._gates = GateRecord(self.adapters)
 
@@ -172,11 +174,12 @@ class PSRTrainer(Trainer):
         self._activate()
         self._frozen = self.normalizer = None  # the base model may have been changed since
         self._since_log, self._in_epoch, self._epoch = Means(), Means(), 0
-        self._gates = GateRecord(self.adapters)
+        self._gates, self._step = GateRecord(self.adapters), None
         try:
             with compiled_layers(self._peft_model, self.args):
                 result = super().train(*args, **kwargs)
         finally:
+            self._step = None
             self._deactivate()
         names, means = self._in_epoch.take(self.args.device)
         if names:
@@ -209,16 +212,31 @@ class PSRTrainer(Trainer):
         elif isinstance(eval_dataset, list) and eval_dataset is not self.train_dataset:
             # rows of another trainer's data set would be taken for this one's
             eval_dataset = [{key: value for key, value in row.items() if key != "index"} for row in eval_dataset]
-        if self.several:
-            items: Any = (self.eval_dataset if eval_dataset is None else eval_dataset) or []
-            owners = [row["adapter"] for item in items for row in item["rows"]]
-            self._held_out = torch.bincount(torch.tensor(owners), minlength=len(self.adapters))
         try:
             return super().evaluate(eval_dataset, *args, **kwargs)
         finally:
-            self._held_out = None
             if not self.is_in_train:
                 self._frozen = None  # the base model may be changed before the next call
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        """Of several adapters also each one's loss, and their sum in place of a mean over batches."""
+        self._held_out = torch.zeros(2, len(self.adapters), device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.several:
+            losses = (self._held_out[0] / self._held_out[1]).tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses)
+            for name, loss in zip(self.adapters, losses, strict=True):
+                output.metrics[f"{metric_key_prefix}_loss/{name}"] = loss
+        return output
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any):
+        """The batches of a step; it is over all of their triplets that the loss is to be a mean."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if batches:
+            adapters = torch.cat([batch["adapter"] for batch in batches]).to(self.args.device)
+            counts = torch.bincount(adapters, minlength=len(self.adapters))
+            self._step = self.accelerator.reduce(counts, "sum"), len(batches) * self.accelerator.num_processes
+        return batches, items
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the whole adapter from the first process; every process has to call it.
@@ -258,34 +276,13 @@ class PSRTrainer(Trainer):
         return LengthGroupedSampler([len(row["input_ids"]) for row in rows], size, self.args.data_seed or 0)
 
     def _untrained_loss(self, model: PeftModel) -> dict[str, torch.Tensor]:
-        """{layer: (adapters,)}: mean squared difference between the branches without any edit, on all triplets.
-
-        Neutral triplets do not count: there is no difference.
-        """
-        parts: list[torch.Tensor] = []
-        owners: list[torch.Tensor] = []
+        if self.train_dataset is None:
+            raise ValueError("normalize_loss is by the loss without any edit on train_dataset, and there is none.")
+        batches = map(self._prepare_inputs, self.get_test_dataloader(cast(Any, self.train_dataset)))
+        names = self.adapters if self.several else [""]
         # from all processes, without the triplets that fill up the last batch; several adapters have one process
         gather = list if self.several else self.accelerator.gather_for_metrics
-        for batch in self.get_test_dataloader(cast(Any, self.train_dataset)):
-            batch = self._prepare_inputs(batch)
-            teacher = self._frozen_model(model).teacher(batch)
-            base = run_branch(model, batch, self.layers, "base")
-            losses = mse_by_layer(base.hidden, teacher, batch["steering_mask"])
-            by_triplet = torch.stack([loss.to(self.args.device) for loss in losses.values()], dim=1)
-            owner = torch.where(batch["neutral"], -1, batch["adapter"])
-            parts += gather(by_triplet)
-            owners += gather(owner)
-        by_triplet, owner = torch.stack(parts), torch.stack(owners)
-        means = torch.stack([by_triplet[owner == i].mean(dim=0) for i in range(len(self.adapters))])
-        for name, mean in zip(self.adapters, means, strict=True):
-            if not mean.nan_to_num().any():
-                raise ValueError(
-                    "The instruction changes nothing inside the model on any triplet"
-                    + (f" of {name!r}" if self.several else "")
-                    + " (its activations are equal with and without it), so the loss can't be normalised and there is "
-                    "nothing to learn."
-                )
-        return dict(zip(self.layers, means.T, strict=True))
+        return untrained_loss(self._frozen_model(model), self.layers, batches, names, gather)
 
     def _frozen_model(self, model: PeftModel) -> FrozenModel:
         if self._frozen is None:
@@ -338,11 +335,11 @@ class PSRTrainer(Trainer):
             parts["norm_penalty"] = relative_norm(student, units, self.adapters, inputs)
             factors["norm_penalty"] = args.norm_penalty
         values = torch.stack([factors[name] * part.to(args.device) for name, part in parts.items()]).sum(dim=0)
-        share = shares(adapter, len(self.adapters), self._held_out)
+        share = self._shares(adapter, step=torch.is_grad_enabled())
         values = torch.where(inputs["neutral"], args.neutral_weight, 1.0) * values
         loss = (share * values).sum()
         if not torch.isfinite(loss):
-            index, where = not_finite(parts, student.hidden, teacher, inputs)
+            index, where = not_finite(parts, by_layer, student.hidden, teacher, inputs)
             triplet = self._rows[index]["where"] if index >= 0 else "a triplet of no data set"
             raise FloatingPointError(
                 f"Step {self.state.global_step}: {where} not finite on {triplet}. If it is the steered model, a "
@@ -350,8 +347,18 @@ class PSRTrainer(Trainer):
                 "small for this triplet: load it in bfloat16 or float32."
             )
         if torch.is_grad_enabled():
-            self._observe(parts, by_layer, values, share, student, inputs)
+            self._observe(parts, by_layer, values, student, inputs)
+        else:
+            self._held_out = self._held_out.to(values.device)
+            self._held_out.index_add_(1, adapter, torch.stack([values, torch.ones_like(values)]))
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _shares(self, adapter: torch.Tensor, step: bool) -> torch.Tensor:
+        """Weights (batch,) of triplets: their sum is each adapter's mean, of a step once its batches are averaged."""
+        if self._step is None or not step:
+            return (1.0 / torch.bincount(adapter, minlength=len(self.adapters)))[adapter]
+        counts, batches = self._step
+        return batches / counts[adapter]
 
     @property
     def _sharded(self) -> bool:
@@ -372,7 +379,6 @@ class PSRTrainer(Trainer):
         parts: dict[str, torch.Tensor],
         by_layer: dict[str, torch.Tensor],
         values: torch.Tensor,
-        share: torch.Tensor,
         student: Branch,
         inputs: Batch,
     ) -> None:
@@ -380,6 +386,7 @@ class PSRTrainer(Trainer):
         epoch = int(self.state.epoch or 0)
         if epoch != self._epoch:
             self._epoch, self._in_epoch = epoch, Means()
+        share = self._shares(inputs["adapter"], step=False)
         layers = {f"mse/layer_{layer_index(name)}": loss for name, loss in by_layer.items()}
         mean = share / share.sum()  # over adapters, too
         means = {name: (value.detach().to(mean.device) * mean).sum() for name, value in {**parts, **layers}.items()}
