@@ -10,7 +10,8 @@ start shares a character with a start of another split, and nothing is chosen by
     python scripts/study_objectives.py --model stories260K --part objectives --output objectives.json
 
 Parts: objectives (objective x start), ranks, gates (gate, one layer or all, positions), aim (what more triplets and
-training reach), reported (the reported recipe: 15,000 steps at its own learning rate). What the output file holds
+training reach), directions (given and frozen: what is lost), reported (the reported recipe: 15,000 steps at its own
+learning rate). What the output file holds
 already is not run again. Each run is a `PSRTrainer`'s, on one thread.
 """
 
@@ -48,7 +49,8 @@ class Variant:
     Attributes:
         objective: As `PSRTrainingArguments` takes it, weights as JSON.
         start: "linear" (the reported one); "live" (w = 0, b = 1, z = 0); "open", for ranks that differ (w as linear
-            layers start, b = 1, z = 0); or a method of `initialize_psr_weights`.
+            layers start, b = 1, z = 0); "random" (random directions, gates by ridge); or a method of
+            `initialize_psr_weights`.
         r: Rank.
         gate: "relu" or "constant".
         layer: The one layer that is edited, or `None` for all.
@@ -57,6 +59,7 @@ class Variant:
         epochs: Passes over them.
         batch_size: Triplets a step.
         rate: A learning rate, or `None` to tune it.
+        frozen: Directions stay as the start has them; gates are trained.
     """
 
     objective: str = "kl"
@@ -69,11 +72,12 @@ class Variant:
     epochs: int = 2
     batch_size: int = 4
     rate: float | None = None
+    frozen: bool = False
 
     @property
     def key(self) -> str:
         """The settings as text, which names the variant in the results."""
-        return json.dumps(asdict(self))
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "frozen" or value})
 
 
 STARTS = ("linear", "live", "mean_difference", "ridge")
@@ -87,6 +91,11 @@ PARTS = {
         *(Variant("kl", "open", r=r) for r in (2, 4, 8)),
         Variant("kl", "ridge", r=8),
         Variant("mse", "open", r=8),
+    ],
+    "directions": [
+        *(Variant("kl", start, r=r, frozen=True) for r in (1, 8) for start in ("ridge", "random")),
+        Variant("kl", "mean_difference", frozen=True),
+        Variant("kl", "random", r=8),
     ],
     "gates": [
         Variant("kl", gate="constant"),
@@ -133,6 +142,10 @@ class Study:
         if method in ("ridge", "mean_difference"):
             some = self.task(context, seed).train[:TRIPLETS_FOR_START]
             initialize_psr_weights(model, some, method, self.tokenizer, progress=False)
+        if method == "random":
+            some = self.task(context, seed).train[:TRIPLETS_FOR_START]
+            drawn = torch.randn(base.config.num_hidden_layers, model.active_peft_config.r, base.config.hidden_size)
+            initialize_psr_weights(model, some, processing_class=self.tokenizer, directions=drawn, progress=False)
         if method == "open":
             for name, weight in model.named_parameters():
                 if name.endswith((".direction", ".gate_bias")):
@@ -165,7 +178,7 @@ class Study:
         """One adapter a job, named as the job, at its start."""
         model: Any = AutoModelForCausalLM.from_pretrained(self.model_folder).eval()
         fields = {"r": variant.r, "gate": variant.gate, "layers_to_transform": variant.layer}
-        fields["positions"] = variant.positions
+        fields |= {"positions": variant.positions, "freeze_directions": variant.frozen}
         for name, job in jobs.items():
             config = PSRConfig(**fields)
             if isinstance(model, PeftModel):
@@ -234,7 +247,8 @@ class Study:
         }
         by_seed = [statistics.mean(values) for values in zip(*held_out.values(), strict=True)]
         dead = sum(done[f"{context}_{seed}"]["dead"] for context in self.contexts for seed in self.seeds)
-        cells: list[object] = [variant.objective, variant.start, variant.r, variant.gate]
+        start = variant.start + (", directions frozen" if variant.frozen else "")
+        cells: list[object] = [variant.objective, start, variant.r, variant.gate]
         cells += ["all" if variant.layer is None else variant.layer, variant.positions, variant.triplets]
         cells += [variant.epochs, variant.batch_size, f"{self.best(variant):g}" + ("" if variant.rate else " (tuned)")]
         cells += [_spread(by_seed), *map(_spread, held_out.values()), dead]
