@@ -104,7 +104,12 @@ class PSRUnit(nn.Module):
         if weight is None or bias is None:
             gates = hidden.new_ones(*hidden.shape[:-1], direction.shape[0], dtype=torch.float32)
         else:
-            gates = F.linear(hidden if hidden.dtype is torch.float32 else hidden.float(), weight, bias).relu()
+            hidden = hidden if hidden.dtype is torch.float32 else hidden.float()
+            if weight.shape[0] == 1 and torch.compiler.is_compiling():
+                # a sum rather than a product of matrices: the compiler makes one kernel of it and what follows
+                gates = ((hidden * weight).sum(dim=-1, keepdim=True) + bias).relu()
+            else:
+                gates = F.linear(hidden, weight, bias).relu()
         return add_edit(stream, gates, direction, strength), gates
 
     def _apply(self, fn, recurse: bool = True):
@@ -227,6 +232,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
             and state.adapter_names is None
             and not self._disable_adapters
             and hidden.dim() > 2
+            and (isinstance(alone[2], float) or _fits(alone[2], hidden))
         ):
             unit = self._modules["psr_unit"]._modules.get(alone[1])  # type: ignore[union-attr]
             if unit is None:
@@ -259,8 +265,8 @@ class PSRLayer(nn.Module, BaseTunerLayer):
             stream, gates = self.unit(name).forward(hidden, stream, strength)
             if state.gates is not None:
                 state.gates[self.name, name] = gates
-            elif len(active) == 1 and isinstance(strength, float) and not torch.compiler.is_compiling():
-                state.alone = (self._active_adapter, name, strength) if self.config[name].gate == "relu" else None
+            elif len(active) == 1 and self.config[name].gate == "relu" and not torch.compiler.is_compiling():
+                state.alone = (self._active_adapter, name, strength)
         return stream if stream.dtype is hidden.dtype else stream.to(hidden.dtype)
 
     def _edit_rows(self, hidden: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -288,6 +294,11 @@ class PSRLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Name and width, for printing."""
         return f"{self.name}, width={self.width}"
+
+
+def _fits(strength: torch.Tensor, hidden: torch.Tensor) -> bool:
+    """Whether strengths worked out at another layer are one for each of these tokens, and where they are."""
+    return strength.shape[:-1] == hidden.shape[:-1] and strength.device == hidden.device
 
 
 def _for_rows(alpha: Strength, rows: int) -> Strength:

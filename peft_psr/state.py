@@ -46,8 +46,8 @@ class SteeringState:
         positions: Kinds of positions that the model's adapters use.
         scale: Factor on every strength, set by `alpha_scale`.
         alpha: Strength for this call in place of the adapters' own: a float, (batch, 1, 1), or `None`.
-        alone: Where one gated adapter is active, at one strength for all tokens and layers, and nobody looks at its
-            gates: what layers call active, its name, that strength. Left by the first layer for the others.
+        alone: Where one gated adapter is active and nobody looks at its gates: what layers call active, its name and
+            its strength, one number or (batch, seq, 1). Left by the first layer of a call for the others.
         masks: For each kind of positions (batch, seq) bool, or `None` to edit every token.
         gates: Where layers leave their gate values, {(layer name, adapter): (batch, seq, r)}, while someone looks.
         adapter_names: One adapter's name for each row, or `None` for the active adapters on all.
@@ -60,7 +60,7 @@ class SteeringState:
     positions: set[str] = field(default_factory=set)
     scale: float = 1.0
     alpha: Strength | None = None
-    alone: tuple[str | list[str], str, float] | None = None
+    alone: tuple[str | list[str], str, Strength] | None = None
     masks: dict[str, torch.Tensor | None] = field(default_factory=dict)
     gates: dict[tuple[str, str], torch.Tensor] | None = None
     adapter_names: list[str] | None = None
@@ -115,6 +115,8 @@ class SteeringState:
         elif encoder_decoder:
             return
         elif length > 1:  # a single token is the last of its prompt, or was generated
+            if arguments.get("attention_mask") is None and "response" not in self.positions:
+                return  # every token
             attention_mask = token_mask(arguments, batch, length, tokens.device)
             labels = arguments.get("labels")
             if not isinstance(labels, torch.Tensor) or labels.shape != (batch, length):  # of a sequence, say

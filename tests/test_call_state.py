@@ -121,3 +121,14 @@ def test_every_layer_leaves_autocast(model, autocast, monkeypatch):
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         run(model)
     assert seen == [False] * LAYERS
+
+
+def test_a_mask_is_for_the_tokens_of_its_call(model):
+    ids = [9, 12, 17, 23]
+    weights = {layer: weights_of(model, layer, "a") for layer in range(LAYERS)}
+    for mask in ([0, 1, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]):
+        logits = model(torch.tensor([ids]), steering_mask=torch.tensor([mask])).logits[0]
+        torch.testing.assert_close(logits, naive_logits(tiny_model(), ids, weights, mask, 1.5), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"the steering mask can't be applied"):
+        model.psr_layers()[2](torch.randn(1, 3, WIDTH))
+    assert run(model).isfinite().all()

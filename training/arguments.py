@@ -25,8 +25,9 @@ class PSRTrainingArguments(TrainingArguments):
 
     Defaults that differ from `TrainingArguments` are those of the reported runs (METHOD 4, agreed on by two or more
     reimplementers): AdamW at 1e-3 with weight decay 1e-6, linear to zero without warm-up, batch 1, shuffle seed 123,
-    15 epochs for MSE and 7 for LL (and 15 for KL, which is ours). `report_to` is "none": nothing phones home unless
-    asked to.
+    15 epochs for MSE and 7 for LL (and 15 for KL, which is ours). Gradients are clipped at 1, as ever in transformers;
+    what the reported runs did is not known. `report_to` is "none": nothing phones home unless asked to.
+    `torch_compile` compiles the decoder layers, one by one.
 
     Args:
         objective: "mse" (the prompted model's activations), "ll" (the likelihood of its answers), "kl" (its next-token
