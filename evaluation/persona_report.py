@@ -181,11 +181,11 @@ def _looks_inside(stem: str, trait: str, methods: Mapping[str, Cell]) -> dict[st
         return {}
     name = max(gated, key=lambda method: gated[method]["prompt_recovery"])
     example = gated[name]["example"]
-    moved = (torch.tensor(example[which]) for which in ("prompt", "adapter"))
+    prompt, adapter = (torch.tensor(example[which]) for which in ("prompt", "adapter"))
     gates = {layer: torch.tensor(values) for layer, values in example["gates"].items()}
     return {
         f"strength_{stem}": (
-            strength_by_token(example["tokens"], *moved, name),
+            strength_by_token(example["tokens"], prompt, adapter, name),
             f"{trait}: how far the prompt and {name} move each token of one held-out completion, on a log scale.",
         ),
         f"gates_{stem}": (

@@ -103,7 +103,7 @@ class SteeredBatching:
                 "Continuous batching (`generate_batch`, `init_continuous_batching`) lays all prompts in one row, "
                 "where positions='response' can't find their ends. Use `generate`, or an adapter with positions='all'."
             )
-        return type(self.model).init_continuous_batching(self.model, *args, **kwargs)  # type: ignore[operator]
+        return type(self.model).init_continuous_batching(self.model, *args, **kwargs)  # type: ignore[attr-defined]
 
 
 def prompt_of(args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -46,11 +46,11 @@ def compiled_layers(model: PeftModel, args: TrainingArguments) -> Iterator[None]
             f"torch_compile=True can't compile {offloaded[0]!r}: something has put a `forward` of its own on it, as "
             "accelerate does to layers that are offloaded. Train without torch_compile, or load the model whole."
         )
-    settings = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
+    backend, mode = args.torch_compile_backend or "inductor", args.torch_compile_mode
     with ExitStack() as stack:
         # one for every mix of gradients, padding and single rows; all decoder layers of a process share the count
         stack.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
         for layer in layers.values():
-            compiled = torch.compile(layer.forward, dynamic=True, **settings)
+            compiled = torch.compile(layer.forward, dynamic=True, backend=backend, mode=mode)
             stack.enter_context(attribute(layer, "forward", compiled))
         yield

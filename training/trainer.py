@@ -218,15 +218,15 @@ class PSRTrainer(Trainer):
             if not self.is_in_train:
                 self._frozen = None  # the base model may be changed before the next call
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+    def evaluation_loop(self, *args: Any, **kwargs: Any):
         """Of several adapters also each one's loss, and their sum in place of a mean over batches."""
         self._held_out = torch.zeros(2, len(self.adapters), device=self.args.device)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, **kwargs)
         if self.several:
-            losses = (self._held_out[0] / self._held_out[1]).tolist()
-            output.metrics[f"{metric_key_prefix}_loss"] = sum(losses)
-            for name, loss in zip(self.adapters, losses, strict=True):
-                output.metrics[f"{metric_key_prefix}_loss/{name}"] = loss
+            name = f"{kwargs['metric_key_prefix']}_loss"
+            losses = dict(zip(self.adapters, (self._held_out[0] / self._held_out[1]).tolist(), strict=True))
+            own = {f"{name}/{adapter}": loss for adapter, loss in losses.items()}
+            output = output._replace(metrics={**(output.metrics or {}), name: sum(losses.values()), **own})
         return output
 
     def get_batch_samples(self, *args: Any, **kwargs: Any):
