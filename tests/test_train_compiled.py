@@ -57,9 +57,11 @@ def test_a_few_graphs_serve_all_layers_steps_and_lengths(tmp_path):
 
 def test_no_graph_is_refused(tmp_path, caplog):
     held_out = triplets("dogs are good")
-    settings = {"teacher_cache": "none", "eval_strategy": "epoch", "per_device_train_batch_size": 4, **COMPILED}
-    made = made_trainer(tiny_model(), tmp_path, None, held_out[:3], per_device_eval_batch_size=2, **settings)
-    made.train()  # a last batch of two rows and one, with padding and without, with and without gradients
+    settings = {"teacher_cache": "none", "eval_strategy": "epoch", "per_device_train_batch_size": 5, **COMPILED}
+    for layout in ("llama", "gemma"):  # which share the code that is compiled
+        base = tiny_model(layout)
+        # a last batch of one row, with padding and without, with and without gradients
+        made_trainer(base, tmp_path, None, held_out[:3], per_device_eval_batch_size=2, **settings).train()
     assert "recompile_limit" not in caplog.text
 
 

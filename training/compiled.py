@@ -48,8 +48,8 @@ def compiled_layers(model: PeftModel, args: TrainingArguments) -> Iterator[None]
         )
     backend, mode = args.torch_compile_backend or "inductor", args.torch_compile_mode
     with ExitStack() as stack:
-        # one for every mix of gradients, padding and single rows; all decoder layers of a process share the count
-        stack.enter_context(torch._dynamo.config.patch(recompile_limit=GRAPHS))
+        # for mixes of gradients, padding and single rows; all layers of a process share the count
+        stack.enter_context(torch._dynamo.config.patch(cache_size_limit=GRAPHS))
         for layer in layers.values():
             compiled = torch.compile(layer.forward, dynamic=True, backend=backend, mode=mode)
             stack.enter_context(attribute(layer, "forward", compiled))
