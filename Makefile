@@ -19,7 +19,7 @@ demo: $(BIN)/psr
 	$(BIN)/psr demo $(ARGS)
 
 test: $(BIN)/pytest
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS) # tensors are tiny: threads would wait for each other
 
 # mypy can't follow the folder mapping of an editable install, so it reads an installed copy
 lint: $(BIN)/pytest
