@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from peft_psr import PSRConfig
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, Triplet, initialize_psr_weights
+from peft_psr.training.arguments import objective_weights
 
 from .method import FitSettings, Fitted, Method
 from .quiet_training import train_quietly
@@ -56,7 +57,7 @@ def psr_method(
                 output_dir=folder,
                 objective=objective,
                 alpha=settings.alpha,
-                num_train_epochs=settings.epochs[objective == "ll"],
+                num_train_epochs=settings.epochs[set(objective_weights(objective)) == {"ll"}],
                 learning_rate=settings.learning_rate or learning_rate,
                 per_device_train_batch_size=settings.batch_size,
                 train_sampling_strategy="group_by_length",

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from tiny_models import tiny_model, tiny_tokenizer
 
 from peft_psr import files
 from peft_psr.judging import JudgeScores
-from peft_psr.training import filtering, journal
+from peft_psr.training import filtering, journal, local_judge
 from peft_psr.training.assembly import judge_maker, make_sampler, prompt_pairs
 from peft_psr.training.draws import Failure, PromptPair, Sample
 from peft_psr.training.progress import Progress
 from peft_psr.training.recipe import load_recipe
-from peft_psr.training.run import COMPLETIONS, FIGURE, MANIFEST, NEGATIVES, REPORT, SCORES, TRIPLETS, TripletRun
+from peft_psr.training.run import COMPLETIONS, FIGURE, MANIFEST, NEGATIVES, REPORT, SCORES, STATE, TRIPLETS, TripletRun
 
 
 RESULTS = (TRIPLETS, REPORT, FIGURE, MANIFEST)
@@ -413,6 +414,29 @@ def test_another_judge_is_refused(tmp_path):
         ValueError, match="trait_prompt of the judge of formal is 'now in other words' now, and was None"
     ):
         start(tmp_path, judge=Reworded())
+
+
+def test_a_judge_with_another_chat_template_is_refused(tmp_path):
+    class Local(FakeJudge):
+        def __init__(self, template, **settings):
+            super().__init__(**settings)
+            self.processing_class = tiny_tokenizer()
+            self.processing_class.chat_template += template
+
+        def describe(self):
+            return local_judge._identity(tiny_model(), self.processing_class)
+
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path, judge=Local("", stop=True))
+    with pytest.raises(ValueError, match="template_hash of the judge of formal is"):
+        start(tmp_path, judge=Local(" "))
+    # a run begun before the hash had this name goes on
+    state = json.loads((tmp_path / STATE).read_text())
+    state["judges"]["formal"]["chat_template_hash"] = state["judges"]["formal"].pop("template_hash")
+    (tmp_path / STATE).write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="template_hash of the judge of formal is"):
+        start(tmp_path, judge=Local(" "))
+    assert start(tmp_path, judge=Local("")).kept
 
 
 def test_check_writes_nothing(tmp_path):

@@ -196,7 +196,8 @@ def test_reported_settings_are_the_defaults(tmp_path):
     made = PSRTrainingArguments(output_dir=str(tmp_path))
     assert (made.learning_rate, made.weight_decay, made.per_device_train_batch_size) == (1e-3, 1e-6, 1)
     assert (made.num_train_epochs, made.data_seed, made.lr_scheduler_type, made.warmup_steps) == (15, 123, "linear", 0)
-    assert PSRTrainingArguments(output_dir=str(tmp_path), objective="ll").num_train_epochs == 7
+    for likelihood in ("ll", {"ll": 1}, '{"ll": 1.0, "mse": 0}'):
+        assert PSRTrainingArguments(output_dir=str(tmp_path), objective=likelihood).num_train_epochs == 7
     assert made.report_to in ([], "none", ["none"])
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -17,6 +18,26 @@ from .activation_cache import PLACES
 OBJECTIVES = ("mse", "ll", "kl")
 NORMALIZERS = (None, "global", "layer")
 EPOCHS = {"mse": 15.0, "ll": 7.0, "kl": 15.0}
+
+
+def objective_weights(objective: Any) -> dict[str, float]:
+    """The objectives that a training looks at, with their weights; those of weight 0 are left out.
+
+    Args:
+        objective: A name, or weights by name.
+
+    Raises:
+        TypeError: a weight is not a number.
+        ValueError: an unknown objective, a negative weight, or none above 0.
+    """
+    given: Mapping[str, Any] = objective if isinstance(objective, Mapping) else {str(objective): 1.0}
+    unknown = [name for name in given if name not in OBJECTIVES]
+    if unknown or not given:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} or weights for them; got {unknown!r}.")
+    weights = {name: check_strength(weight, f"objective[{name!r}]") for name, weight in given.items()}
+    if min(weights.values()) < 0 or max(weights.values()) == 0:
+        raise ValueError(f"objective weights must be >= 0 and not all 0, got {weights}.")
+    return {name: weight for name, weight in weights.items() if weight}
 
 
 @dataclass
@@ -75,16 +96,7 @@ class PSRTrainingArguments(TrainingArguments):
         """Check PSR's own arguments and fill in the number of epochs."""
         if isinstance(self.objective, str) and self.objective.startswith("{"):  # as the command line gives it
             self.objective = json.loads(self.objective)
-        weights: Mapping[str, float] = (
-            self.objective if isinstance(self.objective, Mapping) else {str(self.objective): 1.0}
-        )
-        unknown = [name for name in weights if name not in OBJECTIVES]
-        if unknown or not weights:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} or weights for them; got {unknown!r}.")
-        self.objective_weights = {name: check_strength(weight, f"objective[{name!r}]") for name, weight in
-                                  weights.items()}  # fmt: skip
-        if min(self.objective_weights.values()) < 0 or max(self.objective_weights.values()) == 0:
-            raise ValueError(f"objective weights must be >= 0 and not all 0, got {self.objective_weights}.")
+        self.objective_weights = objective_weights(self.objective)
         if self.normalize_loss not in NORMALIZERS:
             raise ValueError(f"normalize_loss must be None, 'global' or 'layer', got {self.normalize_loss!r}.")
         for name in ("regularizer", "neutral_weight", "norm_penalty", "teacher_cache_gb"):

@@ -216,5 +216,5 @@ def _identity(model, processing_class) -> dict[str, Any]:
         "model": model.config.name_or_path,
         "revision": getattr(model.config, "_commit_hash", None),
         "weights_sample": digest.hexdigest(),
-        "chat_template_hash": template_hash(processing_class.chat_template),
+        "template_hash": template_hash(processing_class.chat_template),
     }

@@ -117,6 +117,9 @@ class TripletRun:
             return None
         state = json.loads(path.read_text(encoding="utf-8"))
         check_same_recipe(self.folder, state["fixed"], self.recipe.fixed())
+        for judge in state["judges"].values():
+            if "chat_template_hash" in judge:  # its name up to version 0.1.0
+                judge["template_hash"] = judge.pop("chat_template_hash")
         if state["plan_hash"] != self._plan_hash():
             raise ValueError(
                 f"The prompts are not those that the run in {self.folder} was begun with: the trait files or the data "

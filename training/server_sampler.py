@@ -49,7 +49,7 @@ class ServerSampler:
             "engine": "OpenAI-compatible server",
             **self.server.describe(),
             "revision": None,
-            "chat_template_hash": None,
+            "template_hash": None,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": 1.0,
