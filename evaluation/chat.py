@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import PSRModel
 from peft_psr.chat import render_prompt
+from peft_psr.files import check_unicode
 from peft_psr.saved_adapters import read_adapter_config
 
 from .chat_session import BASE, ChatSession
@@ -36,6 +38,7 @@ def name_adapters(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, where = argument.partition("=")
         if not equals:
             where, name = argument, Path(argument).resolve().name
+        name = _composed(name)
         if not re.fullmatch(r"[\w-]+", name) or name == BASE or name in PSRModel.prefix:
             raise ValueError(
                 f"{name!r} can't be the name of an adapter here (letters, digits, _ and -, but not {BASE!r} or a part "
@@ -173,7 +176,7 @@ class Chat:
                     raise ValueError(f"No command {command!r}; there are: {', '.join(self.commands)}.")
                 self.commands[command][0](rest.strip())
             elif command:
-                self._ask(line.strip())
+                self._ask(check_unicode(line, "The line").strip())
         except ValueError as error:
             self.console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
 
@@ -216,11 +219,11 @@ class Chat:
     def _use(self, rest: str) -> None:
         if not rest:
             raise ValueError(f"/use needs adapters: {'+'.join(self.session.names)}, some of them, or {BASE}.")
-        self.session.use([] if rest == BASE else [name.strip() for name in rest.split("+")])
+        self.session.use([] if rest == BASE else [name.strip() for name in _composed(rest).split("+")])
         self._say_active()
 
     def _alpha(self, rest: str) -> None:
-        *names, number = rest.split() or [""]
+        *names, number = _composed(rest).split() or [""]
         try:
             alpha = float(number)
         except ValueError:
@@ -239,12 +242,13 @@ class Chat:
         self.console.print(f"[dim]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
     def _gates(self, rest: str) -> None:
-        for name, text in self.session.gates(digits=self.console.color_system is None).items():
+        gates = self.session.gates(self.console.color_system is None, self.console.encoding)
+        for name, text in gates.items():
             self.console.print(f"[dim]{name}:[/] ", end="", highlight=False)
             self.console.print(text, soft_wrap=True)
 
     def _system(self, rest: str) -> None:
-        self.session.set_system(rest)
+        self.session.set_system(check_unicode(rest, "The text"))
         self._say("system turn set" if rest else "no system turn")
 
     def _reset(self, rest: str) -> None:
@@ -278,6 +282,11 @@ def read_lines(console: Console) -> Iterator[str]:
             return
         except KeyboardInterrupt:
             console.print("\n[dim]/quit or Ctrl-D to leave[/]", highlight=False)
+
+
+def _composed(name: str) -> str:
+    """A name in one Unicode form: macOS and some keyboards write an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _ranges(layers: Sequence[int | str]) -> str:

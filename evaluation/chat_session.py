@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from rich.text import Text
 from transformers import TextStreamer
@@ -18,6 +17,7 @@ from peft_psr.chat import pad_id, render_prompt
 from peft_psr.config import check_strength
 from peft_psr.judging import Message
 from peft_psr.positions import encode_chat
+from peft_psr.templates import TemplateRefusal
 
 from .shading import shaded_answer
 
@@ -240,10 +240,10 @@ class ChatSession:
     def _render(self, conversation: list[Message]) -> None:
         try:
             render_prompt(self.processing_class, conversation)
-        except TemplateError as error:  # how templates say that they know no system turn
-            raise ValueError(f"The model's chat template refuses this: {error}") from error
+        except TemplateRefusal as error:
+            raise ValueError(f"The model's chat template refuses this: {error.reason}") from error
 
-    def gates(self, digits: bool = False) -> dict[str, Text]:
+    def gates(self, digits: bool = False, encoding: str = "utf-8") -> dict[str, Text]:
         """The last answer shaded for each adapter that was active then, at the strengths it had; see `shaded_answer`.
 
         Raises:
@@ -260,7 +260,9 @@ class ChatSession:
             for name, alpha in answer.alphas.items():
                 self.set_alpha(alpha, name)
             return {
-                name: shaded_answer(self.model, self.processing_class, answer.prompt, answer.ids, name, digits)
+                name: shaded_answer(
+                    self.model, self.processing_class, answer.prompt, answer.ids, name, digits, encoding
+                )
                 for name in answer.alphas
             }
         finally:

@@ -285,7 +285,9 @@ def _show_answers(experiment: Experiment, steered: PeftModel, best: Outcome, con
     console.print(f"[dim]steered [/] [dim]({best.method}, no prompt; darker: gates open wider)[/]", soft_wrap=True)
     encoded = encode_chat(tokenizer, [prompt])
     answer_ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    console.print(shaded_answer(steered, tokenizer, encoded, answer_ids), "\n", soft_wrap=True)
+    console.print(
+        shaded_answer(steered, tokenizer, encoded, answer_ids, encoding=console.encoding), "\n", soft_wrap=True
+    )
 
 
 def _draw(experiment: Experiment, steered: PeftModel, outcomes: list[Outcome], best: Outcome, folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .judging import Message
+from .templates import apply_template
 
 
 Prompt = str | Sequence[Message]
@@ -15,16 +16,9 @@ def render_prompt(processing_class, prompt: Prompt) -> str:
     """The text that the model is to continue: the chat template with its generation prompt, or `prompt` itself.
 
     Raises:
-        ValueError: a conversation is given and the tokenizer has no chat template.
+        ValueError: a conversation is given and the tokenizer has no chat template, or one that refuses it.
     """
-    if isinstance(prompt, str):
-        return prompt
-    if processing_class.chat_template is None:
-        raise ValueError(
-            f"The tokenizer of {processing_class.name_or_path!r} has no chat template. Set "
-            "`tokenizer.chat_template`, or give plain-text prompts (str) instead of messages."
-        )
-    return processing_class.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return prompt if isinstance(prompt, str) else apply_template(processing_class, prompt, add_generation_prompt=True)
 
 
 def encode_text(processing_class, text: str, prompt: Prompt) -> list[int]:
@@ -44,8 +38,9 @@ def encode_prompt(processing_class, prompt: Prompt) -> list[int]:
 
 
 def pad_id(processing_class) -> int:
-    """The padding token, or the EOS token where a tokenizer has none: padding is masked, whatever it is."""
-    return processing_class.eos_token_id if processing_class.pad_token_id is None else processing_class.pad_token_id
+    """The padding token, or the EOS token where a tokenizer has none, or the first: it is masked, whatever it is."""
+    ids = (processing_class.pad_token_id, processing_class.eos_token_id, 0)
+    return next(token for token in ids if token is not None)
 
 
 def turn_end_id(processing_class, prompt: Prompt) -> int | None:
@@ -53,8 +48,8 @@ def turn_end_id(processing_class, prompt: Prompt) -> int | None:
     if isinstance(prompt, str):
         return None
     answer = "ok"
-    closed = processing_class.apply_chat_template(
-        [*prompt, {"role": "assistant", "content": answer}], tokenize=False, add_generation_prompt=False
+    closed = apply_template(
+        processing_class, [*prompt, {"role": "assistant", "content": answer}], add_generation_prompt=False
     )
     opened = render_prompt(processing_class, prompt) + answer
     closing = closed[len(opened) :] if closed.startswith(opened) else ""

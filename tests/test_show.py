@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from peft_psr import PSRConfig, cli_show
 from peft_psr.evaluation import token_map
 from peft_psr.evaluation.chat import load_chat_model, load_with_adapters
-from peft_psr.evaluation.token_map import DIGITS, TokenMap, map_adapters, shade, token_page, token_texts
+from peft_psr.evaluation.shading import DIGITS, shade, token_texts
+from peft_psr.evaluation.token_map import TokenMap, map_adapters, token_page
 from peft_psr.training.sampling import Completion
 
 
@@ -139,7 +140,7 @@ def test_shades():
 
 def test_token_texts_add_up_to_the_text():
     class Bytes:
-        def decode(self, ids):
+        def decode(self, ids, skip_special_tokens=False):
             return bytes(ids).decode(errors="replace")
 
     ids = list("é€a🙂".encode())

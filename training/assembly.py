@@ -13,6 +13,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr.chat import encode_prompt
+from peft_psr.files import read_text
 from peft_psr.judging import Judge, Message
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
 
@@ -262,7 +263,7 @@ def _read_prompt(recipe: Recipe, name: str) -> str | None:
         return None
     if not Path(file).is_file():
         raise FileNotFoundError(f"{name}: no file {file!r}.")
-    text = Path(file).read_text(encoding="utf-8")
+    text = read_text(file)
     if "{answer}" not in text:
         raise ValueError(f"{name}: {file} must hold {{answer}}, where the completion goes.")
     return text

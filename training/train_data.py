@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def _files(source: Path) -> list[Path]:
 
 def folder_name(trait: str) -> str:
     """A trait's name as that of a folder and of an adapter: letters, digits, - and _."""
-    return re.sub(r"[^\w-]+", "_", trait) or "_"
+    return re.sub(r"[^\w-]+", "_", unicodedata.normalize("NFC", trait)) or "_"
 
 
 def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -> tuple[list[Triplet], list[Triplet]]:

@@ -68,7 +68,7 @@ class PSRTrainer(Trainer):
         **kwargs: Further arguments of `Trainer`.
 
     Raises:
-        TypeError: the model has no PSR adapter.
+        TypeError: the model has no PSR adapter, or `args` are not PSR's.
         ValueError: a data set is empty, a triplet can't be used (the message names it), adapters can't be trained
             together, or the process would spread the model over several GPUs with `nn.DataParallel`.
         FloatingPointError: from `train` and `evaluate`, a loss is infinite or not a number.
@@ -96,6 +96,12 @@ class PSRTrainer(Trainer):
                 "models, where prompt and completion are one sequence. An adapter on its decoder can be run, though."
             )
         args = PSRTrainingArguments(output_dir="psr_output") if args is None else args
+        if not isinstance(args, PSRTrainingArguments):
+            raise TypeError(
+                f"args must be PSRTrainingArguments, got {type(args).__name__}: PSR's own settings (objective, alpha, "
+                "...) are missing there, and its defaults, such as learning_rate, are others. Give the same settings "
+                "to PSRTrainingArguments(...)."
+            )
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.several = isinstance(train_dataset, Mapping)

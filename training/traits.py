@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from importlib import resources
 from itertools import product
@@ -17,6 +18,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from peft_psr.files import check_unicode, read_text
 
 from .draws import PromptPair
 from .placement import Placement, add_instruction
@@ -41,7 +44,7 @@ class Trait:
     """One split of a trait.
 
     Attributes:
-        name: The file's name without `.json`.
+        name: The file's name without `.json`, in Unicode's composed form (NFC).
         split: "train" or "test".
         instructions: Pairs of instructions, all different in wording.
         questions: What the model is asked; no two alike, and none that the other split has too.
@@ -86,8 +89,9 @@ def read_trait(
     """
     if split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {', '.join(map(repr, get_args(Split)))}, got {split!r}.")
-    if source in list_traits() and name in (None, source):
-        source, name = _shipped_folder(), str(source)
+    name = None if name is None else _composed(name)
+    if isinstance(source, str) and _composed(source) in list_traits() and name in (None, _composed(source)):
+        source, name = _shipped_folder(), _composed(source)
     found = _files(source, revision)
     if name is None and len(found) > 1:
         raise ValueError(f"{source} holds several traits: {', '.join(sorted(found))}. Give the name of one.")
@@ -205,8 +209,8 @@ def _files(source: str | Path, revision: str | None) -> dict[str, dict[Split, Pa
         if path.suffix != ".json":
             raise ValueError(f"A trait file is JSON and named <trait>.json, got {str(path)!r}.")
         if path.parent.name not in SPLIT_FOLDERS.values():
-            return {path.stem: {"train": path}}
-        return {path.stem: _layout(path.parent.parent)[path.stem]}
+            return {_composed(path.stem): {"train": path}}
+        return {_composed(path.stem): _layout(path.parent.parent)[_composed(path.stem)]}
     if path.is_dir():
         folder = path.parent if path.name in SPLIT_FOLDERS.values() else path
     elif _HUB_ID.fullmatch(str(source)):
@@ -226,8 +230,15 @@ def _layout(folder: Path) -> dict[str, dict[Split, Path]]:
     found: dict[str, dict[Split, Path]] = {}
     for split, name in SPLIT_FOLDERS.items():
         for path in sorted((folder / name).glob("*.json")):
-            found.setdefault(path.stem, {})[split] = path
+            other = found.setdefault(_composed(path.stem), {}).setdefault(split, path)
+            if other != path:
+                raise ValueError(f"{path} and {other.name!a} beside it are one name in two Unicode forms; rename one.")
     return found
+
+
+def _composed(name: str) -> str:
+    """A name in one Unicode form: macOS and some keyboards write an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
@@ -241,9 +252,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 
 def _read_file(path: Path, name: str, split: Split) -> Trait:
+    text = read_text(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     return parse_trait(data, name, split, str(path))
 
@@ -258,7 +270,7 @@ def _list(data: dict[str, Any], field: str, where: str) -> list[Any]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where} must be text that is not empty, got {value!r}.")
-    return value.strip()
+    return check_unicode(value, where).strip()
 
 
 def _plain(question: str) -> str:
