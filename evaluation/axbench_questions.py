@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_psr.files import check_unicode, read_text
+from peft_psr.text import check_unicode, read_text
 from peft_psr.training.axbench import Concept, Question
 
 

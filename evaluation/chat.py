@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import PSRModel
 from peft_psr.chat import render_prompt
-from peft_psr.files import check_unicode
 from peft_psr.saved_adapters import read_adapter_config
+from peft_psr.text import check_unicode, composed
 
 from .chat_session import BASE, ChatSession
 from .experiment import write_json
@@ -38,7 +37,7 @@ def name_adapters(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, where = argument.partition("=")
         if not equals:
             where, name = argument, Path(argument).resolve().name
-        name = _composed(name)
+        name = composed(name)
         if not re.fullmatch(r"[\w-]+", name) or name == BASE or name in PSRModel.prefix:
             raise ValueError(
                 f"{name!r} can't be the name of an adapter here (letters, digits, _ and -, but not {BASE!r} or a part "
@@ -219,11 +218,11 @@ class Chat:
     def _use(self, rest: str) -> None:
         if not rest:
             raise ValueError(f"/use needs adapters: {'+'.join(self.session.names)}, some of them, or {BASE}.")
-        self.session.use([] if rest == BASE else [name.strip() for name in _composed(rest).split("+")])
+        self.session.use([] if rest == BASE else [name.strip() for name in composed(rest).split("+")])
         self._say_active()
 
     def _alpha(self, rest: str) -> None:
-        *names, number = _composed(rest).split() or [""]
+        *names, number = composed(rest).split() or [""]
         try:
             alpha = float(number)
         except ValueError:
@@ -282,11 +281,6 @@ def read_lines(console: Console) -> Iterator[str]:
             return
         except KeyboardInterrupt:
             console.print("\n[dim]/quit or Ctrl-D to leave[/]", highlight=False)
-
-
-def _composed(name: str) -> str:
-    """A name in one Unicode form: macOS and some keyboards write an accent as a letter of its own."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _ranges(layers: Sequence[int | str]) -> str:

@@ -198,7 +198,7 @@ def chat(
 
     from peft_psr.evaluation import chat as chat_loop
     from peft_psr.evaluation.chat_session import ChatSession
-    from peft_psr.files import check_unicode
+    from peft_psr.text import check_unicode
 
     logging.disable_progress_bar()
     console = Console()

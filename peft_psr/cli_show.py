@@ -39,7 +39,8 @@ def show(
     from peft_psr.evaluation.chat import base_model_of, check_transcript, load_with_adapters, name_adapters
     from peft_psr.evaluation.shading import shade
     from peft_psr.evaluation.token_map import map_adapters, token_page
-    from peft_psr.files import check_unicode, write_whole
+    from peft_psr.files import write_whole
+    from peft_psr.text import check_unicode
     from peft_psr.training.placement import Placement, check_placement
 
     logging.disable_progress_bar()

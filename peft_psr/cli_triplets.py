@@ -115,7 +115,7 @@ def draft(
     """Draft a new trait's instructions, questions and judge prompt with a chat model, for you to read over."""
     from transformers.utils import logging as transformers_logging
 
-    from peft_psr.files import check_unicode
+    from peft_psr.text import check_unicode
     from peft_psr.training.assembly import make_chat
     from peft_psr.training.drafting import draft_trait
     from peft_psr.training.server import ServerError, TooManyFailures

@@ -32,8 +32,8 @@ def check_tokenizer(processing_class) -> None:
         raise ValueError(
             f"The tokenizer of {name!r} is mistral-common's ({type(processing_class).__name__}), which has no chat "
             "template and encodes no special tokens from text. Take a model with a tokenizer.json and a chat "
-            "template, and load its tokenizer with `AutoTokenizer.from_pretrained(..., mistral_format=False)`, or where the "
-            "package mistral-common is not installed."
+            "template, and load its tokenizer with `AutoTokenizer.from_pretrained(..., mistral_format=False)`, or "
+            "without the package mistral-common installed."
         )
     if processing_class.chat_template is None:
         raise ValueError(

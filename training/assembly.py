@@ -13,8 +13,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr.chat import encode_prompt
-from peft_psr.files import read_text
 from peft_psr.judging import Judge, Message
+from peft_psr.text import read_text
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
 
 from .answer_cache import AnswerCache

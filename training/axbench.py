@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_psr.files import check_unicode, read_text
+from peft_psr.text import check_unicode, read_text
 
 from .draws import PromptPair
 from .placement import Placement, add_instruction

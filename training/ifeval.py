@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
-from peft_psr.files import check_unicode, read_text
 from peft_psr.judging import Judge, JudgeScores, Message
+from peft_psr.text import check_unicode, read_text
 
 from .draws import PromptPair
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import types
-import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from peft_psr.text import composed
 
 from .yaml_reading import parse_yaml, read_yaml
 
@@ -31,7 +32,7 @@ def split(value: Any) -> Any:
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split)]
-TraitNames = Annotated[Names, AfterValidator(lambda names: tuple(unicodedata.normalize("NFC", n) for n in names))]
+TraitNames = Annotated[Names, AfterValidator(lambda names: tuple(map(composed, names)))]
 """Names in one Unicode form, as traits have them: macOS and some keyboards write an accent as a letter of its own."""
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file, a folder, or a name on the Hub; `~` is the user's folder, as in a shell."""

@@ -6,10 +6,11 @@ import json
 import os
 import random
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from peft_psr.text import composed
 
 from .draws import template_hash
 from .run import NEGATIVES, STATE, TRIPLETS
@@ -69,7 +70,7 @@ def _files(source: Path) -> list[Path]:
 
 def folder_name(trait: str) -> str:
     """A trait's name as that of a folder and of an adapter: letters, digits, - and _."""
-    return re.sub(r"[^\w-]+", "_", unicodedata.normalize("NFC", trait)) or "_"
+    return re.sub(r"[^\w-]+", "_", composed(trait)) or "_"
 
 
 def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -> tuple[list[Triplet], list[Triplet]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from dataclasses import dataclass
 from importlib import resources
 from itertools import product
@@ -19,7 +18,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from peft_psr.files import check_unicode, read_text
+from peft_psr.text import check_unicode, composed, read_text
 
 from .draws import PromptPair
 from .placement import Placement, add_instruction
@@ -89,9 +88,9 @@ def read_trait(
     """
     if split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {', '.join(map(repr, get_args(Split)))}, got {split!r}.")
-    name = None if name is None else _composed(name)
-    if isinstance(source, str) and _composed(source) in list_traits() and name in (None, _composed(source)):
-        source, name = _shipped_folder(), _composed(source)
+    name = None if name is None else composed(name)
+    if isinstance(source, str) and composed(source) in list_traits() and name in (None, composed(source)):
+        source, name = _shipped_folder(), composed(source)
     found = _files(source, revision)
     if name is None and len(found) > 1:
         raise ValueError(f"{source} holds several traits: {', '.join(sorted(found))}. Give the name of one.")
@@ -209,8 +208,8 @@ def _files(source: str | Path, revision: str | None) -> dict[str, dict[Split, Pa
         if path.suffix != ".json":
             raise ValueError(f"A trait file is JSON and named <trait>.json, got {str(path)!r}.")
         if path.parent.name not in SPLIT_FOLDERS.values():
-            return {_composed(path.stem): {"train": path}}
-        return {_composed(path.stem): _layout(path.parent.parent)[_composed(path.stem)]}
+            return {composed(path.stem): {"train": path}}
+        return {composed(path.stem): _layout(path.parent.parent)[composed(path.stem)]}
     if path.is_dir():
         folder = path.parent if path.name in SPLIT_FOLDERS.values() else path
     elif _HUB_ID.fullmatch(str(source)):
@@ -230,15 +229,10 @@ def _layout(folder: Path) -> dict[str, dict[Split, Path]]:
     found: dict[str, dict[Split, Path]] = {}
     for split, name in SPLIT_FOLDERS.items():
         for path in sorted((folder / name).glob("*.json")):
-            other = found.setdefault(_composed(path.stem), {}).setdefault(split, path)
+            other = found.setdefault(composed(path.stem), {}).setdefault(split, path)
             if other != path:
                 raise ValueError(f"{path} and {other.name!a} beside it are one name in two Unicode forms; rename one.")
     return found
-
-
-def _composed(name: str) -> str:
-    """A name in one Unicode form: macOS and some keyboards write an accent as a letter of its own."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from peft_psr.files import read_text
+from peft_psr.text import read_text
 
 
 _MERGE = "tag:yaml.org,2002:merge"
