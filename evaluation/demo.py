@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +166,7 @@ def _run_trait(trait: str, model, processing_class, model_path: str, folder: Pat
         "model": "tiny_chat" if model_path == tiny_chat_path() else model_path,
         "trait": trait,
         "seed": seed,
-        "versions": {name: version(name) for name in ("peft-psr", "peft", "transformers", "torch")}
+        "versions": package_versions()
         | {"python": platform.python_version()},
         "sizes": {"triplets": len(experiment.triplets), "held_out": len(experiment.held_out),
                   "answers_per_score": len(experiment.task.test_prompts) * sizes.score_draws},
