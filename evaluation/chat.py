@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import PSRModel
@@ -118,6 +119,8 @@ def load_with_adapters(base: str, adapters: Mapping[str, str]) -> tuple[PeftMode
                 model.load_adapter(where, adapter_name=name)
             else:
                 model = PeftModel.from_pretrained(model, where, adapter_name=name)
+        except SafetensorError as error:
+            raise ValueError(f"The weights of adapter {name!r} ({where}) can't be read: {error}") from error
         except RuntimeError as error:  # PyTorch's word for weights of another shape
             raise ValueError(f"Adapter {name!r} ({where}) does not fit the model {base}: {error}") from error
     return model.eval(), processing_class

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from huggingface_hub.errors import HFValidationError
 from rich.console import Console
 from rich.text import Text
 
@@ -66,11 +67,17 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
 @contextmanager
 def errors(console: Console, *others: type[Exception]) -> Iterator[None]:
     """Print what a user can mend as one line, and exit with 2."""
-    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *others)
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, RecursionError, *others)
     try:
         yield
     except kinds as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True, highlight=False)
+        # transformers' word for the folder of a model that is not there
+        lost = isinstance(error, OSError) and isinstance(error.__cause__, HFValidationError)
+        console.print(
+            Text.assemble(("error: ", "bold red"), f"{'there is no such folder. ' if lost else ''}{error}"),
+            soft_wrap=True,
+            highlight=False,
+        )
         raise typer.Exit(2) from error
 
 

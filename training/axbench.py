@@ -212,6 +212,8 @@ def _read_metadata(path: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
         if concept_id in described:
             raise ValueError(f"{where}: concept_id {concept_id} comes twice.")
         described[concept_id] = (check_unicode(concept, where).strip(), tuple(genres))
+    if not described:
+        raise ValueError(f"{path} holds no concepts.")
     return described
 
 
