@@ -109,7 +109,7 @@ def test_home_in_every_command(folder, monkeypatch):
         ("chat", "~/formal", "--dry-run"): f"would talk to {folder}/base with formal ({folder}/formal)",
         ("compose", "~/formal", "--weights", "1", "--output=~/both", "--dry-run"): f"would write {folder}/both",
         ("push", "~/none", "me/x", "--dry-run"): f"{folder}/none is no adapter folder",
-        ("demo", "--output=~/demo", "--dry-run"): f"and write to {folder}/demo/",
+        ("demo", "--output=~/demo", "--dry-run"): f"{folder}/demo/",
         ("draft", "x", "d", "--model", "m", "--output=~/traits", "--dry-run"): f"write to {folder}/traits/",
         ("triplets", *recipe): f"and write to {folder}/run/",
         ("train", "fast", "--model", "embedded", "--triplets", "~/none", "--output=~/o"): f"folder '{folder}/none'",
