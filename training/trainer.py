@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer
 from peft_psr.decoder import layer_index
 from peft_psr.doors import is_encoder_decoder
 
-from .arguments import PSRTrainingArguments
+from .arguments import PSRTrainingArguments, check_arguments
 from .branches import Batch, Branch, config_of, layers_downstream, psr_model, run_branch
 from .checkpoints import load_adapters
 from .collator import TripletCollator
@@ -96,12 +96,7 @@ class PSRTrainer(Trainer):
                 "models, where prompt and completion are one sequence. An adapter on its decoder can be run, though."
             )
         args = PSRTrainingArguments(output_dir="psr_output") if args is None else args
-        if not isinstance(args, PSRTrainingArguments):
-            raise TypeError(
-                f"args must be PSRTrainingArguments, got {type(args).__name__}: PSR's own settings (objective, alpha, "
-                "...) are missing there, and its defaults, such as learning_rate, are others. Give the same settings "
-                "to PSRTrainingArguments(...)."
-            )
+        check_arguments(args)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         self.several = isinstance(train_dataset, Mapping)
