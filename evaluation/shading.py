@@ -62,14 +62,14 @@ def shaded_answer(
         encoding: As in `shade`.
     """
     openness = gate_openness(model, prompt, answer_ids, adapter_name).tolist()
-    return shade(token_texts(processing_class, answer_ids[0].tolist(), True), openness, digits, encoding)
+    return shade(token_texts(processing_class, answer_ids[0].tolist()), openness, digits, encoding)
 
 
-def token_texts(processing_class, ids: Sequence[int], skip_special_tokens: bool = False) -> list[str]:
+def token_texts(processing_class, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text of those before it; a token that ends inside a letter adds nothing yet."""
     texts, before = [], ""
     for end in range(1, len(ids) + 1):
-        so_far = processing_class.decode(ids[:end], skip_special_tokens=skip_special_tokens)
+        so_far = processing_class.decode(ids[:end], skip_special_tokens=False)
         whole = end == len(ids) or not so_far.endswith("\ufffd")
         texts.append(so_far[len(before) :] if whole else "")
         before = so_far if whole else before

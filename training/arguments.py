@@ -118,7 +118,7 @@ def check_arguments(args: object) -> None:
     """Raise `TypeError` for other arguments than PSR's, whose values can't be told from defaults of theirs."""
     if not isinstance(args, PSRTrainingArguments):
         raise TypeError(
-            f"args must be PSRTrainingArguments, got {type(args).__name__}: PSR's own settings (objective, alpha, ...) are"
-            " missing there, and its defaults, such as learning_rate, are others. Give what you set to "
+            f"args must be PSRTrainingArguments, got {type(args).__name__}: PSR's own settings (objective, alpha, ...)"
+            " are missing there, and its defaults, such as learning_rate, are others. Give what you set to "
             "PSRTrainingArguments(...)."
         )

@@ -22,9 +22,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from peft_psr.chat import encode_prompt, encode_text, pad_id, render_prompt
+from peft_psr.chat import encode_prompt, encode_text, pad_id, render_prompt, render_turns
 from peft_psr.positions import pad_rows
-from peft_psr.templates import apply_template
 
 from .answer_cache import AnswerCache
 from .answer_score import TOP_TOKENS, Scored, number_masses, weighted_mean
@@ -131,7 +130,7 @@ def number_tokens(processing_class) -> dict[int, Tokens]:
     for number in range(101):
         # a template may put a blank before the answer
         turns = [*prompt, {"role": "assistant", "content": str(number)}]
-        closed = apply_template(processing_class, turns, add_generation_prompt=False)
+        closed = render_turns(processing_class, turns)
         rest = closed[len(before) :] if closed.startswith(before) else ""
         blank = rest[: len(rest) - len(rest.lstrip())] if rest.lstrip().startswith(str(number)) else ""
         ids = encode_text(processing_class, f"{before}{blank}{number}", prompt)

@@ -37,18 +37,18 @@ def check_tokenizer(processing_class) -> None:
         )
     if processing_class.chat_template is None:
         raise ValueError(
-            f"The tokenizer of {name!r} has no chat template. Set `tokenizer.chat_template`, or give plain-text "
-            "prompts (str) instead of messages."
+            f"The tokenizer of {name!r} has no chat template. Set `tokenizer.chat_template` (--chat-template), or "
+            "give plain-text prompts (str) instead of messages."
         )
 
 
-def apply_template(processing_class, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+def apply_template(processing_class, messages: Sequence[Message], **settings: bool) -> str:
     """A conversation as text.
 
     Args:
         processing_class: A tokenizer.
         messages: The conversation.
-        add_generation_prompt: Open the assistant's turn at the end.
+        **settings: Of `apply_chat_template`: what its end is.
 
     Raises:
         TemplateRefusal: the template refuses the conversation (Gemma's a system turn) or is broken.
@@ -56,9 +56,7 @@ def apply_template(processing_class, messages: Sequence[Message], add_generation
     """
     check_tokenizer(processing_class)
     try:
-        return processing_class.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return processing_class.apply_chat_template(list(messages), tokenize=False, **settings)
     except (TemplateError, TypeError) as error:  # a template adds texts, and content may be null
         roles = [str(message.get("role")) for message in messages]
         way_out = " Put what the system turn says into the user's turn: placement='before'."

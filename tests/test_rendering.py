@@ -13,7 +13,7 @@ from peft_psr.chat import encode_completion, encode_prompt, pad_id, render_promp
 from peft_psr.evaluation.chat_session import ChatSession
 from peft_psr.evaluation.token_map import map_adapters
 from peft_psr.positions import encode_chat
-from peft_psr.templates import TemplateRefusal
+from peft_psr.rendering import TemplateRefusal
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator, sample_completions
 
 
@@ -57,8 +57,9 @@ def test_a_refusal_stays_a_template_error():
 
 def test_other_mistakes_of_a_template_are_one_line_too():
     tokenizer = tiny_tokenizer()
-    with pytest.raises(ValueError, match="refuses the turns user .*") as error:
-        render_prompt(tokenizer, [{"role": "user", "content": None}])
+    tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"
+    with pytest.raises(ValueError, match="refuses the turns user .can only concatenate") as error:
+        render_prompt(tokenizer, [USER])
     assert "placement" not in str(error.value)
     tokenizer.chat_template = "{% for"
     with pytest.raises(ValueError, match="refuses the turns user"):
