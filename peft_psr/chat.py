@@ -126,7 +126,7 @@ def turn_end_id(processing_class, prompt: Prompt) -> int | None:
 
 
 def encode_completion(processing_class, prompt: Prompt, completion: str, truncated: bool = False) -> list[int]:
-    """Token ids of `completion` as a continuation of `prompt`, tokenized together with it.
+    """Token ids of `completion` as a continuation of `prompt`, tokenized together with it where that leaves it whole.
 
     Args:
         processing_class: A tokenizer.
@@ -135,17 +135,23 @@ def encode_completion(processing_class, prompt: Prompt, completion: str, truncat
         truncated: The answer was cut off, so no end-of-turn token follows.
 
     Raises:
-        ValueError: the completion's first letters merge with the prompt's last ones into one token.
+        ValueError: the completion's first letters merge with the prompt's last ones into one token, and the tokenizer
+            can't spell it by itself.
     """
     prompt_ids = encode_prompt(processing_class, prompt)
     text = render_prompt(processing_class, prompt) + completion
     ids = encode_text(processing_class, text, prompt)
     if isinstance(prompt, str):
         ids = _without_eos(processing_class, ids)
+    drawn = ids[len(prompt_ids) :]
     if ids[: len(prompt_ids)] != prompt_ids:
-        raise ValueError(
-            f"The completion {completion[:60]!r} does not start at a token boundary after its prompt: the tokenizer "
-            "merges the two. Strip leading blanks from the completion, or end the prompt in a blank or newline."
-        )
+        # a model goes on from the prompt's own tokens, whatever the tokenizer would make of the two together
+        drawn = processing_class(completion, add_special_tokens=False)["input_ids"]
+        if decode_completion(processing_class, prompt, prompt_ids, drawn) != completion:
+            raise ValueError(
+                f"The completion {completion[:60]!r} does not start at a token boundary after its prompt: the "
+                "tokenizer merges the two. Strip leading blanks from the completion, or end the prompt in a blank or "
+                "newline."
+            )
     end = None if truncated else turn_end_id(processing_class, prompt)
-    return ids[len(prompt_ids) :] + ([] if end is None else [end])
+    return drawn + ([] if end is None else [end])

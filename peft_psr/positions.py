@@ -11,6 +11,7 @@ generation disagree.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,9 @@ from .judging import Message, content_text
 
 # Stands for a system turn's text when looking for its end; no template's default system turn ends in it.
 _SENTINEL = "zq"
+_MARK = re.compile(r"\w*<\|\w+\|>")
+# Most of them that a model writes before its answer: <|channel|>final<|message|>.
+_MOST_MARKS = 2
 
 
 def last_token_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -158,6 +162,14 @@ def _start_of_turn(processing_class, earlier: Sequence[Message], text: str, cont
         after = text[place:].lstrip()  # templates may put a blank before an answer, or trim it
         if after.startswith(content):
             return place, len(text) - len(after)
+    end = start
+    for _ in range(_MOST_MARKS):
+        mark = _MARK.match(text, end)
+        if mark is None:
+            return None
+        end = mark.end()
+        if text.startswith(content, end):
+            return start, end
     return None
 
 

@@ -123,3 +123,20 @@ def test_a_template_that_rewrites_a_turn_is_named():
     talk = [*ASKED, {"role": "assistant", "content": "tea"}, *ASKED]
     with pytest.raises(ValueError, match=r"changes turn 1 \('tea'\)"):
         chat_mask(byte_tokenizer(template), talk)
+
+
+# ---------------------------------------------------------------- completions that merge with the prompt
+
+
+@pytest.mark.parametrize("completion", ["\n\nyes", "\nyes", "yes", "  yes"])
+def test_a_completion_goes_on_from_the_prompts_own_tokens(completion):
+    """Two newlines behind the prompt's one would be other tokens; the model has seen the prompt's."""
+    tokenizer = byte_tokenizer()
+    merged = tokenizer(render_prompt(tokenizer, ASKED) + completion)["input_ids"]
+    start = encode_prompt(tokenizer, ASKED)
+    ids = encode_completion(tokenizer, ASKED, completion, truncated=True)
+    assert tokenizer.decode(ids) == completion
+    assert (merged[: len(start)] == start) == (completion in ("yes", "  yes")) or merged == start + ids
+    row = {"prompt": ASKED, "steered_prompt": [SYSTEM, *ASKED], "completion": completion, "truncated": True}
+    encoded = TripletCollator(tokenizer, alpha=1.0).encode(row)
+    assert encoded["input_ids"] == start + ids
