@@ -89,8 +89,9 @@ def read_trait(
     if split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {', '.join(map(repr, get_args(Split)))}, got {split!r}.")
     name = None if name is None else composed(name)
-    if isinstance(source, str) and composed(source) in list_traits() and name in (None, composed(source)):
-        source, name = _shipped_folder(), composed(source)
+    ships = composed(source) if isinstance(source, str) else ""
+    if ships in list_traits() and name in (None, ships):
+        source, name = _shipped_folder(), ships
     found = _files(source, revision)
     if name is None and len(found) > 1:
         raise ValueError(f"{source} holds several traits: {', '.join(sorted(found))}. Give the name of one.")
