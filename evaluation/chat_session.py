@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from peft_psr.judging import Message
 from peft_psr.positions import encode_chat
 from peft_psr.reasoning import opens_reasoning, split_reasoning
 from peft_psr.rendering import TemplateRefusal
+from peft_psr.training.sampling import own_distribution
 
 from .shading import shaded_answer
 
@@ -203,18 +204,20 @@ class ChatSession:
         return answer
 
     def _generate(self, prompt: dict[str, torch.Tensor], max_new_tokens: int, streamer: TextStreamer) -> None:
+        settings: AbstractContextManager[None] = nullcontext()
         sampling: dict[str, Any] = {}
         if self.temperature == 0:
-            sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+            settings = own_distribution(self.model)
         elif self.temperature is not None:
             sampling = {"do_sample": True, "temperature": self.temperature}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), nullcontext() if self.active else self.model.disable_adapter():
+        with settings, torch.random.fork_rng(devices), nullcontext() if self.active else self.model.disable_adapter():
             torch.manual_seed(self.seed + len(self.messages))
             self.model.generate(
                 **prompt,
                 **sampling,
                 max_new_tokens=max_new_tokens,
+                num_beams=1,  # beams can't be shown as they come
                 streamer=streamer,
                 eos_token_id=self._stops() or None,
                 tokenizer=self.processing_class,
