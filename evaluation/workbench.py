@@ -20,7 +20,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig, PreTrainedModel
@@ -29,6 +29,7 @@ from peft_psr.facts import package_versions
 from peft_psr.files import write_whole
 from peft_psr.judging import Judge
 from peft_psr.loading import model_path, same_revision
+from peft_psr.saved_adapters import read_peft_config
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, sample_completions, write_triplets
 from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
 from peft_psr.training.folder_lock import locked
@@ -102,7 +103,7 @@ class Workbench:
     def _check_adapter(self, name: str, place: str) -> None:
         """Raise `ValueError` unless an adapter is there, and of the revision of the model that is measured."""
         try:
-            config = PeftConfig.from_pretrained(place)
+            config = read_peft_config(place)
         except (OSError, ValueError) as error:
             raise ValueError(f"adapters: {name!r} is not to be had from {place!r}: {error}") from error
         revision, base = self.recipe.revision, config.base_model_name_or_path

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from .chat_template import read_chat_template, set_chat_template
+from .text import read_text
 from .tiny_chat import tiny_chat_path
 
 
@@ -139,8 +140,12 @@ def check_no_adapter(name: str, revision: str | None = None) -> None:
     found = find_adapter_config_file(path, revision=revision)
     if found is None:
         return
-    with open(found, encoding="utf-8") as file:
-        config = json.load(file)
+    try:
+        config = json.loads(read_text(found))
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{name} holds an {Path(found).name} that can't be read; take it away if this is a model.")
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     if kind == "PSR":
         raise ValueError(

@@ -80,18 +80,31 @@ def read_adapter_config(source: str) -> PSRConfig:
         OSError: the Hub can't be reached.
         ValueError: there is no adapter, or it is of another kind.
     """
-    if not os.path.isdir(source) and not is_hub_name(source):
-        raise ValueError(f"No adapter folder {source!r}, and no name on the Hub either.")
-    try:
-        config = PeftConfig.from_pretrained(source)
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"The adapter_config.json of {source} is no adapter's configuration: {error}. Save the adapter again."
-        ) from error
+    config = read_peft_config(source)
     if not isinstance(config, PSRConfig):
         kind = getattr(config.peft_type, "value", None)
         raise ValueError(f"{source} holds an adapter of type {kind!r}, not 'PSR'.")
     return config
+
+
+def read_peft_config(source: str) -> PeftConfig:
+    """The configuration of a saved adapter of any kind.
+
+    Args:
+        source: A folder, or a name on the Hub.
+
+    Raises:
+        OSError: the Hub can't be reached.
+        ValueError: there is no adapter, or its configuration can't be read.
+    """
+    if not os.path.isdir(source) and not is_hub_name(source):
+        raise ValueError(f"No adapter folder {source!r}, and no name on the Hub either.")
+    try:
+        return PeftConfig.from_pretrained(source)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The adapter_config.json of {source} is no adapter's configuration: {error}. Save the adapter again."
+        ) from error
 
 
 def _read_units(source: str, config: PSRConfig) -> dict[str, PSRUnit]:

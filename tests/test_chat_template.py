@@ -78,7 +78,7 @@ def test_without_a_template(tmp_path):
     with pytest.raises(FileNotFoundError, match="chat_template: there is no file"):
         read_chat_template(tmp_path / "none.jinja")
     file.write_bytes("{{ 'é' }}".encode("utf-16"))
-    with pytest.raises(ValueError, match="own.jinja is not UTF-8"):
+    with pytest.raises(ValueError, match="own.jinja is UTF-16"):
         read_chat_template(file)
     file.write_text(" \n")
     with pytest.raises(ValueError, match="is empty"):

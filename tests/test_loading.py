@@ -170,3 +170,14 @@ def test_template_arguments_of_the_adapters(tmp_path):
     AdapterFacts(trait="formal").save(plain)
     with pytest.raises(ValueError, match="a with .*enable_thinking.*--template-args"):
         template_args_for({"a": quiet, "b": plain}, None)
+
+
+def test_an_adapters_configuration_that_can_not_be_read(tmp_path):
+    base = save(tmp_path / "base")
+    for content in ("{", "[]", '{"peft_type": null}'):
+        (tmp_path / "base" / "adapter_config.json").write_text(content)
+        with pytest.raises(ValueError, match="can't be read|is a None adapter"):
+            load_model(base)
+        asked = ["evaluate", "persona", "persona-embedded", "--methods", "none", "--output", str(tmp_path / "out")]
+        said = CliRunner().invoke(app, [*asked, "--adapters", json.dumps({"f": base}), "--dry-run"])
+        assert said.exit_code == 2 and "'f' is not to be had from" in " ".join(said.output.split()), said.output
