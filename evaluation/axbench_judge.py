@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from peft_psr.reasoning import split_reasoning
 from peft_psr.training import LocalSampler
 from peft_psr.training.answer_cache import AnswerCache, answer_key
 from peft_psr.training.assembly import load_judge, load_tokenizer, make_sampler
@@ -122,7 +123,8 @@ def harmonic_mean(ratings: Sequence[float]) -> float:
 
 
 def read_rating(reply: str) -> int | None:
-    """The rating in a judge's reply: its last line, and the only rating in it; else `None`."""
+    """The rating in a judge's reply, after its reasoning: the last line, and the only rating there; else `None`."""
+    reply = split_reasoning(reply).answer or ""
     lines = reply.strip().splitlines()
     found = _RATING.fullmatch(lines[-1].strip()) if lines else None
     return int(found[1]) if found and reply.count("[[") == 1 else None

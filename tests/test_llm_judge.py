@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
+import re
+import types
 
 import pytest
 import torch
@@ -18,78 +19,13 @@ from unruly_server import MODEL, UnrulyServer, at_random
 from peft_psr.chat import encode_prompt
 from peft_psr.judging import JudgeScores
 from peft_psr.training.answer_cache import AnswerCache
-from peft_psr.training.answer_score import number_masses, score_answer, score_text, weighted_mean
 from peft_psr.training.llm_judge import ServerJudge, fill_prompt, question_text
 from peft_psr.training.local_judge import LocalJudge, number_tokens
 from peft_psr.training.server import ChatServer, ServerError
-from peft_psr.training.server_replies import Answer
 
 
 TRAIT, COHERENCE = "trait {question} | {answer}", "coherence {question} | {answer}"
 QUESTION = [{"role": "user", "content": "what is tea"}]
-
-
-def spread(*pairs):
-    return [(token, math.log(p)) for token, p in pairs]
-
-
-def answer(text, *places, finish_reason="stop"):
-    return Answer(text, finish_reason, list(places) or None)
-
-
-# ---------------------------------------------------------------- scores
-
-
-def test_score_is_the_weighted_mean_of_the_numbers():
-    tokens = spread(("80", 0.5), (" 90", 0.2), ("90", 0.1), ("100", 0.1), ("The", 0.05), ("101", 0.01), ("007", 0.01))
-    assert number_masses(tokens) == pytest.approx({80: 0.5, 90: 0.3, 100: 0.1})
-    assert score_answer(answer("80", ("80", tokens))).score == pytest.approx((40 + 27 + 10) / 0.9)
-    assert score_answer(answer("80", ("80", tokens))).source == "log-probabilities"
-
-
-def test_too_little_mass_is_no_score():
-    assert weighted_mean({50: 0.2499}) is None and weighted_mean({50: 0.2501}) == 50
-    refusal = answer("I can't", ("I", spread(("I", 0.7), ("50", 0.2))), ("can't", spread(("can't", 0.9))))
-    assert score_answer(refusal) == (None, "log-probabilities")
-    assert weighted_mean({}) is None
-
-
-def test_digits_in_tokens_of_their_own():
-    digits = spread(("8", 0.6), ("7", 0.3), ("1", 0.05))
-    split = answer("85", ("8", digits), ("5", spread(("5", 0.5), ("0", 0.4))))
-    assert score_answer(split) == (85.0, "text")
-    # 7 may be a score or the first digit of one: only the text tells
-    assert score_answer(answer("7", ("7", digits))) == (7.0, "text")
-    # a token of two digits among the candidates settles it
-    whole = answer("7", ("7", spread(("7", 0.5), ("10", 0.5))))
-    assert score_answer(whole) == (pytest.approx(8.5), "log-probabilities")
-    # "10" "0"
-    hundred = answer("100", ("10", spread(("10", 0.9), ("9", 0.1))), ("0", spread(("0", 0.9))))
-    assert score_answer(hundred) == (100.0, "text")
-
-
-def test_blank_first_token():
-    numbers = spread(("85", 0.6), ("90", 0.4))
-    blank = answer(" 85", (" ", spread((" ", 0.99))), ("85", numbers))
-    assert score_answer(blank) == (pytest.approx(87), "log-probabilities")
-    assert score_answer(answer("\u258185", ("\u258185", spread(("\u258185", 1.0))))).score == pytest.approx(85)
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("85", 85), (" 85.5\n", 85.5), ("85/100", 85), ("Score: 85", 85), ("0", 0), ("100 of 100", 100),
-        ("", None), ("REFUSAL", None), ("101", None), ("-5", None), ("from 0 to 100: 85", None),
-    ],
-)  # fmt: skip
-def test_score_of_a_text(text, score):
-    assert score_text(text) == score
-
-
-def test_number_that_may_be_cut_off():
-    assert score_text("The score is 8", cut_off=True) is None
-    assert score_answer(answer("The score is 8", finish_reason="length")) == (None, "text")
-    assert score_text("8 of 100, for it is", cut_off=True) == 8
 
 
 # ---------------------------------------------------------------- prompts
@@ -184,6 +120,54 @@ def test_server_that_refuses_logprobs():
         judge = judge_of(server, concurrency=1)
         assert judge([QUESTION], completions(90)) == [JudgeScores(90, 95)]
     assert ["logprobs" in body for body in server.bodies] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["top_logprobs must be between 0 and 5", "Requested sample logprobs of 20, which is greater than max allowed: 5",
+     "Invalid value for 'top_logprobs': must be less"],
+)  # fmt: skip
+def test_server_that_gives_five_logprobs(words, caplog):
+    def behave(body, attempt):
+        return f"400 {words}" if body.get("top_logprobs", 0) > 5 else "ok"
+
+    with UnrulyServer(behave, reply=grade) as server:
+        judge = judge_of(server, concurrency=1)
+        assert judge([QUESTION] * 2, completions(90, 20))[0].trait == mean(90)
+    assert [body["top_logprobs"] for body in server.bodies] == [20, 5, 5, 5, 5][: len(server.bodies)]
+    assert judge.describe()["top_logprobs"] == 5 and judge.describe()["score"] == "log-probabilities"
+    assert caplog.text.count("at most 5 of the likeliest tokens, not 20") == 1
+
+
+def thinking(content, reasoning, tokens, finish_reason="stop"):
+    places = [{"token": t, "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": -0.1}]} for t in tokens]
+    message = {"role": "assistant", "content": content, "reasoning_content": reasoning}
+    return json.dumps(
+        {"model": MODEL, "choices": [{"index": 0, "finish_reason": finish_reason, "message": message,
+                                      "logprobs": {"content": places}}]}
+    ).encode()  # fmt: skip
+
+
+def test_judge_whose_reasoning_is_kept_apart(caplog):
+    body = thinking("85", "10 things", ["10", " things", "</think>", "85"])
+    with UnrulyServer(lambda request, attempt: body) as server:
+        judge = judge_of(server)
+        assert judge([QUESTION], completions(90))[0].trait == pytest.approx(85)
+    assert judge.describe()["score"] == "log-probabilities"
+    cut = thinking(None, "10 things", ["10", " things"], finish_reason="length")
+    with UnrulyServer(lambda request, attempt: cut) as server:
+        assert judge_of(server)([QUESTION], completions(90)) == [JudgeScores(None, None)]
+    assert caplog.text.count("Switch its reasoning off by judge_fields") == 1
+
+
+def test_half_a_character_in_a_judges_answer_is_kept(tmp_path):
+    body = thinking("85", None, ["85"]).replace(
+        b'"token": "85", "logprob": -0.1', b'"token": "\\ud83d", "logprob": -9.0'
+    )
+    with UnrulyServer(lambda request, attempt: body) as server:
+        first = judge_of(server, AnswerCache(tmp_path / "answers"))([QUESTION], completions(90))
+        assert judge_of(server, AnswerCache(tmp_path / "answers"))([QUESTION], completions(90)) == first
+        assert len(server.bodies) == 2
 
 
 def test_server_that_splits_numbers(caplog):
@@ -322,6 +306,7 @@ def test_split_numbers_are_scored_exactly(layout, monkeypatch):
     assert number_tokens(tokenizer)[85] == (digits["8"], digits["5"])
     judge = local(model, tokenizer, batch_size=7)  # a padded batch, and one more
     monkeypatch.setattr("peft_psr.training.answer_score.MIN_MASS", 0.0)  # a random model answers anything
+    monkeypatch.setattr("peft_psr.training.local_judge.score_text", lambda text, cut_off: 50.0)
     for score, text in zip(judge([QUESTION] * 4, ANSWERS), ANSWERS, strict=True):
         ids = encode_prompt(tokenizer, question(TRAIT, text))
         masses = {n: naive_number_probability(model, ids, digits, n) for n in range(101)}
@@ -337,9 +322,71 @@ def test_mass_of_split_numbers_decides():
     assert (scores[0].trait is None) == (mass < 0.25)
 
 
+class Says:
+    """A model that says one text after every prompt, whatever its numbers."""
+
+    def __init__(self, tokenizer, text, prompt_end):
+        self.ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        self.prompt_end, self.vocabulary = prompt_end, len(tokenizer)
+        self.device, self.training = torch.device("cpu"), False
+        self.config = types.SimpleNamespace(name_or_path="says")
+        self.generation_config = types.SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
+
+    def named_parameters(self):
+        return []
+
+    def eval(self):
+        return self
+
+    def train(self, mode):
+        return self
+
+    def forward(self, input_ids, attention_mask, past_key_values, use_cache):
+        seen = [] if past_key_values is None else past_key_values
+        logits = torch.zeros(*input_ids.shape, self.vocabulary)
+        for i, row in enumerate(input_ids.tolist()):
+            for j in range(len(row)):
+                said = [*seen[i], *row[: j + 1]] if seen else row[: j + 1]
+                if self.prompt_end in said:
+                    spoken = said[::-1].index(self.prompt_end)
+                    logits[i, j, self.ids[min(spoken, len(self.ids) - 1)]] = 20.0
+        cache = [[*(seen[i] if seen else []), *row] for i, row in enumerate(input_ids.tolist())]
+        return types.SimpleNamespace(logits=logits, past_key_values=cache)
+
+    __call__ = forward
+
+
+def without_blanks_in_numbers(text):
+    return re.sub(r"(?<=\d) (?=\d)", "", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("8 5", 85), ("8 5 / 1 0 0", 85), ("8 / 1 0", None), ("1 . the answer", None), ("3 dogs", None),
+        ("7 0 - 8 0", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_follows_a_number_decides_here_too(text, score, whole):
+    words = "trait coherence what is tea the answer | dogs / . - " + " ".join(map(str, range(101)))
+    tokenizer = tiny_tokenizer(words) if whole else digit_tokenizer()
+    tokenizer.add_tokens(["/", ".", "-"])
+    decode = tokenizer.decode
+    tokenizer.decode = lambda ids, **settings: without_blanks_in_numbers(decode(ids, **settings)).replace(" .", ".")
+    model = Says(
+        tokenizer,
+        without_blanks_in_numbers(text) if whole else text,
+        tokenizer.convert_tokens_to_ids("<assistant>"),
+    )
+    (scores,) = local(model, tokenizer)([QUESTION], ["dogs"])
+    assert scores.trait == (None if score is None else pytest.approx(score, abs=0.01))
+
+
 @torch.no_grad()
 def test_whole_numbers_are_scored_as_from_a_server(monkeypatch):
     monkeypatch.setattr("peft_psr.training.answer_score.MIN_MASS", 0.0)
+    monkeypatch.setattr("peft_psr.training.local_judge.score_text", lambda text, cut_off: 50.0)
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer("trait coherence what is tea the answer | good dogs " + " ".join(map(str, range(101))))
     model = tiny_model()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_psr.facts import package_versions
-from peft_psr.files import write_whole
+from peft_psr.files import encode, write_whole
 from peft_psr.judging import Judge
 
 from .draws import Draw, Failure, PromptPair, Sampler, draws_on
@@ -275,7 +275,7 @@ class TripletRun:
         for name, kept in files.items():
             content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
             write_whole(self.folder / name, content)
-            hashes[name] = {"rows": len(kept), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+            hashes[name] = {"rows": len(kept), "sha256": hashlib.sha256(encode(content)).hexdigest()}
         write_whole(self.folder / FIGURE, histograms(rows, reasons, self.recipe.filter))
         write_whole(self.folder / REPORT, report(rows, reasons, counts, self.recipe, FIGURE))
         manifest = {
