@@ -28,6 +28,7 @@ from peft_psr.layer import PSRUnit
 
 from .branches import layers_downstream, psr_model
 from .collator import TripletCollator
+from .context import check_rows
 from .dataset import encode_dataset
 from .directions import Directions, directions_by_layer
 from .layer_streams import LayerStreams, Tokens
@@ -103,6 +104,7 @@ def initialize_psr_weights(
         raise ValueError(f"At alpha 1, coefficient_bias={config.coefficient_bias:g} leaves no edit to start from.")
     collator = TripletCollator(processing_class, config.positions, alpha=1.0)
     rows = encode_dataset(collator, dataset, "dataset")
+    check_rows(rows, model)
     choosing = method == "ridge" and config.gate == "relu" and ridge_strength is None
     folds = fold_of_each(rows, FOLDS if choosing else 1)
     streams = LayerStreams(model, collator, rows, batch_size)

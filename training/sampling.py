@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from peft_psr.chat import Prompt, encode_prompt, pad_id
 from peft_psr.positions import chat_mask, pad_rows
 
+from .context import check_room, context_length, has_position_table
 from .draws import Draw, Failure, Sample, draw_seed, template_hash
 from .gumbel import GumbelLogitsProcessor
 
@@ -204,6 +205,8 @@ def _sample(
     batch_size: int,
 ) -> Iterator[_Drawn]:
     """Longest prompts first, so that memory runs out at once if it does; then with half the batch from there on."""
+    limit, ends = context_length(model.config), has_position_table(model)
+    check_room([len(row.ids) for row in rows], [row.prompt for row in rows], max_new_tokens, limit, ends)
     waiting = sorted(rows, key=lambda row: -len(row.ids))
     was_training = model.training
     model.eval()

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from tqdm import tqdm
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     EarlyStoppingCallback,
@@ -106,6 +107,15 @@ def load_tokenizer(recipe: TrainRecipe) -> Any:
         OSError: it can't be had.
     """
     return AutoTokenizer.from_pretrained(_source(recipe), revision=recipe.revision)
+
+
+def load_base_config(recipe: TrainRecipe) -> Any:
+    """Returns the base model's configuration.
+
+    Raises:
+        OSError: it can't be had.
+    """
+    return AutoConfig.from_pretrained(_source(recipe), revision=recipe.revision)
 
 
 def load_base(recipe: TrainRecipe, device: torch.device) -> Any:
