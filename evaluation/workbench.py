@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from peft import PeftConfig, PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig, PreTrainedModel
 
 from peft_psr.facts import package_versions
@@ -33,6 +32,7 @@ from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, 
 from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
 from peft_psr.training.folder_lock import locked
 from peft_psr.training.placement import check_placement
+from peft_psr.training.progress import Progress
 from peft_psr.training.recipe import EMBEDDED
 from peft_psr.training.run import TripletRun
 from peft_psr.training.run_folder import check_run_folder, check_same_recipe
@@ -72,7 +72,7 @@ class Workbench:
         self._held_out: dict[tuple[str, str], list[Triplet]] = {}
         self._pairs: dict[Split, dict[str, list[PromptPair]]] = {}
         self._judge_makers: dict[Split, Callable[[str], Judge]] = {}
-        self._progress: tuple[Progress, Any] | None = None
+        self._progress: Progress | None = None
 
     def check(self) -> None:
         """Raises what can be known to be wrong before any long work; writes nothing.
@@ -129,14 +129,9 @@ class Workbench:
                 "versions": package_versions(),
             }
             write_whole(self.folder / STATE, as_json(state))
-            columns = (
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )  # fmt: skip
-            with Progress(*columns, console=self.console, transient=True) as progress:
-                self._progress = progress, progress.add_task(self.benchmark, total=None)
+            with Progress(self.benchmark, None, unit="cells", shown=not self.console.quiet) as self._progress:
                 yield
-                self._progress = None
+            self._progress = None
 
     # ------------------------------------------------------------ what is measured
 
@@ -338,7 +333,7 @@ class Workbench:
     def expect(self, cells: int) -> None:
         """Say how many cells there will be."""
         if self._progress:
-            self._progress[0].update(self._progress[1], total=cells, completed=0)
+            self._progress.total = cells
 
     def cell(self, parameters: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `compute` returns, computed once for these parameters and the recipe, and kept as a file.
@@ -356,13 +351,16 @@ class Workbench:
         }  # fmt: skip
         path = self.folder / CELLS / f"{digest(full)}.json"
 
+        made = []
+
         def announced() -> dict[str, Any]:
+            made.append(path)
             self._say(", ".join(str(value) for value in parameters.values() if value != ""))
             return compute()
 
         result = kept_result(path, full, announced)
         if self._progress:
-            self._progress[0].advance(self._progress[1])
+            self._progress.advance(kept=not made)
         return result
 
     def _adapter(self, method: str, trait: str) -> Any:
@@ -387,7 +385,7 @@ class Workbench:
 
     def _say(self, what: str) -> None:
         if self._progress:
-            self._progress[0].update(self._progress[1], description=what)
+            self._progress.title = f"{self.benchmark}, {what}"
 
 
 def _filter_of(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from peft_psr.config import check_strength
@@ -32,6 +31,7 @@ from .context import check_rows
 from .dataset import encode_dataset
 from .directions import Directions, directions_by_layer
 from .layer_streams import LayerStreams, Tokens
+from .progress import Progress
 from .ridge import Edit, Moments, fit_edit, fit_gates, mean_edit, mean_gates
 from .triplets import Triplet
 
@@ -110,7 +110,7 @@ def initialize_psr_weights(
     streams = LayerStreams(model, collator, rows, batch_size)
     for unit in units.values():
         unit.reset_parameters(init_weights=True)
-    with tqdm(total=len(names) * len(streams), desc=f"{method} start", disable=not progress) as bar:
+    with Progress(f"{method} start", len(names) * len(streams), unit="batches", shown=progress) as bar:
         for name, unit in units.items():
             moments = _sums(streams.at(name), folds, layers[name].width, bar)
             z = None if given is None else given[layer_index(name)].to(moments[0].gram.device)
@@ -129,7 +129,7 @@ def fold_of_each(rows: Sequence[dict[str, Any]], count: int) -> torch.Tensor:
     return folds
 
 
-def _sums(batches: Iterable[Tokens], folds: torch.Tensor, width: int, bar: tqdm) -> list[Moments]:
+def _sums(batches: Iterable[Tokens], folds: torch.Tensor, width: int, bar: Progress) -> list[Moments]:
     """Sums over the tokens of each fold."""
     moments: list[Moments] = []
     for tokens in batches:
@@ -141,7 +141,7 @@ def _sums(batches: Iterable[Tokens], folds: torch.Tensor, width: int, bar: tqdm)
         for number, sums in enumerate(moments):
             chosen = fold == number
             sums.add(tokens.stream[chosen], tokens.difference[chosen])
-        bar.update()
+        bar.advance()
     return moments
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from peft_psr.chat import Prompt, encode_prompt, pad_id
@@ -21,6 +20,7 @@ from peft_psr.positions import chat_mask, pad_rows
 from .context import check_room, context_length, has_position_table
 from .draws import Draw, Failure, Sample, draw_seed, template_hash
 from .gumbel import GumbelLogitsProcessor
+from .progress import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -114,10 +114,10 @@ def sample_completions(
         for i, prompt in enumerate(prompts)
     ]
     results: list[Completion | None] = [None] * len(rows)
-    with tqdm(total=len(rows), desc=progress, disable=progress is None) as bar:
+    with Progress(progress or "sampling", len(rows), shown=progress is not None) as bar:
         for drawn in _sample(model, processing_class, rows, max_new_tokens, temperature, batch_size):
             results[drawn.index] = Completion(drawn.text, drawn.truncated)
-            bar.update()
+            bar.advance()
     return results  # type: ignore[return-value]
 
 
