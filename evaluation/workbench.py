@@ -30,6 +30,8 @@ from peft_psr.judging import Judge
 from peft_psr.tiny_chat import tiny_chat_path
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, sample_completions, write_triplets
 from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
+from peft_psr.training.context import context_length
+from peft_psr.training.filtering import Fits
 from peft_psr.training.folder_lock import locked
 from peft_psr.training.placement import check_placement
 from peft_psr.training.progress import Progress
@@ -251,16 +253,20 @@ class Workbench:
             base, processing_class, [pair.steered_prompt for pair in asked], recipe.max_new_tokens,
             recipe.temperature, recipe.batch_size, recipe.seed + 1,
         )  # fmt: skip
+        fits = Fits(processing_class, context_length(base.config))
         rows = [
             Triplet(
                 prompt=pair.prompt, steered_prompt=pair.steered_prompt, completion=completion.text,
                 truncated=completion.truncated,
             )
             for pair, completion in zip(asked, completions, strict=True)
-            if completion.text
+            if completion.text.strip()
+            and not fits.reason(pair.prompt, pair.steered_prompt, completion.text, completion.truncated)
         ]  # fmt: skip
         if not rows:
-            raise ValueError(f"{model} answered every held-out prompt of {pairs[0].trait!r} with nothing.")
+            raise ValueError(
+                f"{model} answered every held-out prompt of {pairs[0].trait!r} with nothing that can be measured."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_triplets(rows, path)
         return rows
