@@ -106,7 +106,7 @@ def check_axbench(bench: Workbench) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"traits: several concepts are described as {twice[0]!r}; name one of them.")
     for model in bench.recipe.models:
-        check_placement(load_tokenizer(model, bench.recipe.revision), bench.recipe.placement)
+        check_placement(load_tokenizer(model, bench.recipe), bench.recipe.placement)
 
 
 def trials(recipe: AxBenchRecipe) -> list[Trial]:
@@ -320,7 +320,7 @@ def _rated(tasks: Sequence[Task], answer: Answer, judge: RatingJudge) -> dict[in
     completions = answer(tasks)
     ratings = judge(
         [
-            (task.concept.description, task.instruction, completion.text)
+            (task.concept.description, task.instruction, completion.answer or "")
             for task, completion in zip(tasks, completions, strict=True)
         ]
     )

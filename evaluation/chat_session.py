@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +18,7 @@ from peft_psr.chat import pad_id, render_prompt
 from peft_psr.config import check_strength
 from peft_psr.judging import Message
 from peft_psr.positions import encode_chat
+from peft_psr.reasoning import opens_reasoning, split_reasoning
 
 from .shading import shaded_answer
 
@@ -31,11 +32,13 @@ class Answer:
     """An answer and what is needed to look at it again.
 
     Attributes:
-        text: What was printed.
+        text: What was printed, special tokens and reasoning included.
         ids: (1, answer) int64, without the token that ends the turn.
         prompt: The encoded conversation that it answers.
         alphas: Strength of each adapter that was active.
         cut: Why it stopped short: "interrupted", "max_new_tokens", "context", or `None` where it did not.
+        turn: What of it stays in the conversation, as chat templates render an earlier turn: without reasoning and
+            blanks around it. `None` where its reasoning was cut off: neither question nor answer stay.
     """
 
     text: str
@@ -43,6 +46,7 @@ class Answer:
     prompt: dict[str, torch.Tensor]
     alphas: dict[str, float]
     cut: str | None
+    turn: str | None
 
 
 class ChatSession:
@@ -172,7 +176,7 @@ class ChatSession:
         prompt = self._encode(conversation)
         room = self._room(prompt["input_ids"].shape[1])
         limit = self.max_new_tokens if room is None else min(room, self.max_new_tokens)
-        streamer = _Streamer(self.processing_class, on_text)
+        streamer = _Streamer(self.processing_class, on_text, self._stops())
         interrupted = False
         try:
             self._generate(prompt, limit, streamer)
@@ -184,14 +188,18 @@ class ChatSession:
         cut = None
         if interrupted:
             cut = "interrupted"
-        elif not ended:
+        elif not ended and len(ids) >= limit:  # else a text of the model's settings has ended it
             cut = "max_new_tokens" if limit == self.max_new_tokens else "context"
-        text = self.processing_class.decode(ids, skip_special_tokens=True)
+        text = self.processing_class.decode(ids, skip_special_tokens=False)
+        said = split_reasoning(text, opens_reasoning(render_prompt(self.processing_class, conversation))).answer
         alphas = {name: self.config(name).alpha for name in self.active}
-        answer = Answer(text, torch.tensor([ids], dtype=torch.long, device=self.model.device), prompt, alphas, cut)
+        turn = None if said is None else said.strip()
+        tokens = torch.tensor([ids], dtype=torch.long, device=self.model.device)
+        answer = Answer(text, tokens, prompt, alphas, cut, turn)
         if ids or not interrupted:
-            self.messages = [*messages, {"role": "assistant", "content": _as_turn(text)}]
             self.last = answer
+            if turn is not None:
+                self.messages = [*messages, {"role": "assistant", "content": turn}]
         return answer
 
     def _generate(self, prompt: dict[str, torch.Tensor], max_new_tokens: int, streamer: TextStreamer) -> None:
@@ -209,6 +217,7 @@ class ChatSession:
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
                 eos_token_id=self._stops() or None,
+                tokenizer=self.processing_class,
                 pad_token_id=pad_id(self.processing_class),
             )
 
@@ -276,21 +285,19 @@ class ChatSession:
 class _Streamer(TextStreamer):
     """Hands on text as it comes, and keeps the tokens."""
 
-    def __init__(self, processing_class, on_text: Callable[[str], None]) -> None:
-        super().__init__(processing_class, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+    def __init__(self, processing_class, on_text: Callable[[str], None], stops: Collection[int]) -> None:
+        super().__init__(processing_class, skip_prompt=True, skip_special_tokens=False)
+        self.on_text, self.stops = on_text, stops
         self.ids: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
+        tokens = value.flatten().tolist()
         if not self.next_tokens_are_prompt:
-            self.ids += value.flatten().tolist()
+            self.ids += tokens
+            if tokens[-1] in self.stops:  # the end of the turn is no part of the text
+                return
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self.on_text(text)
-
-
-def _as_turn(text: str) -> str:
-    """An answer as chat templates render it in an earlier turn: without reasoning and surrounding blanks."""
-    return text.rpartition("</think>")[2].strip()

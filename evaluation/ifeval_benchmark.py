@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from peft_psr.judging import JudgeScores
+from peft_psr.judging import JudgeScores, judge_answers
 from peft_psr.training import PromptPair, Triplet
 from peft_psr.training.assembly import prompt_pairs
 from peft_psr.training.ifeval import IFEvalJudge, read_ifeval
@@ -291,12 +291,12 @@ def _answers(
         batch_size=recipe.batch_size,
         seed=seed or 0,
     )
-    pairs, texts = [pair for pair, _ in asked], [completion.text for completion in completions]
+    pairs, answers = [pair for pair, _ in asked], [completion.answer for completion in completions]
     scores = [JudgeScores(None, None)] * len(asked)
     if recipe.coherence_judge:
         judge = cast(IFEvalJudge, bench.judge(pairs[0].trait)).coherence
         assert judge is not None
-        scores = judge([pair.prompt for pair in pairs], texts)  # type: ignore[misc]
+        scores = judge_answers(judge, [pair.prompt for pair in pairs], answers)
         check_answered([score.failure for score in scores])
     return [
         {
@@ -310,7 +310,7 @@ def _answers(
             "coherence": score.coherence,
         }
         for (pair, instructed), completion, followed, score in zip(
-            asked, completions, checkers.followed(pairs, texts), scores, strict=True
+            asked, completions, checkers.followed(pairs, [answer or "" for answer in answers]), scores, strict=True
         )
     ]
 

@@ -61,7 +61,7 @@ def shaded_answer(
     text, before = Text(), ""
     for i, strength in enumerate(openness):
         # what a token adds to the text depends on those before it; one that ends inside a letter waits for the next
-        so_far = processing_class.decode(answer_ids[0, : i + 1], skip_special_tokens=True)
+        so_far = processing_class.decode(answer_ids[0, : i + 1], skip_special_tokens=False)
         piece = so_far[len(before) :]
         if not piece or piece.endswith("\ufffd"):
             continue

@@ -16,6 +16,7 @@ from peft_psr.decoder import layer_index
 from peft_psr.training import Triplet, add_instruction, sample_completions
 from peft_psr.training.placement import Placement
 from peft_psr.training.sampling import Completion
+from peft_psr.training.triplets import drawn_tokens
 
 from .faithfulness import intervention_strength, measured_layers, triplet_batches
 from .pages import render_page
@@ -119,6 +120,7 @@ def map_adapters(
             "steered_prompt": steered_prompt,
             "completion": own[0].text,
             "truncated": own[0].truncated,
+            **drawn_tokens(own[0]),  # type: ignore[typeddict-item]
         }
         maps.append(map_tokens(model, processing_class, name, triplet))
     return maps

@@ -18,7 +18,15 @@ try:
     from rich.console import Console
 
     from peft_psr import cli_evaluate, cli_show, cli_train, cli_triplets
-    from peft_psr.cli_common import errors, load_config
+    from peft_psr.cli_common import (
+        CHAT_TEMPLATE,
+        REVISION,
+        TEMPLATE_ARGS,
+        TRUST_REMOTE_CODE,
+        errors,
+        load_config,
+        tokenizer_settings,
+    )
 except ImportError as error:  # pragma: no cover - depends on what is installed
     sys.exit(
         f"The psr command needs more than the adapter does ({error.name} is missing): pip install 'peft-psr[eval]'"
@@ -154,23 +162,27 @@ def compose(
 
 def _cut_settings(config: PSRConfig, rank: int | None, triplets: Path) -> dict[str, Any]:
     """What a rank cut takes besides the adapters: the base model, and samples from triplets."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    from peft_psr.loading import load_model, load_tokenizer
     from peft_psr.training import TripletCollator, read_triplets
 
     examples = read_triplets(triplets)
     base = config.base_model_name_or_path
     if base is None:
         raise ValueError("The adapters do not say which model they are for; name it with --base-model.")
-    collator = TripletCollator(AutoTokenizer.from_pretrained(base), config.positions, alpha=1.0)
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    return {"svd_rank": rank, "model": model, "samples": collator.steering_batches(examples)}
+    args = next((example.get("template_args") for example in examples), None)
+    collator = TripletCollator(load_tokenizer(base, config.revision, template_args=args), config.positions, alpha=1.0)
+    samples = collator.steering_batches(examples)
+    return {"svd_rank": rank, "model": load_model(base, config.revision), "samples": samples}
 
 
 @app.command()
 def chat(
     adapters: list[str] = typer.Argument(help="Folders or Hub names of adapters, or NAME=FOLDER to name one."),
     model: str = typer.Option("", help="Folder or Hub name of the base model; the adapters' own by default."),
+    revision: str = REVISION,
+    chat_template: Path | None = CHAT_TEMPLATE,
+    template_args: str = TEMPLATE_ARGS,
+    trust_remote_code: bool = TRUST_REMOTE_CODE,
     system: str = typer.Option("", help="Text of a system turn."),
     max_new_tokens: int = typer.Option(512, min=1, help="Longest answer, in tokens."),
     temperature: float | None = typer.Option(
@@ -195,12 +207,13 @@ def chat(
     with errors(console):
         named = chat_loop.name_adapters(adapters)
         chat_loop.check_transcript(output)
-        base = chat_loop.base_model_of(named, model)
+        base = chat_loop.base_model_of(named, model, revision or None)
+        settings = tokenizer_settings(named, chat_template, template_args, trust_remote_code)
         if dry_run:
             listed = ", ".join(f"{name} ({where})" for name, where in named.items())
             console.print(f"would talk to {base} with {listed}", soft_wrap=True, highlight=False, markup=False)
             return
-        steered, processing_class = chat_loop.load_chat_model(base, named)
+        steered, processing_class = chat_loop.load_chat_model(base, named, **settings)
         session = ChatSession(steered, processing_class, system, max_new_tokens, temperature, seed)
         chat_loop.Chat(session, console, output).run(chat_loop.read_lines(console))
 

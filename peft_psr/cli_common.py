@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
 import yaml
@@ -13,6 +15,48 @@ from rich.console import Console
 from rich.text import Text
 
 from peft_psr.training.recipe_fields import RecipeFields, in_words
+
+
+REVISION = typer.Option("", help="Branch, tag or commit of the base model; the adapters' own by default.")
+CHAT_TEMPLATE = typer.Option(None, help="File with a chat template, in place of the model's own.")
+TEMPLATE_ARGS = typer.Option(
+    "", help="Arguments of the chat template as JSON: '{\"enable_thinking\": false}'; by default the adapters' own."
+)
+TRUST_REMOTE_CODE = typer.Option(False, "--trust-remote-code", help="Run code that comes with a model on the Hub.")
+
+
+def tokenizer_settings(
+    adapters: Mapping[str, str], chat_template: Path | None, template_args: str, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What `peft_psr.loading.load_tokenizer` is given, from a command's options and its adapters.
+
+    Args:
+        adapters: {name: folder or Hub name}.
+        chat_template: A file, or `None`.
+        template_args: A JSON object, or empty for what the adapters were trained with.
+        trust_remote_code: As given.
+
+    Raises:
+        ValueError: `template_args` is no JSON object, or the adapters were trained with different ones.
+    """
+    from peft_psr.evaluation.chat import template_args_for
+
+    given: Any = None
+    if template_args:
+        try:
+            given = json.loads(template_args)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise ValueError(
+                "--template-args must be a JSON object such as '{\"enable_thinking\": false}', "
+                f"got {template_args!r}."
+            )
+    return {
+        "chat_template": None if chat_template is None else str(chat_template),
+        "template_args": template_args_for(adapters, given),
+        "trust_remote_code": trust_remote_code,
+    }
 
 
 def load_config(context: typer.Context, path: Path | None) -> Path | None:

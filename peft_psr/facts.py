@@ -69,6 +69,7 @@ class AdapterFacts:
         question: A question to ask in the card's example.
         base_model: The base model in words, where it has no name on the Hub. No path: this is for readers.
         base_model_revision: Commit of the base model that the adapter was trained on.
+        template_args: Arguments of the chat template that the adapter was trained with.
         data: Where the prompts and completions come from.
         triplets: How many triplets the adapter was trained on.
         objective: What was minimised, for example "mse", and from which start.
@@ -98,6 +99,7 @@ class AdapterFacts:
     question: str | None = None
     base_model: str | None = None
     base_model_revision: str | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
     data: str | None = None
     triplets: int | None = None
     objective: str | None = None

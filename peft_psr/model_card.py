@@ -161,6 +161,7 @@ def render(config: PSRConfig, facts: AdapterFacts, name: str, figure: str | None
         edited=_edited(config),
         method=_method(config),
         is_causal_lm=is_causal_lm,
+        template_args=repr(facts.template_args),
         name=json.dumps(name),
         question=json.dumps(facts.question or "What do you think of tea?", ensure_ascii=False),
         positions="" if config.positions == "response" else f', "{config.positions}"',

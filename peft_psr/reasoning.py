@@ -20,7 +20,7 @@ TAGS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("◁think▷", "◁/think▷"),
 )
-_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>")
+_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)(?:(?!<\|(?:channel|message|start|end)\|>).)*<\|message\|>", re.DOTALL)
 _CHANNEL_END = re.compile(r"<\|(?:end|return|call|start)\|>")
 _FRAMES = ("<|START_RESPONSE|>", "<|END_RESPONSE|>")
 

@@ -66,7 +66,7 @@ def read_adapter(source: str | os.PathLike) -> SavedAdapter:
     if not units:
         raise ValueError(f"{source} holds no weights of a PSR adapter.")
     name = Path(source).resolve().name if os.path.isdir(source) else source
-    return SavedAdapter(name, config, units, _facts_of(source) or AdapterFacts())
+    return SavedAdapter(name, config, units, read_facts(source) or AdapterFacts())
 
 
 def read_adapter_config(source: str) -> PSRConfig:
@@ -103,7 +103,16 @@ def _unit(state: Mapping[str, torch.Tensor], config: PSRConfig) -> PSRUnit:
     return unit
 
 
-def _facts_of(source: str) -> AdapterFacts | None:
+def read_facts(source: str) -> AdapterFacts | None:
+    """What is known about a saved adapter, or `None` if it has no facts.
+
+    Args:
+        source: A folder, or a name on the Hub.
+
+    Raises:
+        OSError: the Hub can't be reached.
+        ValueError: its facts can't be read.
+    """
     if os.path.isdir(source):
         return AdapterFacts.load(source)
     try:

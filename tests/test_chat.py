@@ -294,7 +294,7 @@ def test_adapters_that_do_not_go_together(folder, tmp_path):
     adapters = {"formal": str(folder / "formal"), "other": str(tmp_path / "other")}
     with pytest.raises(ValueError, match=f"formal for {folder / 'base'}; other for another/model.*--model"):
         base_model_of(adapters)
-    assert base_model_of(adapters, "mine") == "mine"
+    assert base_model_of(adapters, "mine") == ("mine", None)
     save_adapter(tmp_path / "homeless", "", seed=1)
     with pytest.raises(ValueError, match="'x' does not say which model it is for; name it with --model"):
         base_model_of({"x": str(tmp_path / "homeless")})

@@ -28,7 +28,7 @@ from peft_psr.training import (
 )
 from peft_psr.training.context import context_length, has_position_table
 from peft_psr.training.draws import Sample
-from peft_psr.training.filtering import MERGED, TOO_LONG, Fits
+from peft_psr.training.filtering import TOO_LONG, UNFIT, Fits
 from peft_psr.training.journal import Journal
 from peft_psr.training.run import COMPLETIONS, REPORT, TRIPLETS, TripletRun
 from peft_psr.training.train_run import TrainRun
@@ -72,17 +72,19 @@ PART = {"type": "text", "text": "what is tea"}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "must be text, got None"),
-        (3, "must be text, got 3"),
-        ([PART, {"type": "image", "url": "x"}], "must be text, or a list of parts such as .* got {'type': 'image'"),
-        (["what"], "must be text, or a list of parts such as .* got 'what'"),
+        (None, "got None"),
+        (3, "got 3"),
+        ([PART, {"type": "image", "url": "x"}], ".*got .*'image'"),
+        (["what"], r"got \['what'\]"),
     ],
 )
 def test_content_that_is_no_text_is_named(tmp_path, content, message):
     good, bad = triplets(completions=["tea", "dogs"])
     bad = {**bad, "prompt": [{"role": "user", "content": content}]}
     write(tmp_path / "t.jsonl", good, bad)
-    with pytest.raises(ValueError, match=f"t.jsonl, line 2: prompt: the content .* by 'user' {message}"):
+    with pytest.raises(
+        ValueError, match=f"t.jsonl, line 2: prompt: The content of a 'user' turn must be text, .*; {message}"
+    ):
         read_triplets(tmp_path / "t.jsonl")
     write(tmp_path / "t.jsonl", {**good, "prompt": [{"role": "user", "content": [PART]}]})
     assert read_triplets(tmp_path / "t.jsonl")[0]["prompt"][0]["content"] == [PART]
@@ -231,22 +233,27 @@ def merging_tokenizer():
 
 
 def test_what_fits():
-    fits = Fits(merging_tokenizer(), 128)
-    prompts = [USER], [{"role": "system", "content": "be brief"}, USER]
-    assert fits.reason(*prompts, "tea is good", False) is None and fits.reason(*prompts, " \n", False) is None
-    assert fits.reason(*prompts, "\n\ntea", False) == MERGED
-    assert fits.reason(*prompts, "tea" * 50, False) == TOO_LONG
-    assert Fits(merging_tokenizer(), None).reason(*prompts, "tea" * 50, True) is None
+    (pair,) = pairs(1)
+
+    def reason(completion, limit=128, **fields):
+        return Fits(merging_tokenizer(), limit).reason(pair, {"completion": completion, "truncated": False, **fields})
+
+    assert reason("tea is good") is None and reason(" \n") is None
+    assert reason("tea" * 50) == TOO_LONG and reason("tea" * 50, limit=None) is None
+    # the tokens that were drawn, or the completion's own, go behind those of the prompt
+    assert reason("\n\ntea") is None
+    assert reason("tea", completion_ids=[3, 4, 2]) == UNFIT
 
 
 class Scripted(LocalSampler):
-    """Draws given texts in turn."""
+    """Draws given texts in turn, the second of them with other tokens than its own."""
 
-    texts = ("tea is good", "\n\ntea", "long" * 40, "")
+    texts = ("tea is good", "tea", "long" * 40, "")
 
     def __call__(self, draws):
         for i, draw in enumerate(draws):
-            yield draw, Sample(self.texts[i % len(self.texts)], False)
+            number = i % len(self.texts)
+            yield draw, Sample(self.texts[number], False, ids=[3, 4, 2] if number == 1 else None)
 
 
 class Content(FakeJudge):
@@ -260,11 +267,11 @@ def test_what_training_cannot_use_is_dropped_when_it_is_drawn(tmp_path):
     run = TripletRun(tmp_path, recipe(), pairs(2), lambda: sampler, lambda trait: judge)
     counts = run.run()
     assert (counts.kept, counts.drawn, counts.judged, judge.asked) == (2, 8, 8, 2)
-    assert counts.dropped == {"empty completion": 2, MERGED: 2, TOO_LONG: 2}
-    assert MERGED in (tmp_path / REPORT).read_text() and "unusable" not in (tmp_path / TRIPLETS).read_text()
+    assert counts.dropped == {"empty completion": 2, UNFIT: 2, TOO_LONG: 2}
+    assert UNFIT in (tmp_path / REPORT).read_text() and "unusable" not in (tmp_path / TRIPLETS).read_text()
     again = TripletRun(tmp_path, recipe(), pairs(2), lambda: pytest.fail(), lambda trait: pytest.fail()).run()
     assert again == counts
-    assert [record.get("unusable") for record in lines(tmp_path / COMPLETIONS)][:4] == [None, MERGED, TOO_LONG, None]
+    assert [record.get("unusable") for record in lines(tmp_path / COMPLETIONS)][:4] == [None, UNFIT, TOO_LONG, None]
 
 
 def test_half_a_character_survives_in_files(tmp_path):

@@ -13,24 +13,28 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from peft_psr.chat import Prompt
+from peft_psr.reasoning import split_reasoning
 
 from .collator import TripletCollator
 from .context import row_length
+from .draws import PromptPair
 from .triplets import Triplet, check_scale
 
 
 SHINGLE_LENGTH = 5
 
 EMPTY = "empty completion"
-MERGED = "tokens merge with the prompt"
+NO_ANSWER = "reasoning without an answer"
+UNFIT = "tokens that can't be trained on"
 TOO_LONG = "longer than the model's context"
 NOT_SCORED = "the judge could not tell"
 INCOHERENT = "incoherent"
 TRAIT_TOO_WEAK = "trait too weak"
 TRAIT_IN_NEGATIVE = "negative with the trait"
 NEAR_DUPLICATE = "near-duplicate"
-REASONS = (EMPTY, MERGED, TOO_LONG, NOT_SCORED, INCOHERENT, TRAIT_TOO_WEAK, TRAIT_IN_NEGATIVE, NEAR_DUPLICATE)
+REASONS = (
+    EMPTY, NO_ANSWER, UNFIT, TOO_LONG, NOT_SCORED, INCOHERENT, TRAIT_TOO_WEAK, TRAIT_IN_NEGATIVE, NEAR_DUPLICATE,
+)  # fmt: skip
 """Why a completion is dropped, in the order in which the reasons are looked at."""
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -47,20 +51,19 @@ class Fits:
     def __init__(self, processing_class, limit: int | None) -> None:
         self.collator, self.limit = TripletCollator(processing_class, alpha=1.0), limit
 
-    def reason(self, prompt: Prompt, steered_prompt: Prompt, completion: str, truncated: bool) -> str | None:
-        """Returns why training can't use a completion, `MERGED` or `TOO_LONG`; None if it can, or if it is empty."""
-        if not completion.strip():
+    def reason(self, pair: PromptPair, drawn: Mapping[str, Any]) -> str | None:
+        """Returns why training can't use a completion, `UNFIT` or `TOO_LONG`; None if it can, or if it is empty.
+
+        Args:
+            pair: What it was drawn on.
+            drawn: `completion`, `truncated` and, where they are known, `completion_ids`.
+        """
+        if not drawn["completion"].strip():
             return None
-        triplet = {
-            "prompt": prompt,
-            "steered_prompt": steered_prompt,
-            "completion": completion,
-            "truncated": truncated,
-        }
         try:
-            row = self.collator.encode(triplet)
+            row = self.collator.encode({"prompt": pair.prompt, "steered_prompt": pair.steered_prompt, **drawn})
         except ValueError:
-            return MERGED
+            return UNFIT
         return TOO_LONG if self.limit is not None and row_length(row) > self.limit else None
 
 
@@ -90,6 +93,16 @@ class FilterSettings:
             raise ValueError(f"max_similarity must be above 0 and at most 1, or null, got {self.max_similarity}.")
 
 
+def answer_of(row: Mapping[str, Any]) -> str | None:
+    """Returns what there is to judge of a completion: all but finished reasoning; None where it was cut off."""
+    return split_reasoning(row["completion"], bool(row.get("reasoning_opened"))).answer
+
+
+def has_answer(row: Mapping[str, Any]) -> bool:
+    """Returns whether a completion says something."""
+    return bool((answer_of(row) or "").strip())
+
+
 def drop_reason(row: Mapping[str, Any], settings: FilterSettings, negative: bool = False) -> str | None:
     """Returns why a completion is dropped by its own text and scores, one of `REASONS`; None if it is not.
 
@@ -102,6 +115,8 @@ def drop_reason(row: Mapping[str, Any], settings: FilterSettings, negative: bool
     trait, coherence = row.get("trait_score"), row.get("coherence_score")
     if not row["completion"].strip():
         return EMPTY
+    if not has_answer(row):
+        return NO_ANSWER
     if row.get("unusable"):
         return row["unusable"]
     if trait is None or (coherence is None and settings.min_coherence_score > 0):

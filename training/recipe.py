@@ -11,19 +11,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from peft_psr.loading import EMBEDDED
+
 from .filtering import FilterSettings
-from .recipe_fields import FREE, Count, Names, RecipeFields, Share, read_recipe, yaml_files
+from .model_fields import ModelFields
+from .recipe_fields import FREE, Count, Names, Share, read_recipe, yaml_files
 
-
-EMBEDDED = "embedded"
-"""As a model's name: the one in the package; as a source of traits: its grammar."""
 
 Url = Annotated[str, Field(pattern=r"^https?://[^@?\s]+$")]
 VariableName = Annotated[str, Field(pattern="^[A-Z_][A-Z0-9_]*$")]
 Score = Annotated[float, Field(ge=0, le=100)]
 
 
-class DrawFields(RecipeFields):
+class DrawFields(ModelFields):
     """Where prompts come from, what is drawn here, who judges it and what is kept.
 
     Fields that may change between the starts of one run (they decide how fast, how stubbornly, and what is kept, but
@@ -169,9 +169,7 @@ class Recipe(DrawFields):
         "OPENAI_API_KEY", description="Environment variable with the server's key, if it wants one.",
         json_schema_extra=FREE,
     )  # fmt: skip
-    server_fields: dict[str, Any] = Field(
-        {}, description='More fields of each request: {"chat_template_kwargs": {"enable_thinking": false}}, say.'
-    )
+    server_fields: dict[str, Any] = Field({}, description='More fields of each request: {"top_k": -1}, say.')
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
@@ -183,9 +181,23 @@ class Recipe(DrawFields):
             raise ValueError(f"source: {self.source} has no choice of split; leave it out.")
         if self.negatives and self.source != "personas":
             raise ValueError(f"source: {self.source} has no instructions for the opposite; leave negatives out.")
+        if self.sampler == "server" and self.chat_template:
+            raise ValueError("chat_template is for a model that is drawn from here; a server has its own.")
+        own = self.server_fields.get("chat_template_kwargs", {})
+        if self.sampler == "server" and self.template_args and own and own != self.template_args:
+            raise ValueError(
+                f"template_args: {self.template_args} and server_fields say different things of the chat template "
+                f"(chat_template_kwargs: {own}); give template_args alone."
+            )
         if self.sampler == "server" and self.model == EMBEDDED:
             raise ValueError("model: embedded is drawn from here (sampler: local); name the model as the server does.")
         return self
+
+    @property
+    def request_fields(self) -> dict[str, Any]:
+        """What each request to the sampler's server holds besides: `server_fields`, and the template's arguments."""
+        named = {"chat_template_kwargs": self.template_args} if self.template_args else {}
+        return {**self.server_fields, **named}
 
 
 def load_recipe(recipe: str | Path | None, options: Mapping[str, Any] | None = None) -> Recipe:

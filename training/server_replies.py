@@ -137,8 +137,8 @@ def _read_error_field(error: Any) -> Mishap:
     fields = error if isinstance(error, Mapping) else getattr(error, "__dict__", {"message": error})
     said = f"the answer is an error: {fields.get('message') or error}"
     for code in (fields.get("code"), fields.get("status"), fields.get("status_code"), fields.get("type")):
-        if str(code).isdigit() and 400 <= int(code) < 600:
-            return _by_status(int(code), None, said, None)
+        if (number := str(code)).isdigit() and 400 <= int(number) < 600:
+            return _by_status(int(number), None, said, None)
         if code in _STATUS_OF:
             return _by_status(_STATUS_OF[code], code, said, None)
     return Mishap("server_error", said)

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_psr.chat_template import template_args_of
+
 from .collator import TripletCollator
 from .context import row_length, too_long
 from .draws import template_hash
+from .filtering import TOO_LONG, UNFIT
 from .run import NEGATIVES, STATE, TRIPLETS
 from .triplets import Triplet, check_scale, scan_triplets
 
@@ -22,9 +25,7 @@ from .triplets import Triplet, check_scale, scan_triplets
 Traits = dict[str, list[Triplet]]
 
 NO_TRIPLET = "no triplet"
-UNFIT = "tokens that can't be trained on"
-TOO_LONG = "longer than the model's context"
-"""Why `psr train` leaves a triplet out."""
+"""Why `psr train` leaves a line out; `UNFIT` and `TOO_LONG` are why it leaves a triplet out."""
 FIRST = 3
 """How many of those that are left out are named."""
 
@@ -148,7 +149,7 @@ def usable(
                 kind, reason = TOO_LONG, f"{where} has {too_long(length, limit)}."
         except ValueError as error:
             kind, reason = UNFIT, str(error)
-        except TypeError as error:  # a tokenizer's or a template's
+        except (TypeError, OverflowError) as error:  # a tokenizer's or a template's
             kind, reason = UNFIT, f"{where}: {error}"
         fine.append(kind is None)
         if kind is not None:
@@ -240,7 +241,7 @@ def check_origin(traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, 
     Raises:
         ValueError: they name another model, or another chat template.
     """
-    template = template_hash(tokenizer.chat_template)
+    template, args = template_hash(tokenizer.chat_template), template_args_of(tokenizer)
     for trait, triplets in traits.items():
         for triplet in triplets:
             drawn_from, drawn_with = triplet.get("model"), triplet.get("template_hash")
@@ -249,6 +250,13 @@ def check_origin(traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, 
                     f"triplets: those of {trait!r} were drawn from {drawn_from!r}, and an adapter is trained on the "
                     f"model's own completions, here {model!r}. Train --model {drawn_from}, or draw triplets from "
                     f"{model}, or, if both names mean one model, say --triplets-model {drawn_from}."
+                )
+            drawn_args = triplet.get("template_args", args) or {}
+            if drawn_args != args:
+                raise ValueError(
+                    f"triplets: those of {trait!r} were drawn with other arguments of the chat template "
+                    f"({json.dumps(drawn_args)}) than here ({json.dumps(args)}), so on other prompts. Train with "
+                    f"--template-args '{json.dumps(drawn_args)}', or draw them again."
                 )
             if drawn_with is not None and drawn_with != template:
                 raise ValueError(

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from .recipe_fields import FREE, Count, Names, RecipeFields, read_recipe, split, yaml_files
+from .model_fields import ModelFields
+from .recipe_fields import FREE, Count, Names, read_recipe, split, yaml_files
 
 
 Layer = Annotated[int, Field(ge=0)]
@@ -20,7 +21,7 @@ Weight = Annotated[float, Field(ge=0)]
 Objective = Literal["mse", "ll", "kl"]
 
 
-class TrainRecipe(RecipeFields):
+class TrainRecipe(ModelFields):
     """What is trained on which triplets, and how. Each field is an option of `psr train` too.
 
     Fields that may change between the starts of one run say so in their `json_schema_extra`; the others decide what

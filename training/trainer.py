@@ -11,10 +11,11 @@ import torch
 from accelerate.utils import DynamoBackend
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from peft_psr.decoder import layer_index
 from peft_psr.doors import is_encoder_decoder
+from peft_psr.loading import tokenizer_of
 
 from .arguments import PSRTrainingArguments
 from .branches import Batch, Branch, config_of, layers_downstream, psr_model, run_branch
@@ -98,7 +99,7 @@ class PSRTrainer(Trainer):
             )
         args = PSRTrainingArguments(output_dir="psr_output") if args is None else args
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = tokenizer_of(model)
         self.several = isinstance(train_dataset, Mapping)
         self.adapters = (
             [str(name) for name in cast(Mapping, train_dataset)] if self.several else [model.active_adapter]

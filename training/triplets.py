@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from peft_psr.chat import Prompt
 from peft_psr.files import has_half_pair, write_whole
-from peft_psr.judging import Judge, Message
+from peft_psr.judging import Judge, Message, content_text, judge_answers
 
 from .placement import add_instruction
-from .sampling import sample_completions
+from .sampling import Completion, sample_completions
 
 
 SCORES = ("trait_score", "coherence_score")
@@ -42,11 +42,16 @@ class Triplet(_Required, total=False):
         trait_score: How strongly y' shows the trait, 0-100, or `None` if the judge could not tell.
         coherence_score: How coherent y' is as an answer to x, 0-100, or `None`.
         truncated: y' was cut off at the token limit, so no end of turn follows it.
+        completion_ids: The tokens of y' as they were drawn, with the one that ends the turn; without them the text is
+            tokenised.
+        reasoning_opened: x' ends inside reasoning, which y' goes on with; it is judged by what follows.
     """
 
     trait_score: float | None
     coherence_score: float | None
     truncated: bool
+    completion_ids: list[int]
+    reasoning_opened: bool
 
 
 def generate_triplets(
@@ -98,7 +103,7 @@ def generate_triplets(
         seed=seed,
         progress="sampling triplets" if progress else None,
     )
-    scores = judge([prompt for prompt, _ in pairs], [sample.text for sample in samples])
+    scores = judge_answers(judge, [prompt for prompt, _ in pairs], [sample.answer for sample in samples])
     return [
         Triplet(
             prompt=prompt,
@@ -107,9 +112,16 @@ def generate_triplets(
             trait_score=score.trait,
             coherence_score=score.coherence,
             truncated=sample.truncated,
+            **drawn_tokens(sample),
         )
         for (prompt, steered), sample, score in zip(pairs, samples, scores, strict=True)
     ]
+
+
+def drawn_tokens(sample: Completion) -> dict[str, Any]:
+    """What a triplet holds of a completion besides its text."""
+    known: dict[str, Any] = {} if sample.ids is None else {"completion_ids": list(sample.ids)}
+    return known | {"reasoning_opened": True} if sample.opened else known
 
 
 def write_triplets(triplets: Iterable[Triplet], path: str | os.PathLike) -> None:
@@ -217,19 +229,12 @@ def check_fields(triplet: object, where: str) -> None:
             raise ValueError(f"{where}: {name} must be 0-100 or null, got {score!r}.")
 
 
-def _check_message(message: Mapping[str, Any], where: str) -> None:
-    role, content = message["role"], message["content"]
-    if not isinstance(role, str):
-        raise ValueError(f"{where}: a message's role must be text, got {role!r}.")
-    if content is None and message.get("tool_calls"):
+def _check_message(message: Message, where: str) -> None:
+    if not isinstance(message["role"], str):
+        raise ValueError(f"{where}: a message's role must be text, got {message['role']!r}.")
+    if message["content"] is None and message.get("tool_calls"):
         return
-    if isinstance(content, str):
-        return
-    if not isinstance(content, Sequence):
-        raise ValueError(f"{where}: the content of the message by {role!r} must be text, got {content!r}.")
-    for part in content:
-        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise ValueError(
-                f"{where}: the content of the message by {role!r} must be text, or a list of parts such as "
-                f'{{"type": "text", "text": "..."}}, got {part!r}.'
-            )
+    try:
+        content_text(message)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
