@@ -29,7 +29,7 @@ from peft_psr.training.axbench import (
 )
 from peft_psr.training.draws import draw_seed
 from peft_psr.training.placement import check_placement
-from peft_psr.training.recipe_fields import split
+from peft_psr.training.recipe_fields import Place, split
 from peft_psr.training.sampling import Completion
 from peft_psr.training.train_data import folder_name
 
@@ -66,7 +66,7 @@ class AxBenchRecipe(EvaluateRecipe):
         description="Train on the data set's own answers, which another model wrote, in place of answers that the "
         "model itself draws on prompts that ask for the concept.",
     )
-    questions_data: str | None = Field(
+    questions_data: Place | None = Field(
         None,
         description="File of instructions to try the concepts on, in AlpacaEval's layout or one a line; by default "
         "questions of the data set's shared negatives.",

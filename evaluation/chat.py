@@ -16,11 +16,13 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from safetensors import SafetensorError
 
 from peft_psr import PSRModel
 from peft_psr.chat import render_prompt
 from peft_psr.loading import ModelName, load_model, load_tokenizer, same_revision
 from peft_psr.saved_adapters import read_adapter_config, read_facts
+from peft_psr.text import check_unicode, composed
 
 from .chat_session import BASE, ChatSession
 from .experiment import write_json
@@ -37,6 +39,7 @@ def name_adapters(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, where = argument.partition("=")
         if not equals:
             where, name = argument, Path(argument).resolve().name
+        name = composed(name)
         if not re.fullmatch(r"[\w-]+", name) or name == BASE or name in PSRModel.prefix:
             raise ValueError(
                 f"{name!r} can't be the name of an adapter here (letters, digits, _ and -, but not {BASE!r} or a part "
@@ -150,6 +153,8 @@ def load_with_adapters(base: ModelName | str, adapters: Mapping[str, str], **set
                 model.load_adapter(where, adapter_name=name)
             else:
                 model = PeftModel.from_pretrained(model, where, adapter_name=name)
+        except SafetensorError as error:
+            raise ValueError(f"The weights of adapter {name!r} ({where}) can't be read: {error}") from error
         except RuntimeError as error:  # PyTorch's word for weights of another shape
             raise ValueError(f"Adapter {name!r} ({where}) does not fit the model {base}: {error}") from error
     return model.eval(), processing_class
@@ -207,7 +212,7 @@ class Chat:
                     raise ValueError(f"No command {command!r}; there are: {', '.join(self.commands)}.")
                 self.commands[command][0](rest.strip())
             elif command:
-                self._ask(line.strip())
+                self._ask(check_unicode(line, "The line").strip())
         except ValueError as error:
             self.console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
 
@@ -252,11 +257,11 @@ class Chat:
     def _use(self, rest: str) -> None:
         if not rest:
             raise ValueError(f"/use needs adapters: {'+'.join(self.session.names)}, some of them, or {BASE}.")
-        self.session.use([] if rest == BASE else [name.strip() for name in rest.split("+")])
+        self.session.use([] if rest == BASE else [name.strip() for name in composed(rest).split("+")])
         self._say_active()
 
     def _alpha(self, rest: str) -> None:
-        *names, number = rest.split() or [""]
+        *names, number = composed(rest).split() or [""]
         try:
             alpha = float(number)
         except ValueError:
@@ -275,12 +280,13 @@ class Chat:
         self.console.print(f"[dim]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
     def _gates(self, rest: str) -> None:
-        for name, text in self.session.gates(digits=self.console.color_system is None).items():
+        gates = self.session.gates(self.console.color_system is None, self.console.encoding)
+        for name, text in gates.items():
             self.console.print(f"[dim]{name}:[/] ", end="", highlight=False)
             self.console.print(text, soft_wrap=True)
 
     def _system(self, rest: str) -> None:
-        self.session.set_system(rest)
+        self.session.set_system(check_unicode(rest, "The text"))
         self._say("system turn set" if rest else "no system turn")
 
     def _reset(self, rest: str) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from rich.text import Text
 from transformers import TextStreamer
@@ -19,6 +18,8 @@ from peft_psr.config import check_strength
 from peft_psr.judging import Message
 from peft_psr.positions import encode_chat
 from peft_psr.reasoning import opens_reasoning, split_reasoning
+from peft_psr.rendering import TemplateRefusal
+from peft_psr.training.sampling import own_distribution
 
 from .shading import shaded_answer
 
@@ -203,18 +204,20 @@ class ChatSession:
         return answer
 
     def _generate(self, prompt: dict[str, torch.Tensor], max_new_tokens: int, streamer: TextStreamer) -> None:
+        settings: AbstractContextManager[None] = nullcontext()
         sampling: dict[str, Any] = {}
         if self.temperature == 0:
-            sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+            settings = own_distribution(self.model)
         elif self.temperature is not None:
             sampling = {"do_sample": True, "temperature": self.temperature}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), nullcontext() if self.active else self.model.disable_adapter():
+        with settings, torch.random.fork_rng(devices), nullcontext() if self.active else self.model.disable_adapter():
             torch.manual_seed(self.seed + len(self.messages))
             self.model.generate(
                 **prompt,
                 **sampling,
                 max_new_tokens=max_new_tokens,
+                num_beams=1,  # beams can't be shown as they come
                 streamer=streamer,
                 eos_token_id=self._stops() or None,
                 tokenizer=self.processing_class,
@@ -249,10 +252,10 @@ class ChatSession:
     def _render(self, conversation: list[Message]) -> None:
         try:
             render_prompt(self.processing_class, conversation)
-        except TemplateError as error:  # how templates say that they know no system turn
-            raise ValueError(f"The model's chat template refuses this: {error}") from error
+        except TemplateRefusal as error:
+            raise ValueError(f"The model's chat template refuses this: {error.reason}") from error
 
-    def gates(self, digits: bool = False) -> dict[str, Text]:
+    def gates(self, digits: bool = False, encoding: str = "utf-8") -> dict[str, Text]:
         """The last answer shaded for each adapter that was active then, at the strengths it had; see `shaded_answer`.
 
         Raises:
@@ -269,7 +272,9 @@ class ChatSession:
             for name, alpha in answer.alphas.items():
                 self.set_alpha(alpha, name)
             return {
-                name: shaded_answer(self.model, self.processing_class, answer.prompt, answer.ids, name, digits)
+                name: shaded_answer(
+                    self.model, self.processing_class, answer.prompt, answer.ids, name, digits, encoding
+                )
                 for name in answer.alphas
             }
         finally:

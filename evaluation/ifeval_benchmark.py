@@ -26,7 +26,7 @@ from peft_psr.judging import JudgeScores, judge_answers
 from peft_psr.training import PromptPair, Triplet
 from peft_psr.training.assembly import prompt_pairs
 from peft_psr.training.ifeval import IFEvalJudge, read_ifeval
-from peft_psr.training.recipe_fields import FREE, split
+from peft_psr.training.recipe_fields import FREE, Place, split
 from peft_psr.training.run import NothingKeptError
 
 from .ifeval_report import WITH_PROMPT, ifeval_report
@@ -53,7 +53,7 @@ class IFEvalRecipe(EvaluateRecipe):
         2,
         description="Parts of each type's prompts; each is answered with adapters made from the others' triplets.",
     )
-    train_data: str | None = Field(
+    train_data: Place | None = Field(
         None,
         description="Other prompts to draw the training triplets on, laid out as data: one adapter then answers all "
         "of a type's prompts, without folds.",

@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field
 from peft_psr.chat import Prompt
 from peft_psr.judging import content_text
 from peft_psr.training import PromptPair, Triplet
-from peft_psr.training.recipe_fields import FREE, Count, Names, split
+from peft_psr.training.recipe_fields import FREE, Count, Names, Place, split
 
 from .capability import check_capability, evaluate_capability
 from .injection import injected_rows
@@ -63,7 +63,7 @@ class SideEffectsRecipe(EvaluateRecipe):
     capability_limit: Count | None = Field(
         None, json_schema_extra=FREE, description="At most so many questions of each such task."
     )
-    capability_include_path: str | None = Field(
+    capability_include_path: Place | None = Field(
         None, json_schema_extra=FREE, description="Folder with such tasks of your own, as YAML files."
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from .judging import Message, content_text
+from .rendering import apply_template, check_tokenizer
 
 
 Prompt = str | Sequence[Message]
@@ -27,26 +28,20 @@ def render_prompt(processing_class, prompt: Prompt) -> str:
     An assistant's turn at the end is left open.
 
     Raises:
-        ValueError: a conversation is given and the tokenizer has no chat template, or a turn holds something else
-            than text.
+        ValueError: a conversation is given and the tokenizer has no chat template or one that refuses it, or a turn
+            holds something else than text.
     """
     if isinstance(prompt, str):
         return prompt
-    if processing_class.chat_template is None:
-        raise ValueError(
-            f"The tokenizer of {processing_class.name_or_path!r} has no chat template. Set "
-            "`tokenizer.chat_template` (--chat-template), or give plain-text prompts (str) instead of messages."
-        )
     if not begins_answer(prompt):
         return render_turns(processing_class, prompt, add_generation_prompt=True)
-    turns = _as_taken(processing_class, prompt)
-    return processing_class.apply_chat_template(turns, tokenize=False, continue_final_message=True)
+    return apply_template(processing_class, _as_taken(processing_class, prompt), continue_final_message=True)
 
 
 def render_turns(processing_class, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
     """Turns that have all come to their end, as the chat template writes them."""
     turns = _as_taken(processing_class, messages)
-    return processing_class.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return apply_template(processing_class, turns, add_generation_prompt=add_generation_prompt)
 
 
 def begins_answer(prompt: Prompt) -> bool:
@@ -56,6 +51,7 @@ def begins_answer(prompt: Prompt) -> bool:
 
 def _as_taken(processing_class, messages: Sequence[Message]) -> list[Message]:
     """Turns with their contents as the template takes them: as text, or in parts where it knows no other."""
+    check_tokenizer(processing_class)
     as_text = _takes_text(processing_class, str(processing_class.chat_template))
     taken = []
     for message in messages:
@@ -73,7 +69,7 @@ def _takes_text(processing_class, template: str) -> bool:
     turn: list[Any] = [{"role": "user", "content": _SENTINEL}]
     try:
         rendered = processing_class.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    except TemplateError:  # it wants a system turn, say
+    except (TemplateError, TypeError):  # it wants a system turn, say
         return True
     return _SENTINEL in rendered
 

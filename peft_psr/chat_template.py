@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .text import read_text
+
 
 _FIRST_LINE = re.compile(r"\{#- peft-psr (\{.*?\}) #\}.*?\n")
 _TAKEN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize"}
@@ -91,9 +93,9 @@ def read_chat_template(path: str | Path) -> str:
     if not file.is_file():
         raise FileNotFoundError(f"chat_template: there is no file {str(path)!r}.")
     try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"chat_template: {path} is not UTF-8: {error}. Save it as UTF-8.") from error
+        text = read_text(file)
+    except ValueError as error:
+        raise ValueError(f"chat_template: {error}") from error
     if not text.strip():
         raise ValueError(f"chat_template: {path} is empty.")
     return text

@@ -23,7 +23,9 @@ try:
         REVISION,
         TEMPLATE_ARGS,
         TRUST_REMOTE_CODE,
+        accept_any_encoding,
         errors,
+        home,
         load_config,
         tokenizer_settings,
     )
@@ -53,8 +55,12 @@ def _psr() -> None:
 @app.command()
 def demo(
     trait: str = typer.Option("sycophantic", help="A trait of the embedded model, or 'all'."),
-    model: str = typer.Option("", help="Folder of a rebuilt embedded model; the one in the package by default."),
-    output: Path = typer.Option(Path("psr_demo"), help="An empty folder for adapter, results and figures."),
+    model: str = typer.Option(
+        "", callback=home, help="Folder of a rebuilt embedded model; the one in the package by default."
+    ),
+    output: Path = typer.Option(
+        Path("psr_demo"), callback=home, help="An empty folder for adapter, results and figures."
+    ),
     seed: int = typer.Option(0, min=0, help="Makes the run repeatable on the same machine."),
     quick: bool = typer.Option(False, "--quick", help="Under 90 seconds; fewer samples, rougher numbers."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
@@ -74,7 +80,7 @@ def demo(
     logging.disable_progress_bar()
     traits = list(TRAITS) if trait == "all" else [trait]
     console = Console()
-    try:
+    with errors(console):
         for name in traits:
             if name not in TRAITS:
                 raise ValueError(f"No trait {name!r}; there are: {', '.join(TRAITS)}, or 'all'.")
@@ -82,18 +88,15 @@ def demo(
         if model and not (Path(model) / "config.json").is_file():
             raise FileNotFoundError(f"--model {model} is no model folder (it has no config.json).")
         if dry_run:
-            console.print(f"would train {', '.join(DEMO)}")
-            console.print(f"for {', '.join(traits)} with seed {seed}, and write to {output}/")
+            console.print(f"would train {', '.join(DEMO)}", markup=False)
+            console.print(f"for {', '.join(traits)} with seed {seed}, and write to {output}/", markup=False)
             return
         run_demo(traits, model or tiny_chat_path(), output, seed, quick, console)
-    except (ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from error
 
 
 @app.command()
 def push(
-    folder: Path = typer.Argument(help="An adapter folder: what `save_pretrained` wrote."),
+    folder: Path = typer.Argument(callback=home, help="An adapter folder: what `save_pretrained` wrote."),
     repo_id: str = typer.Argument(help="NAMESPACE/NAME on the Hub, or NAME for your own namespace."),
     base_model: str = typer.Option(
         "", help="The base model's name on the Hub, if the adapter was trained on a folder."
@@ -126,12 +129,16 @@ def push(
 
 @app.command()
 def compose(
-    adapters: list[str] = typer.Argument(help="Adapter folders, or names on the Hub."),
+    adapters: list[str] = typer.Argument(callback=home, help="Adapter folders, or names on the Hub."),
     weights: str = typer.Option(..., help='One number for each, such as "1.0,-0.5"; negative steers away.'),
-    output: Path = typer.Option(..., help="A new folder for the combination."),
-    base_model: str = typer.Option("", help="The base model's name, if the adapters name one model in several ways."),
+    output: Path = typer.Option(..., callback=home, help="A new folder for the combination."),
+    base_model: str = typer.Option(
+        "", callback=home, help="The base model's name, if the adapters name one model in several ways."
+    ),
     rank: int | None = typer.Option(None, min=1, help="Cut the combination to this rank; needs --triplets."),
-    triplets: Path | None = typer.Option(None, help="JSONL of answers to fit the cut to, of all the traits."),
+    triplets: Path | None = typer.Option(
+        None, callback=home, help="JSONL of answers to fit the cut to, of all the traits."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     config: Path | None = typer.Option(
         None, help="YAML file with any of these options.", callback=load_config, is_eager=True
@@ -177,8 +184,12 @@ def _cut_settings(config: PSRConfig, rank: int | None, triplets: Path) -> dict[s
 
 @app.command()
 def chat(
-    adapters: list[str] = typer.Argument(help="Folders or Hub names of adapters, or NAME=FOLDER to name one."),
-    model: str = typer.Option("", help="Folder or Hub name of the base model; the adapters' own by default."),
+    adapters: list[str] = typer.Argument(
+        callback=home, help="Folders or Hub names of adapters, or NAME=FOLDER to name one."
+    ),
+    model: str = typer.Option(
+        "", callback=home, help="Folder or Hub name of the base model; the adapters' own by default."
+    ),
     revision: str = REVISION,
     chat_template: Path | None = CHAT_TEMPLATE,
     template_args: str = TEMPLATE_ARGS,
@@ -188,7 +199,7 @@ def chat(
     temperature: float | None = typer.Option(
         None, min=0.0, help="Of the sampling; 0 takes the likeliest token. The model's own settings by default."
     ),
-    output: Path | None = typer.Option(None, help="A new JSON file to keep a transcript in."),
+    output: Path | None = typer.Option(None, callback=home, help="A new JSON file to keep a transcript in."),
     seed: int = typer.Option(0, min=0, help="Same seed, same conversation, same adapters: same answer."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     config: Path | None = typer.Option(
@@ -201,12 +212,14 @@ def chat(
 
     from peft_psr.evaluation import chat as chat_loop
     from peft_psr.evaluation.chat_session import ChatSession
+    from peft_psr.text import check_unicode
 
     logging.disable_progress_bar()
     console = Console()
     with errors(console):
         named = chat_loop.name_adapters(adapters)
         chat_loop.check_transcript(output)
+        check_unicode(system, "--system")
         base = chat_loop.base_model_of(named, model, revision or None)
         settings = tokenizer_settings(named, chat_template, template_args, trust_remote_code)
         if dry_run:
@@ -236,6 +249,7 @@ app.add_typer(cli_evaluate.evaluate, name="evaluate")
 
 def main() -> None:
     """Entry point of the `psr` command."""
+    accept_any_encoding()
     app()
 
 

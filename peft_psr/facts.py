@@ -16,6 +16,7 @@ from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from ._version import __version__
 from .config import check_strength
 from .files import write_whole
 
@@ -190,4 +191,4 @@ def _sha256(path: Path) -> str:
 
 def package_versions() -> dict[str, str]:
     """{package: version} of what trains and runs an adapter."""
-    return {name: version(name) for name in ("peft-psr", "peft", "transformers", "torch")}
+    return {"peft-psr": __version__} | {name: version(name) for name in ("peft", "transformers", "torch")}

@@ -85,6 +85,8 @@ def read_config(folder: Path) -> PSRConfig:
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+    except AttributeError as error:
+        raise ValueError(f"{path} holds no object, so no adapter's configuration.") from error
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if found != "PSR":

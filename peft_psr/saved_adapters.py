@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,9 +82,15 @@ def read_adapter_config(source: str) -> PSRConfig:
     """
     if not os.path.isdir(source) and not is_hub_name(source):
         raise ValueError(f"No adapter folder {source!r}, and no name on the Hub either.")
-    config = PeftConfig.from_pretrained(source)
+    try:
+        config = PeftConfig.from_pretrained(source)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The adapter_config.json of {source} is no adapter's configuration: {error}. Save the adapter again."
+        ) from error
     if not isinstance(config, PSRConfig):
-        raise ValueError(f"{source} holds an adapter of type {config.peft_type.value!r}, not 'PSR'.")
+        kind = getattr(config.peft_type, "value", None)
+        raise ValueError(f"{source} holds an adapter of type {kind!r}, not 'PSR'.")
     return config
 
 

@@ -133,6 +133,18 @@ def test_reasoning_that_was_cut_off_is_no_turn(monkeypatch):
     assert answer.turn is None and answer.cut == "max_new_tokens" and chat.messages == before
 
 
+def test_the_likeliest_token_whatever_the_models_settings_are(monkeypatch):
+    chat = session(THINKING)
+    expected = chat.ask("what is tea").text
+    chat.reset()
+    config = chat.model.get_base_model().generation_config
+    config.repetition_penalty, config.suppress_tokens, config.num_beams, config.do_sample = 5.0, [*range(90)], 3, True
+    assert chat.ask("what is tea").text == expected
+    sampling = session(THINKING, temperature=1.0)
+    sampling.model.get_base_model().generation_config.num_beams = 3
+    assert sampling.ask("what is tea").ids.numel()
+
+
 def test_a_text_that_ends_answers(monkeypatch):
     chat = session(THINKING)
     chat.model.get_base_model().generation_config.stop_strings = ["good"]

@@ -14,6 +14,7 @@ from typing import Any
 from peft_psr import loading
 from peft_psr.chat import encode_prompt
 from peft_psr.judging import Judge, Message, content_text
+from peft_psr.text import read_text
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions
 
 from .answer_cache import AnswerCache
@@ -300,7 +301,7 @@ def _read_prompt(recipe: Recipe, name: str) -> str | None:
         return None
     if not Path(file).is_file():
         raise FileNotFoundError(f"{name}: no file {file!r}.")
-    text = Path(file).read_text(encoding="utf-8")
+    text = read_text(file)
     if "{answer}" not in text:
         raise ValueError(f"{name}: {file} must hold {{answer}}, where the completion goes.")
     return text

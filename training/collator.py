@@ -60,7 +60,10 @@ class TripletCollator:
         """
         check_triplet(triplet, where)
         tokenizer, prompt, steered = self.processing_class, triplet["prompt"], triplet["steered_prompt"]
-        prompt_ids, steered_ids = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, steered)
+        try:
+            prompt_ids, steered_ids = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, steered)
+        except ValueError as error:  # a template may refuse the system turn
+            raise ValueError(f"{where}: {error}") from error
         completion = self._completion(triplet, prompt_ids, where)
         if not completion:
             raise ValueError(f"{where}: the completion {triplet['completion']!r} has no tokens.")

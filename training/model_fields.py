@@ -8,13 +8,13 @@ from pydantic import Field, field_validator
 
 from peft_psr.chat_template import check_template_args
 
-from .recipe_fields import FREE, RecipeFields
+from .recipe_fields import FREE, Place, RecipeFields
 
 
 class ModelFields(RecipeFields):
     """What decides, beside the model's name, how it is loaded and how it sees a conversation."""
 
-    chat_template: str | None = Field(
+    chat_template: Place | None = Field(
         None, description="File with a chat template, for models without one or in place of their own."
     )
     template_args: dict[str, Any] | None = Field(

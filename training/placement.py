@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
-from jinja2 import TemplateError
-
 from peft_psr.chat import Prompt, render_prompt
 from peft_psr.judging import Message, content_text
+from peft_psr.rendering import TemplateRefusal
 
 
 Placement = Literal["system", "before", "after"]
@@ -81,8 +80,10 @@ def check_placement(processing_class, placement: Placement) -> None:
     turns = [{"role": "system", "content": _SENTINEL}, {"role": "user", "content": "hello"}]
     try:
         text = render_prompt(processing_class, turns)
-    except TemplateError as error:
-        raise ValueError(f"The chat template of {model!r} takes no system turn ({error}). {_WAY_OUT}") from error
+    except TemplateRefusal as error:
+        raise ValueError(
+            f"The chat template of {model!r} takes no system turn ({error.reason}). {_WAY_OUT}"
+        ) from error
     if _SENTINEL not in text:
         raise ValueError(f"The chat template of {model!r} leaves the system turn's text out. {_WAY_OUT}")
 

@@ -15,7 +15,7 @@ from peft_psr.loading import EMBEDDED
 
 from .filtering import FilterSettings
 from .model_fields import ModelFields
-from .recipe_fields import FREE, Count, Names, Share, read_recipe, yaml_files
+from .recipe_fields import FREE, Count, Place, Share, TraitNames, read_recipe, yaml_files
 
 
 Url = Annotated[str, Field(pattern=r"^https?://[^@?\s]+$")]
@@ -36,11 +36,11 @@ class DrawFields(ModelFields):
         description="Where traits and questions come from: the embedded model's grammar, trait files in the Persona "
         "Vectors layout, IFEval's pairs of prompts, AxBench's concepts."
     )
-    data: str | None = Field(
+    data: Place | None = Field(
         None, description="File, folder or Hub data set of the source; for personas, the traits that ship by default."
     )
     data_revision: str | None = Field(None, description="Branch, tag or commit of a data set on the Hub.")
-    traits: Names = Field((), description="Traits or concepts by name, with commas between them; all by default.")
+    traits: TraitNames = Field((), description="Traits or concepts by name, with commas between them; all by default.")
     instructions: Count | None = Field(None, description="At most so many instructions a trait; all by default.")
     questions: Count | None = Field(None, description="At most so many questions a trait; all by default.")
     draws: Count = Field(10, description="Completions for each instruction and question.")
@@ -73,7 +73,7 @@ class DrawFields(ModelFields):
     coherence_judge: Literal["server", "local"] | None = Field(
         None, description="Who scores coherence for judge: ifeval, whose checkers don't."
     )
-    judge_model: str | None = Field(None, description="The model of a judge that is server or local.")
+    judge_model: Place | None = Field(None, description="The model of a judge that is server or local.")
     judge_revision: str | None = Field(None, description="Its revision on the Hub, for a local judge.")
     judge_url: Url | None = Field(
         None, description="The judge's server; that of the sampler by default.", json_schema_extra=FREE
@@ -86,13 +86,15 @@ class DrawFields(ModelFields):
     judge_batch_size: Count = Field(
         16, description="Most questions that a local judge reads together.", json_schema_extra=FREE
     )
-    judge_cache: str | None = Field(
+    judge_cache: Place | None = Field(
         None,
         description="File that keeps a judge's answers, for other runs too; in the run's folder by default.",
         json_schema_extra=FREE,
     )
-    trait_prompt: str | None = Field(None, description="File with a trait prompt for the judge, in place of its own.")
-    coherence_prompt: str | None = Field(None, description="File with a coherence prompt for the judge.")
+    trait_prompt: Place | None = Field(
+        None, description="File with a trait prompt for the judge, in place of its own."
+    )
+    coherence_prompt: Place | None = Field(None, description="File with a coherence prompt for the judge.")
 
     min_trait_score: Score = Field(
         50.0, description="A triplet needs as much, a negative less.", json_schema_extra=FREE
@@ -151,7 +153,7 @@ class Recipe(DrawFields):
     Fields that may change between the starts of one run say so in their `json_schema_extra`.
     """
 
-    model: str = Field(
+    model: Place = Field(
         min_length=1,
         description="Hub name or folder, or its name on the server; 'embedded' is the one in the package.",
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_psr.chat_template import template_args_of
+from peft_psr.text import composed
 
 from .collator import TripletCollator
 from .context import row_length, too_long
@@ -194,7 +195,7 @@ def _files(source: Path) -> list[Path]:
 
 def folder_name(trait: str) -> str:
     """A trait's name as that of a folder and of an adapter: letters, digits, - and _."""
-    return re.sub(r"[^\w-]+", "_", trait) or "_"
+    return re.sub(r"[^\w-]+", "_", composed(trait)) or "_"
 
 
 def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -> tuple[list[Triplet], list[Triplet]]:
