@@ -160,7 +160,7 @@ class TripletRun:
                         progress.advance(0, failures=1)
                         continue
                     tokens = {"prompt_tokens": outcome.prompt_tokens, "completion_tokens": outcome.completion_tokens}
-                    drawn = {"completion": outcome.text, "truncated": outcome.truncated, **tokens}
+                    drawn: dict[str, Any] = {"completion": outcome.text, "truncated": outcome.truncated, **tokens}
                     drawn |= {} if outcome.ids is None else {"completion_ids": outcome.ids}
                     drawn |= {"reasoning_opened": True} if outcome.opened else {}
                     if fits and (why := fits.reason(pair_of[draw.id], drawn)):
