@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from peft_psr.chat import pad_id
 from peft_psr.config import PSRConfig
 from peft_psr.positions import pad_rows
+from peft_psr.training.progress import Progress
 
 
 def check_capability(tasks: Sequence[str], include_path: str | None = None) -> None:
@@ -127,12 +127,13 @@ def _model_class() -> type:
             order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
             size = override_bs or self.batch_size
             answers: dict[int, tuple[float, bool]] = {}
-            for start in tqdm(range(0, len(order), size), desc="scoring", disable=disable_tqdm):
-                chosen = order[start : start + size]
-                pairs = [(requests[i][1], requests[i][2]) for i in chosen]
-                answers |= zip(
-                    chosen, score_continuations(self.model, self.tokenizer, pairs, self.max_length), strict=True
-                )
+            with Progress("scoring", len(order), unit="answers", shown=not disable_tqdm) as progress:
+                for start in range(0, len(order), size):
+                    chosen = order[start : start + size]
+                    pairs = [(requests[i][1], requests[i][2]) for i in chosen]
+                    scores = score_continuations(self.model, self.tokenizer, pairs, self.max_length)
+                    answers |= zip(chosen, scores, strict=True)
+                    progress.advance(len(chosen))
             for i, (strings, _, _) in enumerate(requests):
                 if strings is not None:
                     self.cache_hook.add_partial("loglikelihood", strings, answers[i])

@@ -10,7 +10,6 @@ from typing import Any
 from peft import PeftModel
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +18,7 @@ from peft_psr.model_card import write_model_card
 from peft_psr.positions import encode_chat
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
 from peft_psr.training import add_instruction, sample_completions
+from peft_psr.training.progress import Progress
 
 from .experiment import Experiment, Outcome, Sizes, Task, as_row, write_json
 from .faithfulness import intervention_strength, relative_rmse
@@ -122,35 +122,31 @@ def _run_trait(trait: str, model, processing_class, model_path: str, folder: Pat
     start = time.perf_counter()
     console.rule(f"[bold]{trait}")
     experiment = Experiment(model, processing_class, tiny_task(trait), sizes, seed)
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
     best: Outcome | None = None
     outcomes: list[Outcome] = []
-    with Progress(*columns, console=console, transient=True) as progress:
-        overall = progress.add_task("triplets and references", total=len(DEMO) + 1)
+    with Progress(trait, len(DEMO) + 1, unit="methods", shown=not console.quiet) as progress:
+        progress.note = "triplets and references"
         outcomes += experiment.prepare()
-        progress.advance(overall)
-        console.print(
-            f"{len(experiment.triplets)} triplets to train on, {len(experiment.held_out)} held out; "
-            f"single-layer methods edit layer {experiment.layer}"
-        )
+        progress.advance()
         for method in (METHODS[name] for name in DEMO):
-            progress.update(overall, description="all methods")
-            step = progress.add_task(f"training {method.name}", total=None)
 
-            def on_step(done: int, total: int, step=step) -> None:
-                progress.update(step, completed=done, total=total)
+            def on_step(done: int, total: int, name: str = method.name) -> None:
+                progress.note = f"training {name}, step {done} of {total}"
 
             steered, outcome = experiment.train(method, on_step)
-            progress.update(step, description=f"measuring {method.name}")
+            progress.note = f"measuring {method.name}"
             outcome = experiment.measure(steered, outcome)
             outcomes.append(outcome)
             if best is None or _merit(outcome) > _merit(best):
                 best = outcome
                 _save(steered, experiment, outcomes[0], outcome, folder / "adapter", model_path)
             steered.unload()
-            progress.remove_task(step)
-            progress.advance(overall)
+            progress.advance()
+        progress.note = ""
+    console.print(
+        f"{len(experiment.triplets)} triplets to train on, {len(experiment.held_out)} held out; "
+        f"single-layer methods edit layer {experiment.layer}"
+    )
     assert best is not None
     console.print(_table(trait, outcomes))
     for outcome in outcomes:

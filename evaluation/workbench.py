@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig, PreTrainedModel
 
 from peft_psr.facts import package_versions
@@ -32,8 +31,11 @@ from peft_psr.loading import model_path, same_revision
 from peft_psr.saved_adapters import read_peft_config
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, sample_completions, write_triplets
 from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
+from peft_psr.training.context import context_length
+from peft_psr.training.filtering import Fits
 from peft_psr.training.folder_lock import locked
 from peft_psr.training.placement import check_placement
+from peft_psr.training.progress import Progress
 from peft_psr.training.run import TripletRun
 from peft_psr.training.run_folder import check_run_folder, check_same_recipe
 from peft_psr.training.train_data import check_origin, folder_name, read_traits
@@ -73,7 +75,7 @@ class Workbench:
         self._held_out: dict[tuple[str, str], list[Triplet]] = {}
         self._pairs: dict[Split, dict[str, list[PromptPair]]] = {}
         self._judge_makers: dict[Split, Callable[[str], Judge]] = {}
-        self._progress: tuple[Progress, Any] | None = None
+        self._progress: Progress | None = None
 
     def check(self) -> None:
         """Raises what can be known to be wrong before any long work; writes nothing.
@@ -141,14 +143,9 @@ class Workbench:
                 "versions": package_versions(),
             }
             write_whole(self.folder / STATE, as_json(state))
-            columns = (
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )  # fmt: skip
-            with Progress(*columns, console=self.console, transient=True) as progress:
-                self._progress = progress, progress.add_task(self.benchmark, total=None)
+            with Progress(self.benchmark, None, unit="cells", shown=not self.console.quiet) as self._progress:
                 yield
-                self._progress = None
+            self._progress = None
 
     # ------------------------------------------------------------ what is measured
 
@@ -267,16 +264,21 @@ class Workbench:
             base, processing_class, [pair.steered_prompt for pair in asked], recipe.max_new_tokens,
             recipe.temperature, recipe.batch_size, recipe.seed + 1,
         )  # fmt: skip
+        fits = Fits(processing_class, context_length(base.config))
         rows = [
             Triplet(
                 prompt=pair.prompt, steered_prompt=pair.steered_prompt, completion=completion.text,
                 truncated=completion.truncated, **drawn_tokens(completion),
             )
             for pair, completion in zip(asked, completions, strict=True)
-            if completion.text
+            if completion.text.strip()
+            and not fits.reason(pair, {"completion": completion.text, "truncated": completion.truncated,
+                                       **drawn_tokens(completion)})
         ]  # fmt: skip
         if not rows:
-            raise ValueError(f"{model} answered every held-out prompt of {pairs[0].trait!r} with nothing.")
+            raise ValueError(
+                f"{model} answered every held-out prompt of {pairs[0].trait!r} with nothing that can be measured."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         write_triplets(rows, path)
         return rows
@@ -349,7 +351,7 @@ class Workbench:
     def expect(self, cells: int) -> None:
         """Say how many cells there will be."""
         if self._progress:
-            self._progress[0].update(self._progress[1], total=cells, completed=0)
+            self._progress.total = cells
 
     def cell(self, parameters: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `compute` returns, computed once for these parameters and the recipe, and kept as a file.
@@ -367,13 +369,16 @@ class Workbench:
         }  # fmt: skip
         path = self.folder / CELLS / f"{digest(full)}.json"
 
+        made = []
+
         def announced() -> dict[str, Any]:
+            made.append(path)
             self._say(", ".join(str(value) for value in parameters.values() if value != ""))
             return compute()
 
         result = kept_result(path, full, announced)
         if self._progress:
-            self._progress[0].advance(self._progress[1])
+            self._progress.advance(kept=not made)
         return result
 
     def _adapter(self, method: str, trait: str) -> Any:
@@ -398,7 +403,7 @@ class Workbench:
 
     def _say(self, what: str) -> None:
         if self._progress:
-            self._progress[0].update(self._progress[1], description=what)
+            self._progress.title = f"{self.benchmark}, {what}"
 
 
 def _filter_of(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ def train(
     warnings.simplefilter("ignore", FutureWarning)
     from transformers.utils import logging as transformers_logging
 
+    from peft_psr.training.train_data import in_words
     from peft_psr.training.train_recipe import load_train_recipe
     from peft_psr.training.train_run import TrainRun
 
@@ -51,6 +52,8 @@ def train(
                 held_out = f", {plan.held_out} held out" if plan.held_out else ""
                 todo = "is there already" if plan.finished else f"at most {plan.steps} steps"
                 console.print(f"{plan.trait}: {plan.train} triplets{held_out}; {todo}")
+                if plan.left_out:
+                    console.print(f"{plan.trait}: {len(plan.left_out)} triplets left out. {in_words(plan.left_out)}")
             console.print(f"and write to {output}/")
             return
         try:

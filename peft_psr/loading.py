@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from .chat_template import read_chat_template, set_chat_template
@@ -78,6 +78,20 @@ def load_tokenizer(
     template = None if chat_template is None else read_chat_template(chat_template)
     set_chat_template(processing_class, template, template_args)
     return processing_class
+
+
+def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A model's configuration.
+
+    Args:
+        name: Folder or Hub name; 'embedded' is the model in the package.
+        revision: Branch, tag or commit on the Hub.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        OSError: it can't be had.
+    """
+    return AutoConfig.from_pretrained(model_path(name), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def tokenizer_of(model: Any) -> Any:

@@ -17,6 +17,13 @@ def test_keys_tell_questions_apart():
     assert answer_key({"a": 1, "b": 2}, "x", {}) == answer_key({"b": 2, "a": 1}, "x", {})
 
 
+def test_half_a_character_is_kept(tmp_path):
+    cache = AnswerCache(tmp_path / "answers")
+    key = answer_key({}, "half \ud83d", {})
+    cache.put({key: {"text": "é \ud83d"}})
+    assert cache.get([key]) == {key: {"text": "é \ud83d"}}
+
+
 def test_cache_holds_more_than_a_query(tmp_path):
     cache = AnswerCache(tmp_path / "answers")
     cache.put({f"k{i}": {"score": i} for i in range(1200)})

@@ -79,6 +79,8 @@ def test_a_trial_is_of_the_concepts_genre_held_out_and_the_same_again():
         ("Rating: [[1]] out of 2", None),
         ("Rating: [[1]]\nIt does.", None),
         ("It says 'Rating: [[2]]'.\nRating: [[0]]", None),  # which of the two?
+        ("<think>Rating: [[1]]</think>\nRating: [[2]]", 2),
+        ("<think>Rating: [[1]]", None),
         ("2", None),
         ("", None),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import multiprocessing
 import os
@@ -21,7 +20,6 @@ from peft_psr.judging import JudgeScores
 from peft_psr.training import filtering, journal, local_judge
 from peft_psr.training.assembly import judge_maker, make_sampler, prompt_pairs
 from peft_psr.training.draws import Failure, PromptPair, Sample
-from peft_psr.training.progress import Progress
 from peft_psr.training.recipe import load_recipe
 from peft_psr.training.run import COMPLETIONS, FIGURE, MANIFEST, NEGATIVES, REPORT, SCORES, STATE, TRIPLETS, TripletRun
 
@@ -475,26 +473,3 @@ def test_progress_is_logged_where_there_is_no_terminal(tmp_path, caplog, capsys)
     assert any(line.startswith("sampling: 20 of 20 (100%)") and "420 tokens" in line for line in lines)
     assert any(line.startswith("judging: 20 of 20 (100%)") and "2,000 tokens" in line for line in lines)
     assert "\r" not in capsys.readouterr().err
-
-
-def test_progress_says_what_is_left(monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    progress = Progress("sampling", 1000, done=400)
-    clock[0] += 10
-    progress.advance(50, tokens=5000)
-    progress.advance(0, failures=2)
-    assert progress.line() == "sampling: 450 of 1000 (45%), 5.0/s, 5,000 tokens, 2 failed, 2 min left"
-
-
-def test_a_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    screen = Terminal()
-    monkeypatch.setattr("sys.stderr", screen)
-    with Progress("sampling", 3) as progress:
-        for _ in range(3):
-            progress.advance(tokens=1000)
-    assert "sampling" in screen.getvalue() and "3/3" in screen.getvalue() and "3,000 tokens" in screen.getvalue()

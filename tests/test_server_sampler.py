@@ -13,9 +13,10 @@ import pytest
 from unruly_server import MISHAPS, MODEL, UnrulyServer, at_random, reply_text
 
 from peft_psr.training.draws import Draw, Failure, Sample
-from peft_psr.training.server import ChatServer, Request, ServerError, TooManyFailures
+from peft_psr.training.server import ChatServer, Request, ServerError, TooManyFailures, _is_loopback
 from peft_psr.training.server_replies import retry_after
 from peft_psr.training.server_sampler import ServerSampler
+from peft_psr.training.server_settings import LIMITS
 
 
 KEY = "sk-Very/Secret+Key=42"
@@ -285,3 +286,85 @@ def test_an_error_in_the_requests_reaches_the_caller():
 
     with UnrulyServer() as server, pytest.raises(KeyError, match="broken"):
         list(client(server).stream(requests()))
+
+
+# ---------------------------------------------------------------- what servers differ in
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "action"),
+    [
+        ({"message": "slow down", "code": 429}, "rate_limited", "retry"),
+        ({"message": "slow down", "code": "rate_limit_exceeded"}, "rate_limited", "retry"),
+        ({"message": "upstream is down", "code": 502}, "server_error", "retry"),
+        ("out of memory", "server_error", "retry"),
+        ({"message": "no such model", "code": "404"}, "not_found", "stop"),
+        ({"message": "who?", "type": "authentication_error"}, "denied", "stop"),
+        ({"message": "no money", "code": 402}, "no_credit", "stop"),
+        ({"message": "too long", "code": "context_length_exceeded"}, "refused", "fail"),
+    ],
+)
+@pytest.mark.parametrize("in_choice", [False, True])
+def test_an_error_with_status_200(error, kind, action, in_choice):
+    body = {"choices": [{"index": 0, "error": error}]} if in_choice else {"error": error}
+    said = error if isinstance(error, str) else error["message"]
+    with UnrulyServer(lambda request, attempt: "ok" if attempt else json.dumps(body).encode()) as server:
+        chat = client(server, concurrency=1)
+        if action == "stop":
+            with pytest.raises(ServerError, match="401, the API key" if kind == "denied" else said):
+                list(ServerSampler(chat)(draws(1)))
+        else:
+            ((_, outcome),) = ServerSampler(chat)(draws(1))
+            assert outcome == (Sample(reply_text(server.bodies[0]), False, 7, 2) if action == "retry"
+                               else Failure(f"the answer is an error: {said}"))  # fmt: skip
+    assert chat.counts[kind] == 1 and len(server.bodies) == (2 if action == "retry" else 1)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_proxy_stands_before_this_machine(host, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")  # which takes a package that may be missing
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with UnrulyServer() as server:
+        chat = ChatServer(server.url.replace("127.0.0.1", host), MODEL, max_retries=0)
+        assert chat.models() == [MODEL]
+        assert isinstance(next(ServerSampler(chat)(draws(1)))[1], Sample)
+
+
+def test_loopback_by_every_name():
+    assert all(
+        map(_is_loopback, ("localhost", "LocalHost", "a.localhost", "127.0.0.1", "127.8.0.1", "::1", "0.0.0.0"))
+    )
+    assert not any(map(_is_loopback, ("api.openai.com", "10.0.0.1", "localhost.example", "8.8.8.8", "")))
+
+
+@pytest.mark.parametrize(("refused", "taken"), [LIMITS, LIMITS[::-1]])
+def test_the_name_of_the_token_limit_is_learnt_once(refused, taken):
+    words = f"400 Unsupported parameter: {refused!r} is not supported with this model."
+    with UnrulyServer(lambda body, attempt: words if refused in body else "ok") as server:
+        chat = client(server, concurrency=4)
+        requests = [(i, Request([{"role": "user", "content": str(i)}], {refused: 5})) for i in range(30)]
+        outcomes = dict(chat.stream(requests))
+    assert len(outcomes) == 30 and not [o for o in outcomes.values() if isinstance(o, Failure)]
+    assert sum(refused in body for body in server.bodies) <= 4 and all(
+        body[taken] == 5 for body in server.bodies if refused not in body
+    )
+    assert chat.counts["refused"] == 0 and chat.counts["adapted"] == sum(refused in body for body in server.bodies)
+
+
+def test_a_limit_that_is_too_large_is_no_other_name():
+    words = "400 'max_tokens' or 'max_completion_tokens' is too large: 256. The context length is 128."
+    with UnrulyServer(lambda body, attempt: words) as server:
+        with pytest.raises(ServerError, match="too large: 256"):
+            list(ServerSampler(client(server, concurrency=1))(draws(10)))
+    assert len(server.bodies) == 3 and all("max_tokens" in body for body in server.bodies)
+
+
+def test_half_a_character_is_left_out():
+    choice = b'{"index": 0, "finish_reason": "length", "message": {"content": "t\\ud83dea \\ud83d"}}'
+    body = b'{"model": "grader", "choices": [' + choice + b"]}"
+    with UnrulyServer(lambda request, attempt: body) as server:
+        ((_, sample),) = ServerSampler(client(server))(draws(1))
+    assert sample.text == "tea " and sample.truncated

@@ -27,8 +27,8 @@ class UnrulyServer:
     """Serves while it is entered.
 
     `behave(body, attempt)` gives "ok", one of `MISHAPS`, or a status such as "401" with or without words after it;
-    attempt counts equal bodies from 0. `reply(body)` gives the text, or (text, tokens) with tokens a list of
-    (token, {token: probability}).
+    attempt counts equal bodies from 0; or the bytes of an answer with status 200. `reply(body)` gives the text, or
+    (text, tokens) with tokens a list of (token, {token: probability}).
     """
 
     def __init__(self, behave=lambda body, attempt: "ok", reply=reply_text, delay=0.0, stall=1.0, retry_after="0.05"):
@@ -106,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.server_state
         if body["model"] != MODEL:
             return self._error(404, f"The model {body['model']} does not exist")
+        if isinstance(how, bytes):
+            return self._send(how)
         if how == "ok":
             return self._answer(body)
         if how == "timeout":
@@ -130,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, body):
         reply = self.server_state.reply(body)
         text, tokens = reply if isinstance(reply, tuple) else (reply, None)
-        choice = {"index": 0, "finish_reason": "stop" if len(text.split()) <= body["max_tokens"] else "length"}
+        limit = body.get("max_completion_tokens") or body["max_tokens"]
+        choice = {"index": 0, "finish_reason": "stop" if len(text.split()) <= limit else "length"}
         if "prompt" in body:
             choice["text"] = text
         else:

@@ -14,6 +14,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft_psr.files import encode
+
 
 KEYS_A_QUERY = 500
 """SQLite takes a limited number of variables."""
@@ -22,7 +24,7 @@ KEYS_A_QUERY = 500
 def answer_key(model: Mapping[str, Any], prompt: Any, parameters: Mapping[str, Any]) -> str:
     """SHA-256 of what was asked: of whom, what, and how, all JSON. API keys have no place in it."""
     content = json.dumps([model, prompt, parameters], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return hashlib.sha256(encode(content)).hexdigest()
 
 
 class AnswerCache:
@@ -64,7 +66,7 @@ class AnswerCache:
         Raises:
             OSError: the file can't be written, e.g. for want of space.
         """
-        rows = [(key, json.dumps(answer, ensure_ascii=False)) for key, answer in answers.items()]
+        rows = [(key, encode(json.dumps(answer, ensure_ascii=False)).decode()) for key, answer in answers.items()]
         with self._connection() as connection:
             connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
 

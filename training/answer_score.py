@@ -5,6 +5,9 @@
 over the integers n of 0-100 among the 20 likeliest first tokens; none if they hold less than 0.25 of the mass
 (METHOD 6).
 
+What follows a number decides whether it is one: "8" opens 8/10, "1" a list, "7" 7.5. So where the judge's own answer
+opens with a number, that answer is read as text too (`score_text`): no score if it is none.
+
 Tokenizers that write 85 as "8" "5" (Qwen, Gemma, Llama 2) break this: their first token is a digit, and the mean of
 digits is no score. A server tells too little to repair that, since it shows one continuation only, so the number in
 the text is taken. A local model can be asked for every number: see `local_judge`.
@@ -16,15 +19,17 @@ import math
 import re
 from typing import Literal, NamedTuple
 
+from peft_psr.reasoning import split_reasoning
+
+from .score_text import score_text
 from .server_replies import Answer, TopTokens
 
 
 TOP_TOKENS = 20
-"""How many of the likeliest tokens enter, by METHOD 6 and by the limit of most servers."""
+"""How many of the likeliest tokens enter, by METHOD 6; servers that give fewer are asked for what they give."""
 MIN_MASS = 0.25
 
 _INTEGER = re.compile(r"[▁Ġ\s]*(0|[1-9][0-9]?|100)\s*")
-_NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
 
 
 class Scored(NamedTuple):
@@ -51,15 +56,26 @@ def number_masses(top: TopTokens) -> dict[int, float]:
 
 
 def score_answer(answer: Answer) -> Scored:
-    """The score in a server's answer, from log-probabilities if there are any and its numbers are single tokens."""
+    """The score in a server's answer, from log-probabilities if there are any and its numbers are single tokens.
+
+    Where reasoning comes first, the score is what the text after it says, and none if it did not end.
+    """
     places = answer.tokens or []
-    # some tokenizers open an answer with a blank token
-    while places and not places[0][0].strip("▁Ġ \n"):
+    if split_reasoning(answer.text).reasoning is not None:
+        places = []
+    # some tokenizers open an answer with a blank token, some models with bold face
+    while places and not places[0][0].strip("▁Ġ \n*"):
         places = places[1:]
     if places:
         masses = number_masses(places[0][1])
         score = weighted_mean(masses)
-        if score is None or _whole_numbers(places, masses):
+        if score is None:
+            return Scored(None, "log-probabilities")
+        own = _INTEGER.fullmatch(places[0][0])
+        said = score_text(answer.text) if own else None
+        if own and said is None:
+            return Scored(None, "log-probabilities")
+        if _whole_numbers(places, masses) and (own is None or said == int(own[1])):
             return Scored(score, "log-probabilities")
     return Scored(score_text(answer.text, answer.finish_reason == "length"), "text")
 
@@ -69,20 +85,3 @@ def _whole_numbers(places: list[tuple[str, TopTokens]], masses: dict[int, float]
     # tell "7" from the first digit of 75. Digits in the token after a number show that numbers are split.
     split = _INTEGER.fullmatch(places[0][0]) and len(places) > 1 and places[1][0][:1].isdigit()
     return not split and max(masses) >= 10
-
-
-def score_text(text: str, cut_off: bool = False) -> float | None:
-    """The number 0-100 that the text opens with, or else the only one in it; `None` if there is no such number.
-
-    Args:
-        text: A judge's answer.
-        cut_off: The text ended at a token limit, so that a number at its end may lack digits.
-    """
-    text = text.strip()
-    numbers = list(_NUMBER.finditer(text))
-    if not numbers or (numbers[0].start() > 0 and len(numbers) > 1):
-        return None
-    if cut_off and numbers[0].end() == len(text):
-        return None
-    score = float(numbers[0][0])
-    return score if 0 <= score <= 100 else None

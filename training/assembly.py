@@ -19,6 +19,7 @@ from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messag
 
 from .answer_cache import AnswerCache
 from .axbench import axbench_pairs, read_axbench
+from .context import check_room, context_length
 from .draws import Draw, Failure, PromptPair, Sampler
 from .ifeval import IFEvalJudge, read_ifeval
 from .judge_prompts import COHERENCE_PROMPT, TRAIT_PROMPT
@@ -328,29 +329,34 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, pairs: Sequence[PromptPair]) -> Estimate:
-    """Returns what the recipe will ask for; loads a local model's tokenizer, and nothing else.
+    """Returns what the recipe will ask for; loads a local model's tokenizer and configuration, and nothing else.
 
     Raises:
         OSError: the tokenizer can't be had.
-        ValueError: the model takes no instruction where the recipe puts it.
+        ValueError: the model takes no instruction where the recipe puts it, or a prompt leaves no room for answers.
     """
     completions = len(pairs) * recipe.draws
     most = completions * recipe.max_new_tokens
     if recipe.sampler == "local":
         tokenizer = load_tokenizer(recipe.model, recipe)
         _check_template(recipe, tokenizer)
-        prompt_tokens = sum(len(encode_prompt(tokenizer, pair.steered_prompt)) for pair in pairs)
+        lengths = [len(encode_prompt(tokenizer, pair.steered_prompt)) for pair in pairs]
+        prompt_tokens = sum(lengths)
+        config = loading.load_config(recipe.model, recipe.revision, recipe.trust_remote_code).get_text_config()
+        ends = getattr(config, "rope_parameters", None) is None
+        prompts = [pair.steered_prompt for pair in pairs]
+        check_room(lengths, prompts, recipe.max_new_tokens, context_length(config), ends)
     else:
         prompt_tokens = sum(_length(pair.steered_prompt) for pair in pairs) // CHARACTERS_A_TOKEN
     calls, judge_tokens = 0, 0
     if recipe.model_judge:
         own, coherence = judge_prompts(recipe, pairs)
-        prompts = [
+        questions = [
             [coherence] if recipe.judge == "ifeval" else [coherence, own.get(p.trait, TRAIT_PROMPT)] for p in pairs
         ]
-        calls = recipe.draws * sum(map(len, prompts))
+        calls = recipe.draws * sum(map(len, questions))
         asked = sum(
-            len(text) + _length(pair.prompt) for pair, texts in zip(pairs, prompts, strict=True) for text in texts
+            len(text) + _length(pair.prompt) for pair, texts in zip(pairs, questions, strict=True) for text in texts
         )
         judge_tokens = recipe.draws * asked // CHARACTERS_A_TOKEN + calls * recipe.max_new_tokens
     return Estimate(completions, recipe.draws * prompt_tokens, most, calls, judge_tokens, recipe.sampler == "local")

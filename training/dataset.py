@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .collator import TripletCollator
+from .triplets import check_scale
 
 
 Row = dict[str, Any]
@@ -22,12 +23,15 @@ def encode_dataset(collator: TripletCollator, dataset: Any, name: str, adapter: 
         adapter: Place of the adapter that the triplets belong to.
 
     Raises:
-        ValueError: the data set is empty, or a triplet can't be used.
+        ValueError: the data set is empty, a triplet can't be used, or its scores, which weigh it, are given as 0-1.
     """
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: there are no triplets to work on.")
     rows = (collator.encode(triplet, f"{name}[{i}]") for i, triplet in enumerate(dataset))
-    return [{**row, "adapter": adapter, "where": f"{name}[{i}]"} for i, row in enumerate(rows)]
+    encoded = [{**row, "adapter": adapter, "where": f"{name}[{i}]"} for i, row in enumerate(rows)]
+    if collator.alpha == "trait_score":
+        check_scale(dataset, name)
+    return encoded
 
 
 def encode_datasets(collators: Mapping[str, TripletCollator], datasets: Any, name: str) -> list[Row]:

@@ -15,22 +15,56 @@ from typing import Any, TypeVar
 
 from peft_psr.reasoning import split_reasoning
 
-from .triplets import Triplet
+from .collator import TripletCollator
+from .context import row_length
+from .draws import PromptPair
+from .triplets import Triplet, check_scale
 
 
 SHINGLE_LENGTH = 5
 
 EMPTY = "empty completion"
 NO_ANSWER = "reasoning without an answer"
+UNFIT = "tokens that can't be trained on"
+TOO_LONG = "longer than the model's context"
 NOT_SCORED = "the judge could not tell"
 INCOHERENT = "incoherent"
 TRAIT_TOO_WEAK = "trait too weak"
 TRAIT_IN_NEGATIVE = "negative with the trait"
 NEAR_DUPLICATE = "near-duplicate"
-REASONS = (EMPTY, NO_ANSWER, NOT_SCORED, INCOHERENT, TRAIT_TOO_WEAK, TRAIT_IN_NEGATIVE, NEAR_DUPLICATE)
+REASONS = (
+    EMPTY, NO_ANSWER, UNFIT, TOO_LONG, NOT_SCORED, INCOHERENT, TRAIT_TOO_WEAK, TRAIT_IN_NEGATIVE, NEAR_DUPLICATE,
+)  # fmt: skip
 """Why a completion is dropped, in the order in which the reasons are looked at."""
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
+
+
+class Fits:
+    """Whether completions can be trained on, as far as a tokenizer and the length of the context tell.
+
+    Args:
+        processing_class: The tokenizer of the model that drew them.
+        limit: Positions of that model, `None` for no limit.
+    """
+
+    def __init__(self, processing_class, limit: int | None) -> None:
+        self.collator, self.limit = TripletCollator(processing_class, alpha=1.0), limit
+
+    def reason(self, pair: PromptPair, drawn: Mapping[str, Any]) -> str | None:
+        """Returns why training can't use a completion, `UNFIT` or `TOO_LONG`; None if it can, or if it is empty.
+
+        Args:
+            pair: What it was drawn on.
+            drawn: `completion`, `truncated` and, where they are known, `completion_ids`.
+        """
+        if not drawn["completion"].strip():
+            return None
+        try:
+            row = self.collator.encode({"prompt": pair.prompt, "steered_prompt": pair.steered_prompt, **drawn})
+        except ValueError:
+            return UNFIT
+        return TOO_LONG if self.limit is not None and row_length(row) > self.limit else None
 
 
 @dataclass(frozen=True)
@@ -73,7 +107,8 @@ def drop_reason(row: Mapping[str, Any], settings: FilterSettings, negative: bool
     """Returns why a completion is dropped by its own text and scores, one of `REASONS`; None if it is not.
 
     Args:
-        row: `completion`, `trait_score`, `coherence_score`. Without a score nobody knows whether it belongs.
+        row: `completion`, `trait_score`, `coherence_score`. Without a score nobody knows whether it belongs. Its
+            `unusable`, if there is one, is the reason why it can't be trained on, found when it was drawn.
         settings: The thresholds.
         negative: It was drawn to be without the trait.
     """
@@ -82,6 +117,8 @@ def drop_reason(row: Mapping[str, Any], settings: FilterSettings, negative: bool
         return EMPTY
     if not has_answer(row):
         return NO_ANSWER
+    if row.get("unusable"):
+        return row["unusable"]
     if trait is None or (coherence is None and settings.min_coherence_score > 0):
         return NOT_SCORED
     if coherence is not None and coherence < settings.min_coherence_score:
@@ -168,11 +205,12 @@ def filter_triplets(
         keep_negatives: Keep coherent completions without the trait too, for training with negative strength.
 
     Raises:
-        ValueError: a threshold outside 0-100, or nothing is left.
+        ValueError: a threshold outside 0-100, scores given as 0-1, or nothing is left.
     """
     settings = FilterSettings(min_trait_score, min_coherence_score, max_similarity=None)
     accepted = (None, TRAIT_TOO_WEAK) if keep_negatives else (None,)
     triplets = list(triplets)
+    check_scale(triplets, "filter_triplets")
     kept = [triplet for triplet in triplets if drop_reason(triplet, settings) in accepted]
     if not kept:
         raise ValueError(

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 
 from peft_psr.config import check_strength
 from peft_psr.decoder import layer_index
@@ -28,9 +27,11 @@ from peft_psr.loading import tokenizer_of
 
 from .branches import layers_downstream, psr_model
 from .collator import TripletCollator
+from .context import check_rows
 from .dataset import encode_dataset
 from .directions import Directions, directions_by_layer
 from .layer_streams import LayerStreams, Tokens
+from .progress import Progress
 from .ridge import Edit, Moments, fit_edit, fit_gates, mean_edit, mean_gates
 from .triplets import Triplet
 
@@ -103,12 +104,13 @@ def initialize_psr_weights(
         raise ValueError(f"At alpha 1, coefficient_bias={config.coefficient_bias:g} leaves no edit to start from.")
     collator = TripletCollator(processing_class, config.positions, alpha=1.0)
     rows = encode_dataset(collator, dataset, "dataset")
+    check_rows(rows, model)
     choosing = method == "ridge" and config.gate == "relu" and ridge_strength is None
     folds = fold_of_each(rows, FOLDS if choosing else 1)
     streams = LayerStreams(model, collator, rows, batch_size)
     for unit in units.values():
         unit.reset_parameters(init_weights=True)
-    with tqdm(total=len(names) * len(streams), desc=f"{method} start", disable=not progress) as bar:
+    with Progress(f"{method} start", len(names) * len(streams), unit="batches", shown=progress) as bar:
         for name, unit in units.items():
             moments = _sums(streams.at(name), folds, layers[name].width, bar)
             z = None if given is None else given[layer_index(name)].to(moments[0].gram.device)
@@ -127,7 +129,7 @@ def fold_of_each(rows: Sequence[dict[str, Any]], count: int) -> torch.Tensor:
     return folds
 
 
-def _sums(batches: Iterable[Tokens], folds: torch.Tensor, width: int, bar: tqdm) -> list[Moments]:
+def _sums(batches: Iterable[Tokens], folds: torch.Tensor, width: int, bar: Progress) -> list[Moments]:
     """Sums over the tokens of each fold."""
     moments: list[Moments] = []
     for tokens in batches:
@@ -139,7 +141,7 @@ def _sums(batches: Iterable[Tokens], folds: torch.Tensor, width: int, bar: tqdm)
         for number, sums in enumerate(moments):
             chosen = fold == number
             sums.add(tokens.stream[chosen], tokens.difference[chosen])
-        bar.update()
+        bar.advance()
     return moments
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft_psr.files import not_written
+from peft_psr.files import encode, not_written
 
 
 class Journal:
@@ -41,7 +41,7 @@ class Journal:
         Raises:
             OSError: the disk is full, for one. The file is left as it was; the message says what to do.
         """
-        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        line = encode(json.dumps(record, ensure_ascii=False) + "\n")
         try:
             written = 0
             while written < len(line):

@@ -17,6 +17,7 @@ from typing import Any
 
 from peft_psr.chat import Prompt
 from peft_psr.judging import JudgeScores, content_text
+from peft_psr.reasoning import split_reasoning
 
 from .answer_cache import AnswerCache, answer_key
 from .answer_score import TOP_TOKENS, Scored, score_answer
@@ -172,10 +173,11 @@ class ServerJudge(LLMJudge):
         """
         super().__init__(trait, trait_prompt, coherence_prompt, cache)
         self.server = server
-        self._warned = False
+        self._warned: set[str] = set()
 
     def _description(self) -> dict[str, Any]:
-        return {"engine": "OpenAI-compatible server", **self.server.describe(), **self._parameters()}
+        return {"engine": "OpenAI-compatible server", **self.server.describe(), **self._parameters(),
+                "top_logprobs": self.server.top_logprobs(TOP_TOKENS)}  # fmt: skip
 
     def _identity(self) -> dict[str, Any]:
         return {"model": self.server.model, "extra_body": self.server.extra_body}
@@ -203,14 +205,21 @@ class ServerJudge(LLMJudge):
                 yield {text: reply}
 
     def _read(self, reply: dict) -> Scored:
-        scored = score_answer(Answer(**reply))
-        if scored.source == "text" and not self._warned:
-            self._warned = True
-            why = "seems to split numbers into digits" if reply["tokens"] else "gives no log-probabilities"
-            logger.warning(
-                "The judge %s at %s %s: scores are the numbers in its answers, not weighted by probability.",
-                self.server.model,
-                self.server.host,
-                why,
+        answer = Answer(**reply)
+        scored = score_answer(answer)
+        if answer.finish_reason == "length" and not (split_reasoning(answer.text).answer or "").strip():
+            self._warn(
+                f"thinks before it answers, and its {ANSWER_TOKENS} tokens do not reach the answer: no score. Switch "
+                "its reasoning off by judge_fields (extra_body), such as "
+                '{"chat_template_kwargs": {"enable_thinking": false}}'
             )
+        elif scored.source == "text":
+            several = "seems to split numbers into several tokens, or to reason before it answers"
+            why = several if answer.tokens else "gives no log-probabilities"
+            self._warn(f"{why}: scores are the numbers in its answers, not weighted by probability")
         return scored
+
+    def _warn(self, what: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("The judge %s at %s %s.", self.server.model, self.server.host, what)

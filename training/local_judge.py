@@ -7,6 +7,10 @@ numbers are several tokens (most often digits), the probability of each number i
 
 with t the tokens of n and c the tokens that would turn n into another number of 0-100: 8 is 8 only if no 0-9
 follows. The prompt is read once; the ten or so beginnings of numbers are then tried on its cache.
+
+As from a server, what follows a number decides whether it is one: where the likeliest answer opens with a number, its
+first `ANSWER_TOKENS` tokens are read as text, and if that is no score (8/10, a list, a count) there is none. What
+would follow the less likely numbers is not looked at.
 """
 
 from __future__ import annotations
@@ -30,9 +34,13 @@ from .answer_score import TOP_TOKENS, Scored, number_masses, weighted_mean
 from .draws import Failure, template_hash
 from .judge_prompts import COHERENCE_PROMPT, TRAIT_PROMPT
 from .llm_judge import LLMJudge
+from .score_text import score_text
 
 
 Tokens = tuple[int, ...]
+
+ANSWER_TOKENS = 8
+"""Enough for " out of 100" after the digits of a number."""
 
 
 class LocalJudge(LLMJudge):
@@ -79,7 +87,10 @@ class LocalJudge(LLMJudge):
         return self._model_identity
 
     def _parameters(self) -> dict[str, Any]:
-        return {"numbers": "single tokens" if _single(self.numbers) else "several tokens"}
+        return {
+            "numbers": "single tokens" if _single(self.numbers) else "several tokens",
+            "answer_tokens": ANSWER_TOKENS,
+        }
 
     @torch.no_grad()
     def _ask(self, texts: list[str]) -> Generator[dict[str, dict | Failure]]:
@@ -90,30 +101,58 @@ class LocalJudge(LLMJudge):
             was_training = self.model.training
             self.model.eval()
             try:
-                masses = self._masses([ids[i] for i in rows])
+                scores = self._scores_of([ids[i] for i in rows])
             finally:
                 self.model.train(was_training)
             self.usage["calls"] += len(rows)
             self.usage["prompt_tokens"] += sum(len(ids[i]) for i in rows)
-            yield {texts[i]: {"score": weighted_mean(row)} for i, row in zip(rows, masses, strict=True)}
+            yield {texts[i]: {"score": score} for i, score in zip(rows, scores, strict=True)}
 
     def _read(self, reply: dict) -> Scored:
         return Scored(reply["score"], "log-probabilities")
 
-    def _masses(self, ids: list[list[int]]) -> list[dict[int, float]]:
-        """The probability of each number as an answer to each prompt."""
+    def _scores_of(self, ids: list[list[int]]) -> list[float | None]:
+        """The score in the answer to each prompt."""
         # weights that accelerate offloads are on no device between calls; its hooks move what is given to them
         device = torch.device("cpu") if self.model.device.type == "meta" else self.model.device
         input_ids = pad_rows(ids, pad_id(self.processing_class), device)
         mask = pad_rows([[1] * len(row) for row in ids], 0, device)
+        read = _forward(self.model, input_ids, mask)
         if _single(self.numbers):
-            first = _forward(self.model, input_ids, mask).logits[:, -1].float().log_softmax(-1)
+            first = read.logits[:, -1].float().log_softmax(-1)
             top = first.topk(min(TOP_TOKENS, first.shape[-1]))
-            return [
+            masses = [
                 number_masses([(self.processing_class.decode([t]), p) for t, p in zip(tokens, logprobs, strict=True)])
                 for tokens, logprobs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
             ]
-        return number_probabilities(self.model, input_ids, mask, self.numbers)
+        else:
+            masses = number_probabilities(self.model, read, mask, self.numbers)
+        scores = [weighted_mean(row) for row in masses]
+        numerals = {tokens[0] for tokens in self.numbers.values()}
+        opens = [token in numerals for token in read.logits[:, -1].argmax(-1).tolist()]
+        if any(numeral and score is not None for numeral, score in zip(opens, scores, strict=True)):
+            said = self._likeliest_answers(read, mask)
+            scores = [
+                None if numeral and score_text(*answer) is None else score
+                for numeral, answer, score in zip(opens, said, scores, strict=True)
+            ]
+        return scores
+
+    def _likeliest_answers(self, read, attention_mask: torch.Tensor) -> list[tuple[str, bool]]:
+        """How the likeliest answer to each prompt begins, and whether it goes on beyond that; uses the cache up."""
+        chosen = [read.logits[:, -1].argmax(-1, keepdim=True)]  # (batch, 1) each
+        for _ in range(ANSWER_TOKENS - 1):
+            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
+            read = _forward(self.model, chosen[-1], attention_mask, read.past_key_values)
+            chosen.append(read.logits[:, -1].argmax(-1, keepdim=True))
+        ends = self.model.generation_config.eos_token_id
+        stops = {*(ends if isinstance(ends, list) else [ends]), self.processing_class.eos_token_id}
+        answers = []
+        for row in torch.cat(chosen, dim=1).tolist():
+            length = next((i for i, token in enumerate(row) if token in stops), len(row))
+            text = self.processing_class.decode(row[:length], skip_special_tokens=True)
+            answers.append((text, length == len(row)))
+        return answers
 
 
 def number_tokens(processing_class) -> dict[int, Tokens]:
@@ -149,17 +188,15 @@ def number_tokens(processing_class) -> dict[int, Tokens]:
 
 
 def number_probabilities(
-    model: PreTrainedModel | PeftModel,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    numbers: dict[int, Tokens],
+    model: PreTrainedModel | PeftModel, read, attention_mask: torch.Tensor, numbers: dict[int, Tokens]
 ) -> list[dict[int, float]]:
     """The probability that each number is what the model answers; the formula is at the top of this module.
 
     Args:
         model: A causal language model.
-        input_ids: (batch, seq) int64, prompts padded on the left.
-        attention_mask: (batch, seq), 0 on padding.
+        read: What it made of the prompts, padded on the left: logits of the last token, and a cache that is left as
+            it is.
+        attention_mask: Of the prompts, (batch, seq), 0 on padding.
         numbers: The tokens of each number, none the same as another's.
 
     Returns:
@@ -167,11 +204,10 @@ def number_probabilities(
     """
     beginnings = {tokens[:length] for tokens in numbers.values() for length in range(1, len(tokens))}
     longest = [b for b in beginnings if not any(b == other[: len(b)] and b != other for other in beginnings)]
-    read = _forward(model, input_ids, attention_mask)
     after: dict[Tokens, torch.Tensor] = {}  # log-probabilities (batch, vocabulary), by the tokens before
     after[()] = read.logits[:, -1].float().log_softmax(-1)
     for beginning in sorted(longest):
-        rows = torch.tensor([beginning], device=input_ids.device).expand(len(input_ids), -1)
+        rows = torch.tensor([beginning], device=attention_mask.device).expand(len(attention_mask), -1)
         mask = torch.cat([attention_mask, torch.ones_like(rows)], dim=1)
         logits = _forward(model, rows, mask, copy.deepcopy(read.past_key_values)).logits
         for place in range(len(beginning)):
@@ -184,7 +220,7 @@ def number_probabilities(
             longer = {t[len(tokens)] for t in numbers.values() if t[: len(tokens)] == tokens and t != tokens}
             probability = probability * (1 - after[tokens][:, sorted(longer)].exp().sum(-1))
         probabilities[number] = probability.tolist()
-    return [{number: rows[i] for number, rows in probabilities.items()} for i in range(len(input_ids))]
+    return [{number: rows[i] for number, rows in probabilities.items()} for i in range(len(attention_mask))]
 
 
 def _forward(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache=None):

@@ -29,7 +29,7 @@ class Counts:
     Attributes:
         planned: Draws of the recipe.
         drawn: Those that gave a completion.
-        judged: Those that were scored, or were empty and need no score.
+        judged: Those that were scored, or were empty or could not be trained on and need no score.
         kept: Triplets to train on.
         negatives: Completions kept apart.
         truncated: Of the kept triplets, how many were cut off at the token limit.

@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from peft_psr.facts import package_versions
-from peft_psr.files import write_whole
+from peft_psr.files import encode, write_whole
 from peft_psr.judging import Judge
 
+from .context import context_length
 from .draws import Draw, Failure, PromptPair, Sampler, draws_on
-from .filtering import answer_of, has_answer, sort_out
+from .filtering import Fits, answer_of, has_answer, sort_out
 from .folder_lock import locked
 from .journal import Journal
 from .progress import Progress
 from .recipe import Recipe
 from .report import Counts, histograms, report
 from .run_folder import check_run_folder, check_same_recipe
+from .sampling import LocalSampler
 
 
 STATE = "run.json"
@@ -142,6 +144,12 @@ class TripletRun:
         sampler = self.make_sampler()
         self._describe_sampler(sampler)
         origin = {name: self._state["sampler"].get(name) for name in ORIGIN}
+        pair_of = {draw.id: pair for pair in self.pairs for draw in self.draws[pair.id]}
+        fits = (
+            Fits(sampler.processing_class, context_length(sampler.model.config))
+            if isinstance(sampler, LocalSampler)
+            else None
+        )
         outcomes = sampler(waiting)
         try:
             with Progress("sampling", len(every), len(every) - len(waiting)) as progress:
@@ -152,9 +160,11 @@ class TripletRun:
                         progress.advance(0, failures=1)
                         continue
                     tokens = {"prompt_tokens": outcome.prompt_tokens, "completion_tokens": outcome.completion_tokens}
-                    drawn = {"completion": outcome.text, "truncated": outcome.truncated, **tokens}
+                    drawn: dict[str, Any] = {"completion": outcome.text, "truncated": outcome.truncated, **tokens}
                     drawn |= {} if outcome.ids is None else {"completion_ids": outcome.ids}
                     drawn |= {"reasoning_opened": True} if outcome.opened else {}
+                    if fits and (why := fits.reason(pair_of[draw.id], drawn)):
+                        drawn["unusable"] = why
                     completions.append({**record, **drawn})
                     progress.advance(tokens=sum(count or 0 for count in tokens.values()))
         finally:
@@ -188,13 +198,13 @@ class TripletRun:
                 )
 
     def _judge(self, completions: Journal, scores: Journal) -> None:
-        """Score what was drawn, by its bare prompt; an empty completion needs no judge."""
+        """Score what was drawn, by its bare prompt; what is empty or can't be trained on needs no judge."""
         drawn, judged = _successes(completions.records), _successes(scores.records)
         every = [
             (pair, draw)
             for pair in self.pairs
             for draw in self.draws[pair.id]
-            if draw.id in drawn and has_answer(drawn[draw.id])
+            if draw.id in drawn and _needs_judge(drawn[draw.id])
         ]
         waiting: dict[str, list[tuple[PromptPair, Draw]]] = {}
         for pair, draw in every:
@@ -255,10 +265,11 @@ class TripletRun:
                 **{name: drawn[draw.id].get(name) for name in ("completion", "truncated", "seed", *ORIGIN)},
                 **{name: drawn[draw.id][name] for name in TOKENS if name in drawn[draw.id]},
                 **{name: judged.get(draw.id, {}).get(name) for name in ("trait_score", "coherence_score")},
+                **{name: drawn[draw.id][name] for name in ("unusable",) if name in drawn[draw.id]},
             }
             for pair in self.pairs
             for draw in self.draws[pair.id]
-            if draw.id in drawn and (draw.id in judged or not has_answer(drawn[draw.id]))
+            if draw.id in drawn and (draw.id in judged or not _needs_judge(drawn[draw.id]))
         ]
         reasons = sort_out(rows, self.recipe.filter)
         counts = Counts.of(
@@ -278,7 +289,7 @@ class TripletRun:
         for name, kept in files.items():
             content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
             write_whole(self.folder / name, content)
-            hashes[name] = {"rows": len(kept), "sha256": hashlib.sha256(content.encode()).hexdigest()}
+            hashes[name] = {"rows": len(kept), "sha256": hashlib.sha256(encode(content)).hexdigest()}
         write_whole(self.folder / FIGURE, histograms(rows, reasons, self.recipe.filter))
         write_whole(self.folder / REPORT, report(rows, reasons, counts, self.recipe, FIGURE))
         manifest = {
@@ -311,6 +322,10 @@ def _name_as_now(state: dict[str, Any]) -> None:
 def _successes(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """{id: record} of what has come off; failures are tried again."""
     return {record["id"]: record for record in records if "id" in record and "failure" not in record}
+
+
+def _needs_judge(record: dict[str, Any]) -> bool:
+    return has_answer(record) and "unusable" not in record
 
 
 def _hash(data: Any) -> str:

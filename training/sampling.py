@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from peft_psr.chat import Prompt, decode_completion, encode_prompt, pad_id, render_prompt
@@ -21,9 +20,11 @@ from peft_psr.chat_template import template_args_of
 from peft_psr.positions import chat_mask, pad_rows
 from peft_psr.reasoning import opens_reasoning, split_reasoning
 
+from .context import check_room, context_length, has_position_table
 from .draws import Draw, Failure, Sample, draw_seed, template_hash
 from .gumbel import GumbelLogitsProcessor
 from .partial import attribute
+from .progress import Progress
 
 
 logger = logging.getLogger(__name__)
@@ -126,10 +127,10 @@ def sample_completions(
         for i, prompt in enumerate(prompts)
     ]
     results: list[Completion | None] = [None] * len(rows)
-    with tqdm(total=len(rows), desc=progress, disable=progress is None) as bar:
+    with Progress(progress or "sampling", len(rows), shown=progress is not None) as bar:
         for row, completion in _sample(model, processing_class, rows, max_new_tokens, temperature, batch_size):
             results[row.index] = completion
-            bar.update()
+            bar.advance()
     return results  # type: ignore[return-value]
 
 
@@ -219,6 +220,8 @@ def _sample(
     batch_size: int,
 ) -> Iterator[tuple[_Row, Completion]]:
     """Longest prompts first, so that memory runs out at once if it does; then with half the batch from there on."""
+    limit, ends = context_length(model.config), has_position_table(model)
+    check_room([len(row.ids) for row in rows], [row.prompt for row in rows], max_new_tokens, limit, ends)
     waiting = sorted(rows, key=lambda row: -len(row.ids))
     was_training = model.training
     model.eval()

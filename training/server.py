@@ -8,6 +8,7 @@ and kept nowhere else.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
 import queue
@@ -26,6 +27,7 @@ from peft_psr.chat import Prompt
 
 from .draws import Failure
 from .server_replies import Answer, Mishap, read_answer, read_error
+from .server_settings import LearntSettings
 
 
 logger = logging.getLogger(__name__)
@@ -81,7 +83,8 @@ class ChatServer:
         counts: `requests` sent, every attempt; `answered`; `retried`; `failed`, given up after all retries; and of the
             attempts: `timeout`, `connection` (refused or cut), `rate_limited` (429), `server_error` (5xx, 408, 409,
             425), `malformed` (no JSON, or of another shape), `empty_choices`, `refused` (400, 413, 422 and the like),
-            `denied` (401, 403), `not_found` (404), `no_credit`; and `no_logprobs`, asked for in vain.
+            `denied` (401, 403), `not_found` (404), `no_credit`; `adapted`, refused for a setting and sent again with
+            what the server takes; and `no_logprobs`, asked for in vain.
         usage: `calls` (answered requests), `prompt_tokens` and `completion_tokens` as the server counts them.
         seen: `models` and `system_fingerprints` that the server named in its answers.
     """
@@ -149,9 +152,13 @@ class ChatServer:
         self.seen: dict[str, set[str]] = {"models": set(), "system_fingerprints": set()}
         self._lock = threading.Lock()
         self._quiet_until = 0.0
-        self._takes_logprobs = True
+        self._learnt = LearntSettings(self.host)
         self._last_failure = ""
         self._jitter = random.Random()
+
+    def top_logprobs(self, wanted: int) -> int:
+        """How many of the likeliest tokens the server is asked for where so many are wanted, as far as is known."""
+        return self._learnt.top_logprobs(wanted)
 
     def describe(self) -> dict[str, Any]:
         """What is asked, as JSON; under `seen`, what the server said of itself in its answers so far."""
@@ -250,15 +257,15 @@ class ChatServer:
         # every attempt of one request
         attempt = 0
         while True:
-            with_logprobs = request.top_logprobs > 0 and self._takes_logprobs
-            outcome = await self._attempt(client, request, with_logprobs)
+            sent = self._parameters(request)
+            outcome = await self._attempt(client, request, sent)
             if isinstance(outcome, Answer):
                 self._account(request, outcome)
                 return outcome
-            self._count(outcome.kind)
-            if outcome.kind == "refused" and with_logprobs and "logprob" in outcome.text.lower():
-                self._takes_logprobs = False
+            if outcome.kind == "refused" and self._learnt.learn(sent, outcome.text):
+                self._count("adapted")
                 continue
+            self._count(outcome.kind)
             hopeless = self.counts["refused"] >= REFUSALS_TO_STOP and not self.counts["answered"]
             if outcome.action == "stop" or hopeless:
                 raise ServerError(await self._explain(client, outcome))
@@ -274,26 +281,30 @@ class ChatServer:
                 self._quiet_until = max(self._quiet_until, time.monotonic() + outcome.wait)
             await asyncio.sleep(pause)
 
-    async def _attempt(self, client, request: Request, with_logprobs: bool) -> Answer | Mishap:
+    def _parameters(self, request: Request) -> dict[str, Any]:
+        prompt = request.prompt
+        asked = {"prompt": prompt} if isinstance(prompt, str) else {"messages": list(prompt)}
+        more = self._learnt.parameters(request.parameters, request.top_logprobs, chat="messages" in asked)
+        return {"model": self.model, "extra_body": self.extra_body, **asked, **more}
+
+    async def _attempt(self, client, request: Request, parameters: Mapping[str, Any]) -> Answer | Mishap:
         while (wait := self._quiet_until - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         self._count("requests")
-        parameters: dict[str, Any] = {"model": self.model, "extra_body": self.extra_body, **request.parameters}
-        if with_logprobs:
-            parameters |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         # The mishap is returned, not raised: an error raised here would have the client's behind it, which holds the
         # request's headers and with them the key.
         try:
             if isinstance(request.prompt, str):
-                response = await client.completions.create(prompt=request.prompt, **parameters)
+                response = await client.completions.create(**parameters)
                 answer = read_answer(response, lambda choice: choice.text)
             else:
-                response = await client.chat.completions.create(messages=list(request.prompt), **parameters)
+                response = await client.chat.completions.create(**parameters)
                 answer = read_answer(response, lambda choice: choice.message.content)
         except (openai.OpenAIError, ValueError) as error:
             return self._scrubbed(read_error(error))
-        if isinstance(answer, Answer):
-            self._see(response)
+        if not isinstance(answer, Answer):
+            return self._scrubbed(answer)
+        self._see(response)
         return answer
 
     def _see(self, response) -> None:
@@ -345,8 +356,12 @@ class ChatServer:
         return f"The server at {self.host} refuses requests for the model {self.model!r}: {mishap.text}.{listed}{hint}"
 
     def _client(self, kind):
+        http: dict[str, Any] = {}
+        if _is_loopback(urlsplit(self.base_url).hostname or ""):  # a proxy would look for it on its own machine
+            own = openai.DefaultAsyncHttpxClient if kind is openai.AsyncOpenAI else openai.DefaultHttpxClient
+            http["http_client"] = own(trust_env=False, timeout=self.timeout)
         # local servers take any key, but the client insists on one
-        return kind(base_url=self.base_url, api_key=self._key() or "none", timeout=self.timeout, max_retries=0)
+        return kind(base_url=self.base_url, api_key=self._key() or "none", timeout=self.timeout, max_retries=0, **http)
 
     def _key(self) -> str:
         # in no local variable, so that no traceback shows it
@@ -361,6 +376,14 @@ class ChatServer:
 
 def _is_header_text(value: str) -> bool:
     return value.isascii() and value.isprintable()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost" or host.lower().endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 def _checked_host(base_url: str, api_key_variable: str) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
-from tqdm import tqdm
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -29,14 +26,13 @@ from peft_psr.config import PSRConfig
 
 from .arguments import PSRTrainingArguments
 from .initialization import initialize_psr_weights
+from .progress import Progress
 from .train_recipe import TrainRecipe
 from .trainer import PSRTrainer
 from .triplets import Triplet
 
 
 logger = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LINES = 30.0
 
 
 def make_config(recipe: TrainRecipe) -> PSRConfig:
@@ -106,6 +102,15 @@ def load_tokenizer(recipe: TrainRecipe) -> Any:
     return loading.load_tokenizer(recipe.model, recipe.revision, **recipe.tokenizer_settings)
 
 
+def load_base_config(recipe: TrainRecipe) -> Any:
+    """Returns the base model's configuration.
+
+    Raises:
+        OSError: it can't be had.
+    """
+    return loading.load_config(recipe.model, recipe.revision, recipe.trust_remote_code)
+
+
 def load_base(recipe: TrainRecipe, device: torch.device) -> Any:
     """Returns the base model.
 
@@ -148,10 +153,10 @@ def start_from_data(
     """
     if recipe.start not in ("ridge", "mean_difference"):
         return
-    bar = PartialState().is_main_process and sys.stderr.isatty()
+    shown = PartialState().is_main_process
     for name, rows in triplets.items():
         model.set_adapter(name)
-        initialize_psr_weights(model, rows, recipe.start, processing_class=tokenizer, progress=bar)
+        initialize_psr_weights(model, rows, recipe.start, processing_class=tokenizer, progress=shown)
 
 
 def make_trainer(
@@ -200,40 +205,33 @@ def make_trainer(
 
 
 class StepProgress(TrainerCallback):
-    """A bar of optimiser steps on a terminal; elsewhere a log line now and then.
+    """Says which optimiser step a training is at; see `Progress`.
 
     Args:
         title: What is trained.
     """
 
     def __init__(self, title: str) -> None:
-        self.title, self._losses = title, ""
-        self._bar: Any = None
-        self._logged = 0.0
+        self.title = title
+        self._progress: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Begin where a checkpoint has ended."""
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.title, unit=" steps",
-                         disable=None, dynamic_ncols=True)  # fmt: skip
+        self._progress = Progress(self.title, state.max_steps, state.global_step, unit="steps")
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """One more."""
-        self._bar.update()
-        if self._bar.disable and time.monotonic() - self._logged >= SECONDS_BETWEEN_LINES:
-            self._logged = time.monotonic()
-            logger.info("%s: step %d of %d%s", self.title, state.global_step, state.max_steps, self._losses)
+        self._progress.advance()
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Show the newest losses."""
         for name in ("loss", "eval_loss"):
             if name in (logs or {}):
-                self._losses = f", {name} {logs[name]:.4g}"
-                self._bar.set_postfix_str(self._losses.removeprefix(", "))
+                self._progress.note = f"{name} {logs[name]:.4g}"
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """The last line."""
-        self._bar.close()
-        logger.info("%s: %d steps done%s", self.title, state.global_step, self._losses)
+        self._progress.close()
 
 
 def last_checkpoint(folder: Path, patience: int | None) -> Path | None:

@@ -6,19 +6,61 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft_psr.chat_template import template_args_of
 from peft_psr.text import composed
 
+from .collator import TripletCollator
+from .context import row_length, too_long
 from .draws import template_hash
+from .filtering import TOO_LONG, UNFIT
 from .run import NEGATIVES, STATE, TRIPLETS
-from .triplets import Triplet, read_triplets
+from .triplets import Triplet, check_scale, scan_triplets
 
 
 Traits = dict[str, list[Triplet]]
+
+NO_TRIPLET = "no triplet"
+"""Why `psr train` leaves a line out; `UNFIT` and `TOO_LONG` are why it leaves a triplet out."""
+FIRST = 3
+"""How many of those that are left out are named."""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A triplet that can't be used.
+
+    Attributes:
+        trait: Whose it is; `None` for a line of a file with several traits that can't be read.
+        where: Its place: file and line, and which of its trait's triplets.
+        kind: What is wrong: `NO_TRIPLET`, `UNFIT` or `TOO_LONG`.
+        reason: The same in a sentence, with `where` in it.
+    """
+
+    trait: str | None
+    where: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TraitFiles:
+    """What was read.
+
+    Attributes:
+        traits: {trait: triplets}.
+        places: {trait: file and line of each triplet}.
+        left_out: {trait: lines that are no triplets}.
+    """
+
+    traits: Traits
+    places: dict[str, list[str]]
+    left_out: dict[str, list[LeftOut]]
 
 
 def read_traits(source: str | Path, names: Sequence[str] = ()) -> Traits:
@@ -35,11 +77,43 @@ def read_traits(source: str | Path, names: Sequence[str] = ()) -> Traits:
         ValueError: the run is not finished, a line is no triplet, a trait is not there, or two traits would share a
             folder.
     """
+    found = scan_traits(source, names)
+    for left_out in found.left_out.values():
+        for line in left_out:
+            raise ValueError(line.reason)
+    return found.traits
+
+
+def scan_traits(source: str | Path, names: Sequence[str] = ()) -> TraitFiles:
+    """As `read_traits`, but lines that are no triplets are told apart from those that are.
+
+    Raises:
+        FileNotFoundError: as `read_traits`.
+        ValueError: as `read_traits`, but for lines that are no triplets; or there is nothing else in a file.
+    """
     known: Traits = {}
+    places: dict[str, list[str]] = {}
+    bad: list[LeftOut] = []
     for path in _files(Path(source)):
-        for triplet in read_triplets(path):
-            trait = triplet.get("trait")
-            known.setdefault(path.stem if trait is None else str(trait), []).append(triplet)
+        of_file: list[Triplet] = []
+        wrong: list[tuple[str, ValueError]] = []
+        for number, found in scan_triplets(path):
+            where = f"{path.name}, line {number}"
+            if isinstance(found, ValueError):
+                wrong.append((where, found))
+                continue
+            trait = found.get("trait")
+            name = path.stem if trait is None else str(trait)
+            known.setdefault(name, []).append(found)
+            places.setdefault(name, []).append(where)
+            of_file.append(found)
+        if not of_file:
+            why = f" {wrong[0][1]}" if wrong else " Write some with `psr triplets`."
+            raise ValueError(f"{path} holds no triplets that can be used.{why}")
+        check_scale(of_file, str(path))
+        traits = {path.stem if (trait := triplet.get("trait")) is None else str(trait) for triplet in of_file}
+        owner = next(iter(traits)) if len(traits) == 1 else None
+        bad += [LeftOut(owner, where, NO_TRIPLET, str(error)) for where, error in wrong]
     missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(
@@ -51,7 +125,57 @@ def read_traits(source: str | Path, names: Sequence[str] = ()) -> Traits:
         other = folders.setdefault(folder_name(name), name)
         if other != name:
             raise ValueError(f"traits: {other!r} and {name!r} would share the folder {folder_name(name)}; rename one.")
-    return chosen
+    left_out = {name: [line for line in bad if line.trait in (name, None)] for name in chosen}
+    return TraitFiles(chosen, {name: places[name] for name in chosen}, left_out)
+
+
+def usable(
+    trait: str, triplets: Sequence[Triplet], places: Sequence[str], collator: TripletCollator, limit: int | None
+) -> tuple[list[bool], list[LeftOut]]:
+    """Which of a trait's triplets can be trained on, and what is wrong with the others.
+
+    Args:
+        trait: Its name.
+        triplets: All of them.
+        places: File and line of each.
+        collator: What training will encode them with.
+        limit: Positions of the model; `None` for no limit.
+    """
+    fine, left_out = [], []
+    for i, (triplet, place) in enumerate(zip(triplets, places, strict=True)):
+        where, kind, reason = f"{trait}[{i}] ({place})", None, ""
+        try:
+            length = row_length(collator.encode(triplet, where))
+            if limit is not None and length > limit:
+                kind, reason = TOO_LONG, f"{where} has {too_long(length, limit)}."
+        except ValueError as error:
+            kind, reason = UNFIT, str(error)
+        except (TypeError, OverflowError) as error:  # a tokenizer's or a template's
+            kind, reason = UNFIT, f"{where}: {error}"
+        fine.append(kind is None)
+        if kind is not None:
+            left_out.append(LeftOut(trait, where, kind, reason))
+    return fine, left_out
+
+
+def check_share(trait: str, kept: int, left_out: Sequence[LeftOut]) -> None:
+    """Raise `ValueError` if nothing of a trait is left, or less than was left out: then it is not a line or two."""
+    if not kept or len(left_out) > kept:
+        raise ValueError(f"triplets: {len(left_out)} of {kept + len(left_out)} of {trait!r} can't be used. "
+                         f"{in_words(left_out)}")  # fmt: skip
+
+
+def in_words(left_out: Sequence[LeftOut]) -> str:
+    """How many were left out and why, and the first of them."""
+    counts = Counter(line.kind for line in left_out)
+    kinds = ", ".join(f"{kind}: {count}" for kind, count in counts.items())
+    return f"{kinds}. " + " ".join(line.reason.rstrip(".") + "." for line in left_out[:FIRST])
+
+
+def as_json(left_out: Sequence[LeftOut]) -> dict[str, Any]:
+    """The same for a file: `count`, `why` with the count of each kind, and the `first` of them."""
+    why = dict(Counter(line.kind for line in left_out))
+    return {"count": len(left_out), "why": why, "first": [line.reason for line in left_out[:FIRST]]}
 
 
 def _files(source: Path) -> list[Path]:

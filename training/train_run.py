@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -25,24 +26,37 @@ from accelerate import PartialState
 from peft_psr.files import write_whole
 
 from .collator import TripletCollator
-from .dataset import encode_dataset
+from .context import context_length
 from .folder_lock import LOCK, locked
 from .run_folder import check_same_recipe
 from .train_assembly import (
     add_adapters,
     last_checkpoint,
     load_base,
+    load_base_config,
     load_tokenizer,
     make_arguments,
     make_config,
     make_trainer,
     start_from_data,
 )
-from .train_data import check_origin, folder_name, hold_out, read_traits
+from .train_data import (
+    LeftOut,
+    as_json,
+    check_origin,
+    check_share,
+    folder_name,
+    hold_out,
+    in_words,
+    scan_traits,
+    usable,
+)
 from .train_recipe import TrainRecipe
 from .train_results import SUMMARY, write_adapter_folder
 from .triplets import Triplet
 
+
+logger = logging.getLogger(__name__)
 
 STATE, CHECKPOINTS, LOGS = "run.json", "checkpoints", "logs"
 SAVED, STAGED, FINISHED = "saved", "staged", "finished"
@@ -61,6 +75,7 @@ class TrainPlan:
         held_out: How many for the held-out loss.
         steps: Optimiser steps at most.
         finished: Its adapter is there already.
+        left_out: Triplets that can't be used.
     """
 
     trait: str
@@ -68,6 +83,7 @@ class TrainPlan:
     held_out: int
     steps: int
     finished: bool
+    left_out: list[LeftOut]
 
 
 class TrainRun:
@@ -82,15 +98,19 @@ class TrainRun:
 
     Raises:
         FileNotFoundError: there are no triplets there.
-        ValueError: a line is no triplet, a trait is not there, or nothing would be left to train on.
+        ValueError: a trait is not there, or nothing would be left to train on.
     """
 
     def __init__(self, folder: Path, recipe: TrainRecipe) -> None:
         self.folder, self.recipe = Path(folder), recipe
-        self.triplets = read_traits(recipe.triplets, recipe.traits)
+        self._files = scan_traits(recipe.triplets, recipe.traits)
+        self.triplets = self._files.traits
+        self.left_out = self._files.left_out
         sides = {name: hold_out(rows, recipe.eval_share, recipe.seed, name) for name, rows in self.triplets.items()}
         self.train = {name: train for name, (train, _) in sides.items()}
         self.held_out = {name: held_out for name, (_, held_out) in sides.items()}
+        for name, rows in self.triplets.items():
+            check_share(name, len(rows), self.left_out[name])
         self._tokenizer: Any = None
         self._base: Any = None
 
@@ -104,8 +124,8 @@ class TrainRun:
             FileExistsError: the folder holds something else.
             ImportError: TensorBoard is asked for and missing.
             OSError: the model's tokenizer can't be had.
-            ValueError: the folder's run has another recipe or other triplets; a setting is wrong; a triplet can't be
-                used, or was drawn from another model.
+            ValueError: the folder's run has another recipe or other triplets; a setting is wrong; nothing of a trait
+                can be used, or less than half; or a triplet was drawn from another model.
         """
         self._check_folder()
         recipe = self.recipe
@@ -122,16 +142,30 @@ class TrainRun:
             raise ValueError("parallel trains the traits in one process; leave it out under accelerate launch.")
         self._tokenizer = load_tokenizer(recipe)
         check_origin(self.triplets, recipe.model, recipe.triplets_model, self._tokenizer)
-        collator = TripletCollator(self._tokenizer, recipe.positions, recipe.alpha)
-        for name, rows in self.triplets.items():
-            encode_dataset(collator, rows, name)
+        self._leave_out(TripletCollator(self._tokenizer, recipe.positions, recipe.alpha))
         plans = []
         for name, rows in self.train.items():
             batches = math.ceil(len(rows) / (recipe.batch_size * arguments.world_size))
             an_epoch = math.ceil(batches / recipe.gradient_accumulation_steps)
             steps = math.ceil(an_epoch * float(arguments.num_train_epochs or 0))
-            plans.append(TrainPlan(name, len(rows), len(self.held_out[name]), steps, self._is_finished(name)))
+            held_out, finished = len(self.held_out[name]), self._is_finished(name)
+            plans.append(TrainPlan(name, len(rows), held_out, steps, finished, self.left_out[name]))
         return plans
+
+    def _leave_out(self, collator: TripletCollator) -> None:
+        """Take out of `train` and `held_out` what can't be used."""
+        limit = context_length(load_base_config(self.recipe))
+        for name, rows in self.triplets.items():
+            fine, bad = usable(name, rows, self._files.places[name], collator, limit)
+            left_out = [*self._files.left_out[name], *bad]
+            check_share(name, sum(fine), left_out)
+            unfit = {id(row) for row, is_fine in zip(rows, fine, strict=True) if not is_fine}
+            for side in (self.train, self.held_out):
+                had, side[name] = side[name], [row for row in side[name] if id(row) not in unfit]
+                if had and not side[name]:
+                    what = "train on" if side is self.train else "hold out (eval_share)"
+                    raise ValueError(f"triplets: of {name!r} nothing is left to {what}. {in_words(left_out)}")
+            self.left_out = {**self.left_out, name: left_out}
 
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -198,7 +232,10 @@ class TrainRun:
             OSError, ValueError, ImportError: as `check`; or the disk is full, for one, and nothing is lost.
         """
         parallel = self.recipe.parallel
-        self.check()
+        for plan in self.check():
+            if plan.left_out and self.writes:
+                why = in_words(plan.left_out)
+                logger.warning("%s: %d triplets left out. %s", plan.trait, len(plan.left_out), why)
         with self._locked():
             left = self._left()
             if self.writes:
@@ -257,6 +294,7 @@ class TrainRun:
                 for name, adapter in adapters.items():
                     more = {
                         "held_out": len(self.held_out[name]),
+                        "left_out": as_json(self.left_out[name]),
                         "trained_with": [other for other in names if other != name],
                         "resumed_from_step": None if checkpoint is None else int(checkpoint.name.rsplit("-", 1)[1]),
                         "start_seconds": start_seconds,

@@ -22,6 +22,7 @@ from .branches import Batch, Branch, config_of, layers_downstream, psr_model, ru
 from .checkpoints import load_adapters
 from .collator import TripletCollator
 from .compiled import compiled_layers
+from .context import check_rows
 from .dataset import encode_datasets
 from .frozen import FrozenModel
 from .length_grouping import LengthGroupedSampler
@@ -117,6 +118,7 @@ class PSRTrainer(Trainer):
             for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset))
         }
         self._rows = [row for of_set in rows.values() for row in of_set or ()]
+        check_rows(self._rows, model)
         for index, row in enumerate(self._rows):
             row["index"] = index
         items: dict[str, Any] = {
