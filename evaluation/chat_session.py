@@ -18,6 +18,7 @@ from peft_psr.chat import pad_id, render_prompt
 from peft_psr.config import check_strength
 from peft_psr.judging import Message
 from peft_psr.positions import encode_chat
+from peft_psr.training.branches import unedited
 
 from .shading import shaded_answer
 
@@ -201,7 +202,7 @@ class ChatSession:
         elif self.temperature is not None:
             sampling = {"do_sample": True, "temperature": self.temperature}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), nullcontext() if self.active else self.model.disable_adapter():
+        with torch.random.fork_rng(devices), nullcontext() if self.active else unedited(self.model):
             torch.manual_seed(self.seed + len(self.messages))
             self.model.generate(
                 **prompt,

@@ -1,0 +1,35 @@
+"""Which modules a PSR adapter edits: helpers of `PSRModel` for PEFT's matching of names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from .config import PSRConfig
+from .doors import is_encoder_decoder
+
+
+def check_not_in_encoder(model: nn.Module, keys: Sequence[str]) -> None:
+    """Raise `ValueError` if a module lies in the encoder of an encoder-decoder, whose tokens no mask is for."""
+    if not is_encoder_decoder(model):
+        return
+    inside = set(model.get_encoder().modules())  # type: ignore[operator]
+    found = next((key for key in keys if model.get_submodule(key) in inside), None)
+    if found is not None:
+        raise ValueError(
+            f"{found!r} lies in the encoder of {type(model).__name__}; an encoder-decoder is edited in its decoder. "
+            "Name modules of the decoder, by a pattern such as target_modules=r'.*decoder.*wo'."
+        )
+
+
+class ExactTarget:
+    """A view of a config for PEFT's matching in which one module is the target, whatever its index."""
+
+    layers_to_transform = None
+    target_parameters = None
+
+    def __init__(self, config: PSRConfig, key: str) -> None:
+        self.target_modules = {key}
+        self.exclude_modules = config.exclude_modules
+        self.modules_to_save = config.modules_to_save
