@@ -1,4 +1,4 @@
-"""A LoRA that acts beneath PSR is part of the model: the teacher has it, training leaves it alone, "no PSR" leaves it on."""
+"""A LoRA that acts beneath PSR is part of the model: the teacher has it, training and switching PSR off leave it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny_triplets import triplets
 from peft_psr import PSRConfig
 from peft_psr.evaluation.chat_session import ChatSession
 from peft_psr.training import initialize_psr_weights
-from peft_psr.training.branches import layers_downstream, run_branch, unedited
+from peft_psr.training.branches import unedited
 
 
 def lora_weights(model):
