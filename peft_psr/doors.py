@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .caches import cache_of, drop_last_token, ends_in_prompt, mark_prompt_end, tokens_in
+from .fit import CheckedLoad
 from .layer import PSRLayer
 from .state import Generation, SteeringState, check_mask
 
@@ -233,6 +234,8 @@ def attach_state(model: nn.Module) -> SteeringState:
         model.generate = SteeredGenerate(model)  # type: ignore[assignment]
     if hasattr(model, "init_continuous_batching"):
         model.init_continuous_batching = SteeredBatching(model)  # type: ignore[assignment]
+    if hasattr(model, "_load_pretrained_model"):
+        model._load_pretrained_model = CheckedLoad(model)  # type: ignore[assignment]
     return state
 
 
@@ -243,7 +246,8 @@ def detach_state(model: nn.Module) -> None:
             module.__dict__.pop("_psr_arguments")
             for handle in module.__dict__.pop("_psr_handles"):
                 handle.remove()
-    model.__dict__.pop("init_continuous_batching", None)
+    for name in ("init_continuous_batching", "_load_pretrained_model"):
+        model.__dict__.pop(name, None)
     generate = model.__dict__.pop("generate", None)
     if isinstance(generate, SteeredGenerate) and generate.original is not None:
         model.generate = generate.original  # type: ignore[assignment]

@@ -17,6 +17,7 @@ from .composition import check_combination, check_weights, combine_units, combin
 from .config import PSRConfig, check_strength
 from .decoder import decoder_layer_names, layer_index, output_width
 from .doors import attach_state, detach_state, prompt_of
+from .fit import KEY_OF_UNIT, check_fit
 from .layer import PSRLayer, edit_output
 from .rank_cut import cut_adapter
 from .rows import check_names, rows_named
@@ -127,7 +128,14 @@ class PSRModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT looks for tuner layers among the modules; under FSDP's activation checkpointing these have other names
         # than the keys, and another tuner's adapter of the same name may sit among them
-        return {key: value for key, value in state_dict.items() if ".psr.psr_unit." in key}
+        return {key: value for key, value in state_dict.items() if KEY_OF_UNIT in key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, **given: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        # where PEFT loads weights, whichever way they come; it drops without a word what finds no place
+        state_dict = super()._remap_adapter_state_dict_for_load(**given)
+        check_fit(given["model"], given["adapter_name"], state_dict)
+        return state_dict
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT comes here last when it loads an adapter, after it has placed the model; of adapters on disk it keeps

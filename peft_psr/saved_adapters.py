@@ -22,12 +22,9 @@ from .composition import check_weights, combine_units, combined_config, edit_fac
 from .config import PSRConfig
 from .decoder import layer_index
 from .facts import FACTS_NAME, AdapterFacts, Part, package_versions
+from .fit import KEY_OF_UNIT, KEY_PREFIX
 from .layer import PSRUnit
 from .model_card import is_hub_name, write_model_card
-
-
-KEY_PREFIX = "base_model.model."
-KEY_OF_UNIT = ".psr.psr_unit."
 
 
 @dataclass(frozen=True)
