@@ -1,4 +1,4 @@
-"""Whether a saved adapter fits the model that it is loaded onto: PEFT and transformers leave out what finds no place."""
+"""Whether a saved adapter fits the model that it is loaded onto: PEFT and transformers drop what finds no place."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def report_fit(
     if lost:
         parts.append(f"its weights for {_modules(lost)} have no place there and are left out")
     if bare:
-        parts.append(f"it has no weights for {_modules(bare)}, whose edit stays as it is")
+        parts.append(f"it has no weights for {_modules(bare)}, which keep what they began with")
     # said to the caller of PEFT's or transformers' own loading
     warnings.warn(
         f"Adapter {adapter_name!r} does not fit {kind} as a whole: {'; '.join(parts)}.", PSRWarning, stacklevel=4
