@@ -11,7 +11,7 @@ already carries the edits of earlier layers. Several active adapters read the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -318,6 +318,16 @@ class PSRLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Name and width, for printing."""
         return f"{self.name}, width={self.width}"
+
+
+def check_weights_at_hand(layers: Iterable[PSRLayer], what: str) -> None:
+    """Raise `ValueError` if accelerate keeps weights that `what` needs elsewhere between calls."""
+    for layer in layers:
+        if any(parameter.is_meta for parameter in layer.psr_unit.parameters()):
+            raise ValueError(
+                f"{what} needs the adapters' weights at hand, and those of {layer.name!r} are offloaded. Load the "
+                "model without offloading its edited layers."
+            )
 
 
 def _fits(strength: torch.Tensor, hidden: torch.Tensor) -> bool:

@@ -15,13 +15,13 @@ from torch import nn
 from .beside import check_no_shared_modules, freeze_others, others_left_alone, saved_modules
 from .composition import check_combination, check_weights, combine_units, combined_config, edit_factors
 from .config import PSRConfig, check_strength
-from .decoder import decoder_layer_names, layer_index, output_width
+from .decoder import layer_index, output_width
 from .doors import attach_state, detach_state, prompt_of
 from .fit import KEY_OF_UNIT, check_fit
-from .layer import PSRLayer, edit_output
+from .layer import PSRLayer, check_weights_at_hand, edit_output
 from .rank_cut import cut_adapter
 from .rows import check_names, rows_named
-from .targets import ExactTarget, check_not_in_encoder
+from .targets import ExactTarget, layers_to_edit
 
 
 class PSRModel(BaseTuner):
@@ -49,22 +49,7 @@ class PSRModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PSRConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Find the decoder layers to edit; nothing is touched yet, so errors leave the model as it was."""
-        self._layer_names: set[str] = set()
-        if peft_config.target_modules is not None:
-            keys = [key for key, _ in model.named_modules() if check_target_module_exists(peft_config, key)]
-            check_not_in_encoder(model, keys)
-            return
-        names = decoder_layer_names(model, peft_config.layers_pattern)
-        wanted = peft_config.layers_to_transform
-        layers = range(len(names)) if wanted is None else [wanted] if isinstance(wanted, int) else wanted
-        for layer in layers:
-            if layer >= len(names):
-                raise ValueError(
-                    f"layers_to_transform asks for layer {layer}, but {type(model).__name__} has {len(names)} decoder "
-                    f"layers: 0 to {len(names) - 1}."
-                )
-        self._layer_names = {names[layer] for layer in layers}
-        check_not_in_encoder(model, sorted(self._layer_names))
+        self._layer_names = layers_to_edit(peft_config, model)
 
     def _check_target_module_exists(self, peft_config: PSRConfig, key: str):  # type: ignore[override]
         if peft_config.target_modules is not None:
@@ -200,11 +185,7 @@ class PSRModel(BaseTuner):
         return others_left_alone(self.model, list(self._saved_modules().values()))
 
     def unmerge_adapter(self) -> None:
-        """Refused like merging.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refused like merging, with `ValueError`."""
         self._check_merge_allowed()
 
     def _check_merge_allowed(self) -> None:
@@ -243,8 +224,8 @@ class PSRModel(BaseTuner):
                 yield
                 return
             check_names(names, self._names(), prompt_of(args, kwargs))
-            self._check_weights_at_hand("adapter_names")
             layers, saved = self.psr_layers().values(), self._saved_modules().values()
+            check_weights_at_hand(layers, "adapter_names")
             with rows_named(attach_state(self.model), layers, saved, names):
                 yield
 
@@ -285,7 +266,7 @@ class PSRModel(BaseTuner):
         weights = check_weights(adapters, weights)
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already; delete it or choose another name.")
-        self._check_weights_at_hand("add_weighted_adapter")
+        check_weights_at_hand(self.psr_layers().values(), "add_weighted_adapter")
         configs = [self._config(name) for name in adapters]
         factors = edit_factors(configs, weights)
         parts = list(zip(adapters, factors, strict=True))
@@ -330,15 +311,6 @@ class PSRModel(BaseTuner):
         if adapter_name not in self._names():
             raise ValueError(f"No adapter {adapter_name!r}; there are: {', '.join(self._names())}.")
         return adapter_name
-
-    def _check_weights_at_hand(self, what: str) -> None:
-        """Raise `ValueError` if accelerate keeps weights elsewhere between calls."""
-        for layer in self.psr_layers().values():
-            if any(parameter.is_meta for parameter in layer.psr_unit.parameters()):
-                raise ValueError(
-                    f"{what} needs the adapters' weights at hand, and those of {layer.name!r} are offloaded. Load the "
-                    "model without offloading its edited layers."
-                )
 
     def _configs(self) -> dict[str, PSRConfig]:
         return {name: config for name, config in self.peft_config.items() if isinstance(config, PSRConfig)}
