@@ -87,7 +87,7 @@ def report_fit(
     kind = type(model if get_base_model is None else get_base_model()).__name__
     if not loaded:
         raise ValueError(
-            f"Adapter {adapter_name!r} does not fit {kind}: none of its weights has a place there. They are for "
+            f"Adapter {adapter_name!r} does not fit the model, a {kind}: none of its weights has a place there. They are for "
             f"{_modules(lost) or 'nothing'}, and the model's layers are {_modules(bare)}. Load it onto a model of the "
             "class and the depth that it was trained on."
         )
@@ -98,7 +98,9 @@ def report_fit(
         parts.append(f"it has no weights for {_modules(bare)}, which keep what they began with")
     # said to the caller of PEFT's or transformers' own loading
     warnings.warn(
-        f"Adapter {adapter_name!r} does not fit {kind} as a whole: {'; '.join(parts)}.", PSRWarning, stacklevel=4
+        f"Adapter {adapter_name!r} does not fit the model, a {kind}, as a whole: {'; '.join(parts)}.",
+        PSRWarning,
+        stacklevel=4,
     )
 
 

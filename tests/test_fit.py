@@ -112,7 +112,8 @@ def test_a_deeper_model(door, adapter):
 def test_another_class_of_model(door, adapter):
     of_another_class(adapter)
     with pytest.raises(
-        ValueError, match=r"does not fit LlamaForCausalLM.*model\.language_model\.layers\.0.*model\.layers"
+        ValueError,
+        match=r"does not fit the model, a LlamaForCausalLM.*model\.language_model\.layers\.0.*model\.layers",
     ):
         door(llama(), adapter)
 
