@@ -87,9 +87,9 @@ def report_fit(
     kind = type(model if get_base_model is None else get_base_model()).__name__
     if not loaded:
         raise ValueError(
-            f"Adapter {adapter_name!r} does not fit the model, a {kind}: none of its weights has a place there. They are for "
-            f"{_modules(lost) or 'nothing'}, and the model's layers are {_modules(bare)}. Load it onto a model of the "
-            "class and the depth that it was trained on."
+            f"Adapter {adapter_name!r} does not fit the model, a {kind}: none of its weights has a place there. "
+            f"They are for {_modules(lost) or 'nothing'}, and the model's layers are {_modules(bare)}. Load it onto a "
+            "model of the class and the depth that it was trained on."
         )
     parts = []
     if lost:
