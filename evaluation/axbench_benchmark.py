@@ -29,7 +29,7 @@ from peft_psr.training.axbench import (
 )
 from peft_psr.training.draws import draw_seed
 from peft_psr.training.placement import check_placement
-from peft_psr.training.recipe_fields import split
+from peft_psr.training.recipe_fields import Place, split
 from peft_psr.training.sampling import Completion
 from peft_psr.training.train_data import folder_name
 
@@ -66,7 +66,7 @@ class AxBenchRecipe(EvaluateRecipe):
         description="Train on the data set's own answers, which another model wrote, in place of answers that the "
         "model itself draws on prompts that ask for the concept.",
     )
-    questions_data: str | None = Field(
+    questions_data: Place | None = Field(
         None,
         description="File of instructions to try the concepts on, in AlpacaEval's layout or one a line; by default "
         "questions of the data set's shared negatives.",
@@ -106,7 +106,7 @@ def check_axbench(bench: Workbench) -> None:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"traits: several concepts are described as {twice[0]!r}; name one of them.")
     for model in bench.recipe.models:
-        check_placement(load_tokenizer(model, bench.recipe.revision), bench.recipe.placement)
+        check_placement(load_tokenizer(model, bench.recipe), bench.recipe.placement)
 
 
 def trials(recipe: AxBenchRecipe) -> list[Trial]:
@@ -320,7 +320,7 @@ def _rated(tasks: Sequence[Task], answer: Answer, judge: RatingJudge) -> dict[in
     completions = answer(tasks)
     ratings = judge(
         [
-            (task.concept.description, task.instruction, completion.text)
+            (task.concept.description, task.instruction, completion.answer or "")
             for task, completion in zip(tasks, completions, strict=True)
         ]
     )

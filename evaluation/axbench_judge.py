@@ -17,9 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from peft_psr.reasoning import split_reasoning
 from peft_psr.training import LocalSampler
 from peft_psr.training.answer_cache import AnswerCache, answer_key
-from peft_psr.training.assembly import load_judge, load_tokenizer, make_sampler
+from peft_psr.training.assembly import load_judge, load_judge_tokenizer, make_sampler
 from peft_psr.training.draws import Draw, Failure, Sampler
 from peft_psr.training.llm_judge import fill_prompt
 from peft_psr.training.recipe import Recipe
@@ -123,9 +124,10 @@ def harmonic_mean(ratings: Sequence[float]) -> float:
 
 def read_rating(reply: str) -> int | None:
     """The rating in a judge's reply: its last line, and the only rating in it; else `None`."""
-    lines = reply.strip().splitlines()
+    answer = split_reasoning(reply).answer or ""
+    lines = answer.strip().splitlines()
     found = _RATING.fullmatch(lines[-1].strip()) if lines else None
-    return int(found[1]) if found and reply.count("[[") == 1 else None
+    return int(found[1]) if found and answer.count("[[") == 1 else None
 
 
 class RatingJudge:
@@ -215,11 +217,10 @@ def rating_judge(recipe: EvaluateRecipe, folder: Path) -> RatingJudge:
 
     def sampler() -> Sampler:
         if recipe.judge == "local":
-            about = recipe.judge_model or "", recipe.judge_revision
-            loaded = load_judge(*about, recipe.dtype, recipe.device_map)
-            return LocalSampler(
-                loaded, load_tokenizer(*about), RATING_TOKENS, 0.0, recipe.judge_batch_size, name=about[0]
-            )
+            name = recipe.judge_model or ""
+            loaded = load_judge(recipe)
+            tokenizer = load_judge_tokenizer(recipe)
+            return LocalSampler(loaded, tokenizer, RATING_TOKENS, 0.0, recipe.judge_batch_size, name=name)
         shared = recipe.triplet_recipe(recipe.models[0], recipe.traits).model_dump()
         own = {
             "sampler": recipe.judge,
@@ -230,6 +231,8 @@ def rating_judge(recipe: EvaluateRecipe, folder: Path) -> RatingJudge:
             "server_fields": recipe.judge_fields,
             "batch_size": recipe.judge_batch_size,
             "placement": "before",  # a judge is asked in the user's turn
+            "chat_template": None,
+            "template_args": None,
         }
         return make_sampler(Recipe.model_validate({**shared, **own, **asked}))
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft_psr.text import check_unicode, read_text
 from peft_psr.training.axbench import Concept, Question
 
 
@@ -50,7 +51,7 @@ def read_instructions(path: str | Path) -> list[Question]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"questions_data: no file {str(path)!r}.")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     entries: list[tuple[str, object]]
     if path.suffix == ".json":
         content = _json(text, str(path))
@@ -58,14 +59,14 @@ def read_instructions(path: str | Path) -> list[Question]:
             raise ValueError(f"{path} must hold a list of instructions, got {type(content).__name__}.")
         entries = [(f"{path}, entry {number}", entry) for number, entry in enumerate(content)]
     else:
-        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         entries = [(where, _json(line, where) if path.suffix == ".jsonl" else line) for where, line in lines]
     found: dict[str, Question] = {}
     for where, entry in entries:
         asked = entry.get("instruction") if isinstance(entry, dict) else entry
         if not isinstance(asked, str) or not asked.strip():
             raise ValueError(f"{where} must be a text or an object with `instruction`, got {str(entry)[:100]!r}.")
-        found.setdefault(asked.strip(), Question(asked.strip()))
+        found.setdefault(asked.strip(), Question(check_unicode(asked, where).strip()))
     return list(found.values())
 
 

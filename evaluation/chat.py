@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,11 +16,13 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
 
 from peft_psr import PSRModel
 from peft_psr.chat import render_prompt
-from peft_psr.saved_adapters import read_adapter_config
+from peft_psr.loading import ModelName, load_model, load_tokenizer, same_revision
+from peft_psr.saved_adapters import read_adapter_config, read_facts
+from peft_psr.text import check_unicode, composed
 
 from .chat_session import BASE, ChatSession
 from .experiment import write_json
@@ -36,6 +39,7 @@ def name_adapters(arguments: Sequence[str]) -> dict[str, str]:
         name, equals, where = argument.partition("=")
         if not equals:
             where, name = argument, Path(argument).resolve().name
+        name = composed(name)
         if not re.fullmatch(r"[\w-]+", name) or name == BASE or name in PSRModel.prefix:
             raise ValueError(
                 f"{name!r} can't be the name of an adapter here (letters, digits, _ and -, but not {BASE!r} or a part "
@@ -49,32 +53,61 @@ def name_adapters(arguments: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def base_model_of(adapters: Mapping[str, str], model: str = "") -> str:
+def base_model_of(adapters: Mapping[str, str], model: str = "", revision: str | None = None) -> ModelName:
     """The base model to load: `model`, or else the one that the adapters' own configurations name.
 
     Args:
         adapters: {name: folder or Hub name}.
         model: Folder or Hub name, or empty.
+        revision: Of the model; by default what the adapters say of a model of that name.
 
     Raises:
         ValueError: an adapter can't be found or is not PSR's; without `model`, an adapter names no base model, or they
-            name different ones.
+            name different ones, which two revisions of one model are.
     """
-    bases: dict[str, list[str]] = {}
+    bases: dict[ModelName, list[str]] = {}
     for name, where in adapters.items():
         config = read_adapter_config(where)
-        bases.setdefault(config.base_model_name_or_path or "", []).append(name)
-    if model:
-        return model
-    if "" in bases:
-        raise ValueError(f"Adapter {bases[''][0]!r} does not say which model it is for; name it with --model.")
-    if len(bases) > 1:
+        base = ModelName(config.base_model_name_or_path or "", config.revision)
+        known = next((each for each in bases if each.name == base.name
+                      and same_revision(each.revision, base.revision)), base)  # fmt: skip
+        bases.setdefault(known, []).append(name)
+    of_model = [base for base in bases if not model or base.name == model]
+    if model and (revision is not None or not of_model):
+        return ModelName(model, revision)
+    nameless = next((base for base in bases if not base.name), None)
+    if nameless is not None and not model:
+        raise ValueError(f"Adapter {bases[nameless][0]!r} does not say which model it is for; name it with --model.")
+    if len(of_model) > 1:
         listed = "; ".join(f"{', '.join(names)} for {base}" for base, names in bases.items())
         raise ValueError(
-            f"The adapters are for different models: {listed}. Load those of one model, or name with --model one that "
-            "fits all."
+            f"The adapters are for different models: {listed}. Load those of one model, or name with --model (and "
+            "--revision) one that fits all."
         )
-    return next(iter(bases))
+    return of_model[0] if revision is None else ModelName(of_model[0].name, revision)
+
+
+def template_args_for(adapters: Mapping[str, str], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Arguments of the chat template: those given, or else those that the adapters were trained with.
+
+    Args:
+        adapters: {name: folder or Hub name}.
+        given: The user's; `None` for the adapters' own.
+
+    Raises:
+        ValueError: the adapters were trained with different ones.
+    """
+    if given is not None:
+        return dict(given)
+    known = {name: facts.template_args for name, where in adapters.items() if (facts := read_facts(where)) is not None}
+    different = {json.dumps(args, sort_keys=True): name for name, args in known.items()}
+    if len(different) > 1:
+        listed = "; ".join(f"{name} with {args}" for args, name in different.items())
+        raise ValueError(
+            f"The adapters were trained with different arguments of the chat template ({listed}). Choose with "
+            "--template-args."
+        )
+    return next(iter(known.values()), {})
 
 
 def check_transcript(path: Path | None) -> None:
@@ -85,37 +118,43 @@ def check_transcript(path: Path | None) -> None:
         raise FileNotFoundError(f"--output {path}: there is no folder {path.parent}.")
 
 
-def load_chat_model(base: str, adapters: Mapping[str, str]) -> tuple[PeftModel, Any]:
+def load_chat_model(base: ModelName | str, adapters: Mapping[str, str], **settings: Any) -> tuple[PeftModel, Any]:
     """As `load_with_adapters`, for a base model with a chat template.
 
     Raises:
         OSError: the model can't be found.
         ValueError: it has no chat template, or an adapter can't be found or does not fit.
     """
-    render_prompt(AutoTokenizer.from_pretrained(base), [{"role": "user", "content": "hello"}])
-    return load_with_adapters(base, adapters)
+    name, revision = (base, None) if isinstance(base, str) else base
+    render_prompt(load_tokenizer(name, revision, **settings), [{"role": "user", "content": "hello"}])
+    return load_with_adapters(base, adapters, **settings)
 
 
-def load_with_adapters(base: str, adapters: Mapping[str, str]) -> tuple[PeftModel, Any]:
+def load_with_adapters(base: ModelName | str, adapters: Mapping[str, str], **settings: Any) -> tuple[PeftModel, Any]:
     """The base model with all adapters on it, in eval mode, and its tokenizer.
 
     Args:
-        base: Folder or Hub name of a causal language model.
+        base: A causal language model.
         adapters: {name: folder or Hub name}.
+        **settings: Of `peft_psr.loading.load_tokenizer`.
 
     Raises:
         OSError: the model can't be found.
-        ValueError: an adapter can't be found or does not fit.
+        ValueError: it is an adapter's name itself, or an adapter can't be found or does not fit.
     """
-    processing_class = AutoTokenizer.from_pretrained(base)
+    name, revision = (base, None) if isinstance(base, str) else base
+    processing_class = load_tokenizer(name, revision, **settings)
     device_map = "auto" if torch.cuda.is_available() else None
-    model: Any = AutoModelForCausalLM.from_pretrained(base, device_map=device_map)
+    trusted = settings.get("trust_remote_code", False)
+    model: Any = load_model(name, revision, device_map=device_map, trust_remote_code=trusted)
     for name, where in adapters.items():
         try:
             if isinstance(model, PeftModel):
                 model.load_adapter(where, adapter_name=name)
             else:
                 model = PeftModel.from_pretrained(model, where, adapter_name=name)
+        except SafetensorError as error:
+            raise ValueError(f"The weights of adapter {name!r} ({where}) can't be read: {error}") from error
         except RuntimeError as error:  # PyTorch's word for weights of another shape
             raise ValueError(f"Adapter {name!r} ({where}) does not fit the model {base}: {error}") from error
     return model.eval(), processing_class
@@ -173,7 +212,7 @@ class Chat:
                     raise ValueError(f"No command {command!r}; there are: {', '.join(self.commands)}.")
                 self.commands[command][0](rest.strip())
             elif command:
-                self._ask(line.strip())
+                self._ask(check_unicode(line, "The line").strip())
         except ValueError as error:
             self.console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
 
@@ -197,6 +236,8 @@ class Chat:
         }
         if answer.cut is not None:
             self._say(f"({notes[answer.cut]})")
+        if answer.turn is None:
+            self._say("(its reasoning did not end in an answer, so this question is left out of the conversation)")
         turn = {"system": session.system, "user": question, "assistant": answer.text, "alphas": answer.alphas}
         self.turns.append(turn | {"cut": answer.cut})
         if self.transcript is not None:
@@ -216,11 +257,11 @@ class Chat:
     def _use(self, rest: str) -> None:
         if not rest:
             raise ValueError(f"/use needs adapters: {'+'.join(self.session.names)}, some of them, or {BASE}.")
-        self.session.use([] if rest == BASE else [name.strip() for name in rest.split("+")])
+        self.session.use([] if rest == BASE else [name.strip() for name in composed(rest).split("+")])
         self._say_active()
 
     def _alpha(self, rest: str) -> None:
-        *names, number = rest.split() or [""]
+        *names, number = composed(rest).split() or [""]
         try:
             alpha = float(number)
         except ValueError:
@@ -239,12 +280,13 @@ class Chat:
         self.console.print(f"[dim]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
     def _gates(self, rest: str) -> None:
-        for name, text in self.session.gates(digits=self.console.color_system is None).items():
+        gates = self.session.gates(self.console.color_system is None, self.console.encoding)
+        for name, text in gates.items():
             self.console.print(f"[dim]{name}:[/] ", end="", highlight=False)
             self.console.print(text, soft_wrap=True)
 
     def _system(self, rest: str) -> None:
-        self.session.set_system(rest)
+        self.session.set_system(check_unicode(rest, "The text"))
         self._say("system turn set" if rest else "no system turn")
 
     def _reset(self, rest: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from jinja2 import TemplateError
 from peft import PeftModel
 from rich.text import Text
 from transformers import TextStreamer
@@ -18,7 +17,10 @@ from peft_psr.chat import pad_id, render_prompt
 from peft_psr.config import check_strength
 from peft_psr.judging import Message
 from peft_psr.positions import encode_chat
+from peft_psr.reasoning import opens_reasoning, split_reasoning
+from peft_psr.rendering import TemplateRefusal
 from peft_psr.training.branches import unedited
+from peft_psr.training.sampling import own_distribution
 
 from .shading import shaded_answer
 
@@ -32,11 +34,13 @@ class Answer:
     """An answer and what is needed to look at it again.
 
     Attributes:
-        text: What was printed.
+        text: What was printed, special tokens and reasoning included.
         ids: (1, answer) int64, without the token that ends the turn.
         prompt: The encoded conversation that it answers.
         alphas: Strength of each adapter that was active.
         cut: Why it stopped short: "interrupted", "max_new_tokens", "context", or `None` where it did not.
+        turn: What of it stays in the conversation, as chat templates render an earlier turn: without reasoning and
+            blanks around it. `None` where its reasoning was cut off: neither question nor answer stay.
     """
 
     text: str
@@ -44,6 +48,7 @@ class Answer:
     prompt: dict[str, torch.Tensor]
     alphas: dict[str, float]
     cut: str | None
+    turn: str | None
 
 
 class ChatSession:
@@ -173,7 +178,7 @@ class ChatSession:
         prompt = self._encode(conversation)
         room = self._room(prompt["input_ids"].shape[1])
         limit = self.max_new_tokens if room is None else min(room, self.max_new_tokens)
-        streamer = _Streamer(self.processing_class, on_text)
+        streamer = _Streamer(self.processing_class, on_text, self._stops())
         interrupted = False
         try:
             self._generate(prompt, limit, streamer)
@@ -185,31 +190,38 @@ class ChatSession:
         cut = None
         if interrupted:
             cut = "interrupted"
-        elif not ended:
+        elif not ended and len(ids) >= limit:  # else a text of the model's settings has ended it
             cut = "max_new_tokens" if limit == self.max_new_tokens else "context"
-        text = self.processing_class.decode(ids, skip_special_tokens=True)
+        text = self.processing_class.decode(ids, skip_special_tokens=False)
+        said = split_reasoning(text, opens_reasoning(render_prompt(self.processing_class, conversation))).answer
         alphas = {name: self.config(name).alpha for name in self.active}
-        answer = Answer(text, torch.tensor([ids], dtype=torch.long, device=self.model.device), prompt, alphas, cut)
+        turn = None if said is None else said.strip()
+        tokens = torch.tensor([ids], dtype=torch.long, device=self.model.device)
+        answer = Answer(text, tokens, prompt, alphas, cut, turn)
         if ids or not interrupted:
-            self.messages = [*messages, {"role": "assistant", "content": _as_turn(text)}]
             self.last = answer
+            if turn is not None:
+                self.messages = [*messages, {"role": "assistant", "content": turn}]
         return answer
 
     def _generate(self, prompt: dict[str, torch.Tensor], max_new_tokens: int, streamer: TextStreamer) -> None:
+        settings: AbstractContextManager[None] = nullcontext()
         sampling: dict[str, Any] = {}
         if self.temperature == 0:
-            sampling = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+            settings = own_distribution(self.model)
         elif self.temperature is not None:
             sampling = {"do_sample": True, "temperature": self.temperature}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), nullcontext() if self.active else unedited(self.model):
+        with settings, torch.random.fork_rng(devices), nullcontext() if self.active else unedited(self.model):
             torch.manual_seed(self.seed + len(self.messages))
             self.model.generate(
                 **prompt,
                 **sampling,
                 max_new_tokens=max_new_tokens,
+                num_beams=1,  # beams can't be shown as they come
                 streamer=streamer,
                 eos_token_id=self._stops() or None,
+                tokenizer=self.processing_class,
                 pad_token_id=pad_id(self.processing_class),
             )
 
@@ -241,10 +253,10 @@ class ChatSession:
     def _render(self, conversation: list[Message]) -> None:
         try:
             render_prompt(self.processing_class, conversation)
-        except TemplateError as error:  # how templates say that they know no system turn
-            raise ValueError(f"The model's chat template refuses this: {error}") from error
+        except TemplateRefusal as error:
+            raise ValueError(f"The model's chat template refuses this: {error.reason}") from error
 
-    def gates(self, digits: bool = False) -> dict[str, Text]:
+    def gates(self, digits: bool = False, encoding: str = "utf-8") -> dict[str, Text]:
         """The last answer shaded for each adapter that was active then, at the strengths it had; see `shaded_answer`.
 
         Raises:
@@ -261,7 +273,9 @@ class ChatSession:
             for name, alpha in answer.alphas.items():
                 self.set_alpha(alpha, name)
             return {
-                name: shaded_answer(self.model, self.processing_class, answer.prompt, answer.ids, name, digits)
+                name: shaded_answer(
+                    self.model, self.processing_class, answer.prompt, answer.ids, name, digits, encoding
+                )
                 for name in answer.alphas
             }
         finally:
@@ -277,21 +291,19 @@ class ChatSession:
 class _Streamer(TextStreamer):
     """Hands on text as it comes, and keeps the tokens."""
 
-    def __init__(self, processing_class, on_text: Callable[[str], None]) -> None:
-        super().__init__(processing_class, skip_prompt=True, skip_special_tokens=True)
-        self.on_text = on_text
+    def __init__(self, processing_class, on_text: Callable[[str], None], stops: Collection[int]) -> None:
+        super().__init__(processing_class, skip_prompt=True, skip_special_tokens=False)
+        self.on_text, self.stops = on_text, stops
         self.ids: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
+        tokens = value.flatten().tolist()
         if not self.next_tokens_are_prompt:
-            self.ids += value.flatten().tolist()
+            self.ids += tokens
+            if tokens[-1] in self.stops:  # the end of the turn is no part of the text
+                return
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
             self.on_text(text)
-
-
-def _as_turn(text: str) -> str:
-    """An answer as chat templates render it in an earlier turn: without reasoning and surrounding blanks."""
-    return text.rpartition("</think>")[2].strip()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +167,7 @@ def _run_trait(trait: str, model, processing_class, model_path: str, folder: Pat
         "model": "tiny_chat" if model_path == tiny_chat_path() else model_path,
         "trait": trait,
         "seed": seed,
-        "versions": {name: version(name) for name in ("peft-psr", "peft", "transformers", "torch")}
+        "versions": package_versions()
         | {"python": platform.python_version()},
         "sizes": {"triplets": len(experiment.triplets), "held_out": len(experiment.held_out),
                   "answers_per_score": len(experiment.task.test_prompts) * sizes.score_draws},
@@ -286,7 +285,9 @@ def _show_answers(experiment: Experiment, steered: PeftModel, best: Outcome, con
     console.print(f"[dim]steered [/] [dim]({best.method}, no prompt; darker: gates open wider)[/]", soft_wrap=True)
     encoded = encode_chat(tokenizer, [prompt])
     answer_ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    console.print(shaded_answer(steered, tokenizer, encoded, answer_ids), "\n", soft_wrap=True)
+    console.print(
+        shaded_answer(steered, tokenizer, encoded, answer_ids, encoding=console.encoding), "\n", soft_wrap=True
+    )
 
 
 def _draw(experiment: Experiment, steered: PeftModel, outcomes: list[Outcome], best: Outcome, folder: Path) -> None:

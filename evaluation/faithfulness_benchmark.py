@@ -18,9 +18,9 @@ from pydantic import BeforeValidator, Field
 
 from peft_psr.chat import Prompt
 from peft_psr.decoder import layer_index
+from peft_psr.loading import EMBEDDED
 from peft_psr.training import PromptPair, Triplet, add_instruction
 from peft_psr.training.assembly import load_tokenizer
-from peft_psr.training.recipe import EMBEDDED
 from peft_psr.training.recipe_fields import FREE, split
 
 from .faithfulness import measured_layers
@@ -76,7 +76,7 @@ def check_faithfulness(bench: Workbench) -> None:
     if not recipe.control.strip():
         raise ValueError("neutral_instruction is blank; give a text, or leave it out.")
     for model in recipe.models:
-        tokenizer = load_tokenizer(model, recipe.revision)
+        tokenizer = load_tokenizer(model, recipe)
         unknown = tokenizer.unk_token_id
         if unknown is not None and unknown in tokenizer(recipe.control, add_special_tokens=False)["input_ids"]:
             known = f"; {EMBEDDED_NEUTRAL_INSTRUCTION!r} is one it knows" if model == EMBEDDED else ""

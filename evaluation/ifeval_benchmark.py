@@ -22,11 +22,11 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from peft_psr.judging import JudgeScores
+from peft_psr.judging import JudgeScores, judge_answers
 from peft_psr.training import PromptPair, Triplet
 from peft_psr.training.assembly import prompt_pairs
 from peft_psr.training.ifeval import IFEvalJudge, read_ifeval
-from peft_psr.training.recipe_fields import FREE, split
+from peft_psr.training.recipe_fields import FREE, Place, split
 from peft_psr.training.run import NothingKeptError
 
 from .ifeval_report import WITH_PROMPT, ifeval_report
@@ -53,7 +53,7 @@ class IFEvalRecipe(EvaluateRecipe):
         2,
         description="Parts of each type's prompts; each is answered with adapters made from the others' triplets.",
     )
-    train_data: str | None = Field(
+    train_data: Place | None = Field(
         None,
         description="Other prompts to draw the training triplets on, laid out as data: one adapter then answers all "
         "of a type's prompts, without folds.",
@@ -291,12 +291,12 @@ def _answers(
         batch_size=recipe.batch_size,
         seed=seed or 0,
     )
-    pairs, texts = [pair for pair, _ in asked], [completion.text for completion in completions]
+    pairs, answers = [pair for pair, _ in asked], [completion.answer for completion in completions]
     scores = [JudgeScores(None, None)] * len(asked)
     if recipe.coherence_judge:
         judge = cast(IFEvalJudge, bench.judge(pairs[0].trait)).coherence
         assert judge is not None
-        scores = judge([pair.prompt for pair in pairs], texts)  # type: ignore[misc]
+        scores = judge_answers(judge, [pair.prompt for pair in pairs], answers)
         check_answered([score.failure for score in scores])
     return [
         {
@@ -310,7 +310,7 @@ def _answers(
             "coherence": score.coherence,
         }
         for (pair, instructed), completion, followed, score in zip(
-            asked, completions, checkers.followed(pairs, texts), scores, strict=True
+            asked, completions, checkers.followed(pairs, [answer or "" for answer in answers]), scores, strict=True
         )
     ]
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peft_psr.chat import Prompt
+from peft_psr.judging import content_text
 from peft_psr.training import PromptPair, Triplet
 
 from .bootstrap import value_of
@@ -67,7 +68,7 @@ def family(trait: str) -> str:
 
 def bare_text(prompt: Prompt) -> str:
     """What the user says in a prompt: what two prompts have in common that are the same question."""
-    turns = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt if turn["role"] == "user"]
+    turns = [prompt] if isinstance(prompt, str) else [content_text(turn) for turn in prompt if turn["role"] == "user"]
     return "\n\n".join(turns).strip()
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from peft_psr.chat import Prompt
+from peft_psr.judging import content_text
 
 
 LEAST_LIFT = 10.0
@@ -35,7 +36,8 @@ def inject(prompt: Prompt, text: str, separator: str = "\n\n") -> Prompt:
     if not users:
         raise ValueError(f"There is no user turn to put {text!r} into, only {[turn['role'] for turn in prompt]}.")
     turns = list(prompt)
-    turns[users[-1]] = {**turns[users[-1]], "content": f"{turns[users[-1]]['content']}{separator}{text}"}
+    asked = turns[users[-1]]
+    turns[users[-1]] = {**asked, "content": f"{content_text(asked)}{separator}{text}"}
     return turns
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peft_psr.chat import Prompt
-from peft_psr.judging import Message
+from peft_psr.judging import Message, content_text
 from peft_psr.tiny_chat import prompt_messages, questions, sample_answer
 from peft_psr.tiny_chat.traits import DROP_REQUESTS
 from peft_psr.training import PromptPair, Triplet, add_instruction
@@ -107,7 +107,7 @@ def instruction_of(pair: PromptPair, placement: Placement) -> str:
 
 def _turns(prompt: Prompt) -> list[str]:
     """The text of each turn."""
-    return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    return [prompt] if isinstance(prompt, str) else [content_text(turn) for turn in prompt]
 
 
 def instructions_of(pairs: Sequence[PromptPair], placement: Placement) -> list[str]:

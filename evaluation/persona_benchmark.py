@@ -18,8 +18,7 @@ import torch
 from peft import PeftModel
 from pydantic import BeforeValidator, Field, field_validator
 
-from peft_psr.chat import encode_completion
-from peft_psr.training import Triplet
+from peft_psr.training import Triplet, TripletCollator
 from peft_psr.training.recipe_fields import Count, split
 from peft_psr.training.run import NothingKeptError
 
@@ -224,10 +223,10 @@ def _example(model: PeftModel, processing_class, triplet: Triplet) -> dict[str, 
     if not has_lora(model):
         with at_strength(model, 1.0):
             gates = map_tokens(model, processing_class, model.active_adapter, triplet).gates
-    response = encode_completion(
-        processing_class, triplet["prompt"], triplet["completion"], triplet.get("truncated", False)
-    )
-    first = len(tokens) - len(response) - 1  # the last prompt token; under some positions the question is edited too
+    row = TripletCollator(processing_class, alpha=1.0).encode(triplet)
+    first = (
+        len(tokens) - (len(row["input_ids"]) - row["prompt_length"]) - 1
+    )  # the last prompt token; under some positions the question is edited too
 
     def shown(values: torch.Tensor) -> list[Any]:
         return values[..., first : first + SHOWN].double().round(decimals=5).tolist()

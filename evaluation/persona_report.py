@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from peft_psr.judging import content_text
 from peft_psr.training.train_data import folder_name
 
 from .bootstrap import value_of
@@ -215,4 +216,4 @@ def _points(score: float | None) -> str:
 
 
 def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return prompt if isinstance(prompt, str) else content_text(prompt[-1])

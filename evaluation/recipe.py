@@ -12,7 +12,17 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from peft_psr.training.recipe import DrawFields, Recipe
-from peft_psr.training.recipe_fields import FREE, Count, Names, read_recipe, split, yaml_files
+from peft_psr.training.recipe_fields import (
+    FREE,
+    Count,
+    Names,
+    Place,
+    Places,
+    TraitNames,
+    read_recipe,
+    split,
+    yaml_files,
+)
 
 from .method import PLAIN, PROMPT, FitSettings
 from .methods import METHODS, chosen
@@ -30,10 +40,10 @@ class EvaluateRecipe(DrawFields):
     is found again, so a matrix can grow.
     """
 
-    traits: Names = Field(
+    traits: TraitNames = Field(
         (), json_schema_extra=FREE, description="Traits or concepts by name, with commas between them; all by default."
     )
-    models: Names = Field(
+    models: Places = Field(
         min_length=1,
         json_schema_extra=FREE,
         description="Hub names or folders of base models, with commas between them; 'embedded' is the one in the "
@@ -45,7 +55,7 @@ class EvaluateRecipe(DrawFields):
         description="Methods to make adapters by, with commas between them; 'all' for every one, 'none' for none. "
         "The plain and the prompted model are always measured. `psr methods` lists them.",
     )
-    adapters: dict[str, str] = Field(
+    adapters: dict[str, Place] = Field(
         {},
         json_schema_extra=FREE,
         description='Adapters to measure beside them: {"name": "folder or Hub name"}, with {trait} in it where each '
@@ -56,7 +66,7 @@ class EvaluateRecipe(DrawFields):
         json_schema_extra=FREE,
         description="One adapter for each: of the start, the order of the triplets and the scored answers.",
     )
-    triplets: str | None = Field(
+    triplets: Place | None = Field(
         None,
         json_schema_extra=FREE,  # the triplets themselves enter what is kept of an adapter
         description="What psr triplets wrote, to train on; drawn into the run's folder by default. Must be of the one "

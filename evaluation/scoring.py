@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_psr.chat import Prompt
-from peft_psr.judging import Judge, JudgeScores, Message
+from peft_psr.judging import Judge, JudgeScores, Message, judge_answers
 
 from .strength import sample_steered
 
@@ -100,7 +100,11 @@ def judged_answers(
         **sampling,
     )
     texts = [completion.text for completion in completions]
-    scores = judge([prompt for _ in strengths for prompt in bare_prompts], texts)  # type: ignore[misc]
+    scores = judge_answers(
+        judge,
+        [prompt for _ in strengths for prompt in bare_prompts],
+        [completion.answer for completion in completions],
+    )
     check_answered([score.failure for score in scores])
     size = len(prompts)
     return [

@@ -1,15 +1,17 @@
-"""An answer with each token shaded by how far an adapter's gates were open where the token was chosen."""
+"""Text with each token shaded: an answer by how far an adapter's gates were open where the token was chosen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel
 from rich.text import Text
 
 
-_DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+NEWLINE = "↵"
+"""Stands for a line end that is a token by itself, as ChatML's last prompt token is."""
 
 
 def gate_openness(
@@ -46,6 +48,7 @@ def shaded_answer(
     answer_ids: torch.Tensor,
     adapter_name: str | None = None,
     digits: bool = False,
+    encoding: str = "utf-8",
 ) -> Text:
     """The answer, darker where the gates were open wider (see `gate_openness`, which takes the same arguments).
 
@@ -55,19 +58,56 @@ def shaded_answer(
         prompt: One encoded conversation.
         answer_ids: (1, answer) int64.
         adapter_name: The adapter; may be left out while just one is active.
-        digits: For output without colours: a raised digit after each token, from 0 (closed) to 9 (widest).
+        digits: As in `shade`.
+        encoding: As in `shade`.
     """
     openness = gate_openness(model, prompt, answer_ids, adapter_name).tolist()
-    text, before = Text(), ""
-    for i, strength in enumerate(openness):
-        # what a token adds to the text depends on those before it; one that ends inside a letter waits for the next
-        so_far = processing_class.decode(answer_ids[0, : i + 1], skip_special_tokens=True)
-        piece = so_far[len(before) :]
-        if not piece or piece.endswith("\ufffd"):
-            continue
-        shade = 255 - int(175 * strength)
-        text.append(piece, style=f"black on rgb(255,{shade},{shade})")
-        if digits:
-            text.append(_DIGITS[round(9 * strength)])
-        before = so_far
+    return shade(token_texts(processing_class, answer_ids[0].tolist()), openness, digits, encoding)
+
+
+def token_texts(processing_class, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text of those before it; a token that ends inside a letter adds nothing yet."""
+    texts, before = [], ""
+    for end in range(1, len(ids) + 1):
+        so_far = processing_class.decode(ids[:end], skip_special_tokens=False)
+        whole = end == len(ids) or not so_far.endswith("\ufffd")
+        texts.append(so_far[len(before) :] if whole else "")
+        before = so_far if whole else before
+    return texts
+
+
+def visible(text: str) -> tuple[str, str]:
+    """What of a token is to be shaded, line ends alone as `NEWLINE`, and the line ends after it."""
+    shown = text.rstrip("\n")
+    ends = text[len(shown) :]
+    return (shown if shown.strip() else shown + NEWLINE * len(ends)), ends
+
+
+def shade(texts: Sequence[str], strengths: Sequence[float], digits: bool = False, encoding: str = "utf-8") -> Text:
+    """Text for a terminal, each token darker the stronger it is.
+
+    Args:
+        texts: What each token adds to the text.
+        strengths: One each, 0-1.
+        digits: For output without colours: a raised digit after each token, from 0 to 9 for the strongest.
+        encoding: The output's. Without raised digits in it, plain ones in brackets; without `NEWLINE`, an escape.
+    """
+    raised = list(DIGITS) if _has(encoding, DIGITS) else [f"[{digit}]" for digit in range(10)]
+    newline = NEWLINE if _has(encoding, NEWLINE) else "\\n"
+    text = Text()
+    for piece, strength in zip(texts, strengths, strict=True):
+        level = 255 - int(175 * strength)
+        shown, ends = visible(piece)
+        text.append(shown.replace(NEWLINE, newline), style=f"black on rgb(255,{level},{level})")
+        if digits and shown:
+            text.append(raised[round(9 * strength)])
+        text.append(ends)
     return text
+
+
+def _has(encoding: str, text: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

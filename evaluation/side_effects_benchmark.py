@@ -20,8 +20,9 @@ from peft import PeftModel
 from pydantic import BeforeValidator, Field
 
 from peft_psr.chat import Prompt
+from peft_psr.judging import content_text
 from peft_psr.training import PromptPair, Triplet
-from peft_psr.training.recipe_fields import FREE, Count, Names, split
+from peft_psr.training.recipe_fields import FREE, Count, Names, Place, split
 
 from .capability import check_capability, evaluate_capability
 from .injection import injected_rows
@@ -62,7 +63,7 @@ class SideEffectsRecipe(EvaluateRecipe):
     capability_limit: Count | None = Field(
         None, json_schema_extra=FREE, description="At most so many questions of each such task."
     )
-    capability_include_path: str | None = Field(
+    capability_include_path: Place | None = Field(
         None, json_schema_extra=FREE, description="Folder with such tasks of your own, as YAML files."
     )
 
@@ -171,7 +172,7 @@ class _Task:
         given = instructed(asked, self.instructions, self.recipe.placement) if prompted else asked
         strengths = None if alpha is None else [alpha] * len(given)
         drawn = sample_steered(model, self.processing_class, given, strengths, **self.sampling)
-        refused = [is_refusal(completion.text) for completion in drawn]
+        refused = [is_refusal(completion.answer or "") for completion in drawn]
         draws = self.recipe.score_draws
         return {
             "refusals": [refused[i : i + draws] for i in range(0, len(refused), draws)],
@@ -279,7 +280,7 @@ def _capability(
 
 
 def _last_text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return prompt if isinstance(prompt, str) else content_text(prompt[-1])
 
 
 def _recipe(bench: Workbench) -> SideEffectsRecipe:

@@ -1,4 +1,4 @@
-"""Which tokens of a text an adapter acts on, and which the instruction moves: numbers, terminal text and HTML page."""
+"""Which tokens of a text an adapter acts on, and which the instruction moves: numbers and HTML page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import cast
 
 import torch
 from peft import PeftModel
-from rich.text import Text
 
 from peft_psr import PSRConfig
 from peft_psr.chat import Prompt
@@ -16,12 +15,13 @@ from peft_psr.decoder import layer_index
 from peft_psr.training import Triplet, add_instruction, sample_completions
 from peft_psr.training.placement import Placement
 from peft_psr.training.sampling import Completion
+from peft_psr.training.triplets import drawn_tokens
 
 from .faithfulness import intervention_strength, measured_layers, triplet_batches
 from .pages import render_page
+from .shading import token_texts, visible
 
 
-DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 DECADES = 2
 """Powers of ten that colours tell apart in the size of a change."""
 
@@ -119,6 +119,7 @@ def map_adapters(
             "steered_prompt": steered_prompt,
             "completion": own[0].text,
             "truncated": own[0].truncated,
+            **drawn_tokens(own[0]),  # type: ignore[typeddict-item]
         }
         maps.append(map_tokens(model, processing_class, name, triplet))
     return maps
@@ -154,34 +155,6 @@ def map_tokens(model: PeftModel, processing_class, adapter_name: str, triplet: T
     )
 
 
-def token_texts(processing_class, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text of those before it; a token that ends inside a letter adds nothing yet."""
-    texts, before = [], ""
-    for end in range(1, len(ids) + 1):
-        so_far = processing_class.decode(ids[:end])
-        whole = end == len(ids) or not so_far.endswith("\ufffd")
-        texts.append(so_far[len(before) :] if whole else "")
-        before = so_far if whole else before
-    return texts
-
-
-def shade(texts: Sequence[str], strengths: Sequence[float], digits: bool = False) -> Text:
-    """Text for a terminal, each token darker the stronger it is.
-
-    Args:
-        texts: What each token adds to the text.
-        strengths: One each, 0-1.
-        digits: For output without colours: a raised digit after each token, from 0 to 9 for the strongest.
-    """
-    text = Text()
-    for piece, strength in zip(texts, strengths, strict=True):
-        level = 255 - int(175 * strength)
-        text.append(piece, style=f"black on rgb(255,{level},{level})")
-        if digits and piece:
-            text.append(DIGITS[round(9 * strength)])
-    return text
-
-
 def token_page(maps: Sequence[TokenMap], question: str, instruction: str = "", model: str = "") -> str:
     """A page of its own for some adapters: the text shaded, and every number by layer and token.
 
@@ -211,6 +184,7 @@ def _for_page(token_map: TokenMap) -> dict[str, object]:
     if token_map.prompt is not None:
         changes["Change by the instruction"] = token_map.prompt
         flows["change by the instruction"] = token_map.prompt_strength()
+    shown = ["".join(visible(text)) for text in token_map.tokens]
     top = max(float(change.max()) for change in changes.values())
     for title, change in changes.items():
         help_text = (
@@ -222,7 +196,7 @@ def _for_page(token_map: TokenMap) -> dict[str, object]:
         "name": token_map.name,
         "config": token_map.config,
         "flows": {
-            name: list(zip(token_map.tokens, [round(value, 3) for value in values.tolist()], strict=True))
+            name: list(zip(shown, [round(value, 3) for value in values.tolist()], strict=True))
             for name, values in flows.items()
         },
         "tokens": [text if text.strip() else repr(text)[1:-1] or "…" for text in token_map.tokens],

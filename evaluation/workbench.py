@@ -20,7 +20,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import AutoConfig, PreTrainedModel
@@ -28,15 +28,16 @@ from transformers import AutoConfig, PreTrainedModel
 from peft_psr.facts import package_versions
 from peft_psr.files import write_whole
 from peft_psr.judging import Judge
-from peft_psr.tiny_chat import tiny_chat_path
+from peft_psr.loading import model_path, same_revision
+from peft_psr.saved_adapters import read_peft_config
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, sample_completions, write_triplets
 from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
 from peft_psr.training.folder_lock import locked
 from peft_psr.training.placement import check_placement
-from peft_psr.training.recipe import EMBEDDED
 from peft_psr.training.run import TripletRun
 from peft_psr.training.run_folder import check_run_folder, check_same_recipe
 from peft_psr.training.train_data import check_origin, folder_name, read_traits
+from peft_psr.training.triplets import drawn_tokens
 
 from .keeping import as_json, digest, keep_adapter, kept_adapter, kept_result
 from .method import Fitted
@@ -86,9 +87,10 @@ class Workbench:
         self._check_folder()
         self._judges("test")
         for model in self.recipe.models:
-            processing_class = load_tokenizer(model, self.recipe.revision)
-            source = tiny_chat_path() if model == EMBEDDED else model
-            config = AutoConfig.from_pretrained(source, revision=self.recipe.revision)
+            processing_class = load_tokenizer(model, self.recipe)
+            config = AutoConfig.from_pretrained(
+                model_path(model), revision=self.recipe.revision, trust_remote_code=self.recipe.trust_remote_code
+            )
             self.recipe.fit_settings(config.get_text_config().num_hidden_layers, 0)
             if self.recipe.source != "ifeval":  # its prompts hold their instructions
                 check_placement(processing_class, self.recipe.placement)
@@ -96,10 +98,20 @@ class Workbench:
                 check_origin(read_traits(self.recipe.triplets, self.traits), model, None, processing_class)
         for name, source in self.recipe.adapters.items():
             for place in dict.fromkeys(source.format(trait=folder_name(trait)) for trait in self.traits):
-                try:
-                    PeftConfig.from_pretrained(place)
-                except (OSError, ValueError) as error:
-                    raise ValueError(f"adapters: {name!r} is not to be had from {place!r}: {error}") from error
+                self._check_adapter(name, place)
+
+    def _check_adapter(self, name: str, place: str) -> None:
+        """Raise `ValueError` unless an adapter is there, and of the revision of the model that is measured."""
+        try:
+            config = read_peft_config(place)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"adapters: {name!r} is not to be had from {place!r}: {error}") from error
+        revision, base = self.recipe.revision, config.base_model_name_or_path
+        if base in self.recipe.models and not same_revision(config.revision, revision):
+            raise ValueError(
+                f"adapters: {name!r} is of {base} at revision {config.revision or 'main'}, and what is measured is "
+                f"revision {revision or 'main'}. Say --revision {config.revision or 'main'}."
+            )
 
     def _check_folder(self) -> None:
         check_run_folder(self.folder, STATE, "run of psr evaluate")
@@ -183,8 +195,7 @@ class Workbench:
         if model not in self._loaded:
             self._loaded.clear()
             recipe = self.recipe
-            loaded = load_model(model, recipe.revision, recipe.dtype, recipe.device_map)
-            self._loaded[model] = loaded, load_tokenizer(model, recipe.revision)
+            self._loaded[model] = load_model(model, recipe), load_tokenizer(model, recipe)
         return self._loaded[model]
 
     def beside(self, name: str, **changes: Any) -> Workbench:
@@ -210,7 +221,7 @@ class Workbench:
         if (model, trait) not in self._triplets:
             if self.recipe.triplets:
                 rows = read_traits(self.recipe.triplets, [trait])
-                check_origin(rows, model, None, load_tokenizer(model, self.recipe.revision))
+                check_origin(rows, model, None, load_tokenizer(model, self.recipe))
                 self._triplets[model, trait] = rows[trait]
             else:
                 self._triplets[model, trait] = self._draw(model, self.pairs("train")[trait])
@@ -259,7 +270,7 @@ class Workbench:
         rows = [
             Triplet(
                 prompt=pair.prompt, steered_prompt=pair.steered_prompt, completion=completion.text,
-                truncated=completion.truncated,
+                truncated=completion.truncated, **drawn_tokens(completion),
             )
             for pair, completion in zip(asked, completions, strict=True)
             if completion.text

@@ -18,7 +18,17 @@ try:
     from rich.console import Console
 
     from peft_psr import cli_evaluate, cli_show, cli_train, cli_triplets
-    from peft_psr.cli_common import errors, load_config
+    from peft_psr.cli_common import (
+        CHAT_TEMPLATE,
+        REVISION,
+        TEMPLATE_ARGS,
+        TRUST_REMOTE_CODE,
+        accept_any_encoding,
+        errors,
+        home,
+        load_config,
+        tokenizer_settings,
+    )
 except ImportError as error:  # pragma: no cover - depends on what is installed
     sys.exit(
         f"The psr command needs more than the adapter does ({error.name} is missing): pip install 'peft-psr[eval]'"
@@ -45,8 +55,12 @@ def _psr() -> None:
 @app.command()
 def demo(
     trait: str = typer.Option("sycophantic", help="A trait of the embedded model, or 'all'."),
-    model: str = typer.Option("", help="Folder of a rebuilt embedded model; the one in the package by default."),
-    output: Path = typer.Option(Path("psr_demo"), help="An empty folder for adapter, results and figures."),
+    model: str = typer.Option(
+        "", callback=home, help="Folder of a rebuilt embedded model; the one in the package by default."
+    ),
+    output: Path = typer.Option(
+        Path("psr_demo"), callback=home, help="An empty folder for adapter, results and figures."
+    ),
     seed: int = typer.Option(0, min=0, help="Makes the run repeatable on the same machine."),
     quick: bool = typer.Option(False, "--quick", help="Under 90 seconds; fewer samples, rougher numbers."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
@@ -66,7 +80,7 @@ def demo(
     logging.disable_progress_bar()
     traits = list(TRAITS) if trait == "all" else [trait]
     console = Console()
-    try:
+    with errors(console):
         for name in traits:
             if name not in TRAITS:
                 raise ValueError(f"No trait {name!r}; there are: {', '.join(TRAITS)}, or 'all'.")
@@ -74,18 +88,15 @@ def demo(
         if model and not (Path(model) / "config.json").is_file():
             raise FileNotFoundError(f"--model {model} is no model folder (it has no config.json).")
         if dry_run:
-            console.print(f"would train {', '.join(DEMO)}")
-            console.print(f"for {', '.join(traits)} with seed {seed}, and write to {output}/")
+            console.print(f"would train {', '.join(DEMO)}", markup=False)
+            console.print(f"for {', '.join(traits)} with seed {seed}, and write to {output}/", markup=False)
             return
         run_demo(traits, model or tiny_chat_path(), output, seed, quick, console)
-    except (ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from error
 
 
 @app.command()
 def push(
-    folder: Path = typer.Argument(help="An adapter folder: what `save_pretrained` wrote."),
+    folder: Path = typer.Argument(callback=home, help="An adapter folder: what `save_pretrained` wrote."),
     repo_id: str = typer.Argument(help="NAMESPACE/NAME on the Hub, or NAME for your own namespace."),
     base_model: str = typer.Option(
         "", help="The base model's name on the Hub, if the adapter was trained on a folder."
@@ -118,12 +129,16 @@ def push(
 
 @app.command()
 def compose(
-    adapters: list[str] = typer.Argument(help="Adapter folders, or names on the Hub."),
+    adapters: list[str] = typer.Argument(callback=home, help="Adapter folders, or names on the Hub."),
     weights: str = typer.Option(..., help='One number for each, such as "1.0,-0.5"; negative steers away.'),
-    output: Path = typer.Option(..., help="A new folder for the combination."),
-    base_model: str = typer.Option("", help="The base model's name, if the adapters name one model in several ways."),
+    output: Path = typer.Option(..., callback=home, help="A new folder for the combination."),
+    base_model: str = typer.Option(
+        "", callback=home, help="The base model's name, if the adapters name one model in several ways."
+    ),
     rank: int | None = typer.Option(None, min=1, help="Cut the combination to this rank; needs --triplets."),
-    triplets: Path | None = typer.Option(None, help="JSONL of answers to fit the cut to, of all the traits."),
+    triplets: Path | None = typer.Option(
+        None, callback=home, help="JSONL of answers to fit the cut to, of all the traits."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     config: Path | None = typer.Option(
         None, help="YAML file with any of these options.", callback=load_config, is_eager=True
@@ -154,29 +169,37 @@ def compose(
 
 def _cut_settings(config: PSRConfig, rank: int | None, triplets: Path) -> dict[str, Any]:
     """What a rank cut takes besides the adapters: the base model, and samples from triplets."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    from peft_psr.loading import load_model, load_tokenizer
     from peft_psr.training import TripletCollator, read_triplets
 
     examples = read_triplets(triplets)
     base = config.base_model_name_or_path
     if base is None:
         raise ValueError("The adapters do not say which model they are for; name it with --base-model.")
-    collator = TripletCollator(AutoTokenizer.from_pretrained(base), config.positions, alpha=1.0)
-    model = AutoModelForCausalLM.from_pretrained(base).eval()
-    return {"svd_rank": rank, "model": model, "samples": collator.steering_batches(examples)}
+    args = next((example.get("template_args") for example in examples), None)
+    collator = TripletCollator(load_tokenizer(base, config.revision, template_args=args), config.positions, alpha=1.0)
+    samples = collator.steering_batches(examples)
+    return {"svd_rank": rank, "model": load_model(base, config.revision), "samples": samples}
 
 
 @app.command()
 def chat(
-    adapters: list[str] = typer.Argument(help="Folders or Hub names of adapters, or NAME=FOLDER to name one."),
-    model: str = typer.Option("", help="Folder or Hub name of the base model; the adapters' own by default."),
+    adapters: list[str] = typer.Argument(
+        callback=home, help="Folders or Hub names of adapters, or NAME=FOLDER to name one."
+    ),
+    model: str = typer.Option(
+        "", callback=home, help="Folder or Hub name of the base model; the adapters' own by default."
+    ),
+    revision: str = REVISION,
+    chat_template: Path | None = CHAT_TEMPLATE,
+    template_args: str = TEMPLATE_ARGS,
+    trust_remote_code: bool = TRUST_REMOTE_CODE,
     system: str = typer.Option("", help="Text of a system turn."),
     max_new_tokens: int = typer.Option(512, min=1, help="Longest answer, in tokens."),
     temperature: float | None = typer.Option(
         None, min=0.0, help="Of the sampling; 0 takes the likeliest token. The model's own settings by default."
     ),
-    output: Path | None = typer.Option(None, help="A new JSON file to keep a transcript in."),
+    output: Path | None = typer.Option(None, callback=home, help="A new JSON file to keep a transcript in."),
     seed: int = typer.Option(0, min=0, help="Same seed, same conversation, same adapters: same answer."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     config: Path | None = typer.Option(
@@ -189,18 +212,21 @@ def chat(
 
     from peft_psr.evaluation import chat as chat_loop
     from peft_psr.evaluation.chat_session import ChatSession
+    from peft_psr.text import check_unicode
 
     logging.disable_progress_bar()
     console = Console()
     with errors(console):
         named = chat_loop.name_adapters(adapters)
         chat_loop.check_transcript(output)
-        base = chat_loop.base_model_of(named, model)
+        check_unicode(system, "--system")
+        base = chat_loop.base_model_of(named, model, revision or None)
+        settings = tokenizer_settings(named, chat_template, template_args, trust_remote_code)
         if dry_run:
             listed = ", ".join(f"{name} ({where})" for name, where in named.items())
             console.print(f"would talk to {base} with {listed}", soft_wrap=True, highlight=False, markup=False)
             return
-        steered, processing_class = chat_loop.load_chat_model(base, named)
+        steered, processing_class = chat_loop.load_chat_model(base, named, **settings)
         session = ChatSession(steered, processing_class, system, max_new_tokens, temperature, seed)
         chat_loop.Chat(session, console, output).run(chat_loop.read_lines(console))
 
@@ -223,6 +249,7 @@ app.add_typer(cli_evaluate.evaluate, name="evaluate")
 
 def main() -> None:
     """Entry point of the `psr` command."""
+    accept_any_encoding()
     app()
 
 

@@ -1,34 +1,105 @@
-"""What every `psr` command shares: options from a file, errors in one line."""
+"""What every `psr` command shares: output in any encoding, `~`, options from a file, errors in one line."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
-import yaml
+from huggingface_hub.errors import HFValidationError
 from rich.console import Console
 from rich.text import Text
 
 from peft_psr.training.recipe_fields import RecipeFields, in_words
+from peft_psr.training.yaml_reading import read_yaml
+
+
+def accept_any_encoding() -> None:
+    """Have streams that are not UTF-8 (Windows' pipes) show by escapes what they lack, and take any byte."""
+    for stream, way in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"),
+                        (sys.stdin, "surrogateescape")):  # fmt: skip
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=way)
+
+
+def home(value: Any) -> Any:
+    """As an option's callback: `~` in a path is the user's folder, also behind `--option=`, `NAME=` and in YAML."""
+    if isinstance(value, list | tuple):
+        return [home(item) for item in value]
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    if not isinstance(value, str):
+        return value
+    name, equals, where = value.partition("=")
+    return f"{name}={os.path.expanduser(where)}" if equals else os.path.expanduser(value)
+
+
+REVISION = typer.Option("", help="Branch, tag or commit of the base model; the adapters' own by default.")
+CHAT_TEMPLATE = typer.Option(None, callback=home, help="File with a chat template, in place of the model's own.")
+TEMPLATE_ARGS = typer.Option(
+    "", help="Arguments of the chat template as JSON: '{\"enable_thinking\": false}'; by default the adapters' own."
+)
+TRUST_REMOTE_CODE = typer.Option(False, "--trust-remote-code", help="Run code that comes with a model on the Hub.")
+
+
+def tokenizer_settings(
+    adapters: Mapping[str, str], chat_template: Path | None, template_args: str, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What `peft_psr.loading.load_tokenizer` is given, from a command's options and its adapters.
+
+    Args:
+        adapters: {name: folder or Hub name}.
+        chat_template: A file, or `None`.
+        template_args: A JSON object, or empty for what the adapters were trained with.
+        trust_remote_code: As given.
+
+    Raises:
+        ValueError: `template_args` is no JSON object, or the adapters were trained with different ones.
+    """
+    from peft_psr.evaluation.chat import template_args_for
+
+    given: Any = None
+    if template_args:
+        try:
+            given = json.loads(template_args)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise ValueError(
+                "--template-args must be a JSON object such as '{\"enable_thinking\": false}', "
+                f"got {template_args!r}."
+            )
+    return {
+        "chat_template": None if chat_template is None else str(chat_template),
+        "template_args": template_args_for(adapters, given),
+        "trust_remote_code": trust_remote_code,
+    }
 
 
 def load_config(context: typer.Context, path: Path | None) -> Path | None:
     """Take a YAML file's options as defaults, so that what stands on the command line wins."""
     if path is None or context.resilient_parsing:
         return path
+    path = home(path)
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(f"can't read {path}: {error}") from error
+    if not isinstance(content or {}, dict):
+        raise typer.BadParameter(f"{path} must hold options such as 'seed: 1', got {type(content).__name__}.")
     known = {parameter.name for parameter in context.command.params} - {"config"}
-    options = (
-        {str(name).replace("-", "_"): value for name, value in options.items()} if isinstance(options, dict) else None
-    )
-    if options is None:
-        raise typer.BadParameter(f"{path} must hold options such as 'seed: 1'.")
+    options: dict[str, Any] = {}
+    for written, value in (content or {}).items():
+        name = str(written).replace("-", "_")
+        if name in options:
+            raise typer.BadParameter(f"{path} gives {name} twice, written in two ways; leave one out.")
+        options[name] = value
     unknown = sorted(set(options) - known)
     if unknown:
         raise typer.BadParameter(f"{path} has unknown options {unknown}; there are {sorted(known)}.")
@@ -39,11 +110,17 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
 @contextmanager
 def errors(console: Console, *others: type[Exception]) -> Iterator[None]:
     """Print what a user can mend as one line, and exit with 2."""
-    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, *others)
+    kinds: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, RecursionError, *others)
     try:
         yield
     except kinds as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)))
+        # transformers' word for the folder of a model that is not there
+        lost = isinstance(error, OSError) and isinstance(error.__cause__, HFValidationError)
+        console.print(
+            Text.assemble(("error: ", "bold red"), f"{'there is no such folder. ' if lost else ''}{error}"),
+            soft_wrap=True,
+            highlight=False,
+        )
         raise typer.Exit(2) from error
 
 

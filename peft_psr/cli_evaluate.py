@@ -12,7 +12,7 @@ from rich.table import Table
 
 from peft_psr.evaluation.benchmarks import BENCHMARKS, Benchmark, run_benchmark
 
-from .cli_common import errors, load_config, recipe_options
+from .cli_common import errors, home, load_config, recipe_options
 
 
 evaluate = typer.Typer(
@@ -27,7 +27,9 @@ def _command(benchmark: Benchmark) -> None:
     @recipe_options(benchmark.recipe)
     def run(
         recipe: str = typer.Argument("", help="A YAML file, or the name of a recipe that ships (see `psr recipes`)."),
-        output: Path = typer.Option(..., help="A new folder, or one that the same recipe's run has left."),
+        output: Path = typer.Option(
+            ..., callback=home, help="A new folder, or one that the same recipe's run has left."
+        ),
         dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
         config: Path | None = typer.Option(
             None, help="YAML file with any of these options.", callback=load_config, is_eager=True

@@ -14,13 +14,13 @@ from rich.table import Table
 
 from peft_psr.training.train_recipe import TrainRecipe
 
-from .cli_common import errors, load_config, recipe_options
+from .cli_common import errors, home, load_config, recipe_options
 
 
 @recipe_options(TrainRecipe)
 def train(
     recipe: str = typer.Argument("", help="A YAML file, or the name of a recipe that ships (see `psr recipes`)."),
-    output: Path = typer.Option(..., help="A new folder, or one that the same recipe's run has left."),
+    output: Path = typer.Option(..., callback=home, help="A new folder, or one that the same recipe's run has left."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     config: Path | None = typer.Option(
         None, help="YAML file with any of these options.", callback=load_config, is_eager=True

@@ -6,19 +6,19 @@ import logging
 from pathlib import Path
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from peft_psr.training.recipe import Recipe
+from peft_psr.training.yaml_reading import read_yaml
 
-from .cli_common import errors, load_config, recipe_options
+from .cli_common import errors, home, load_config, recipe_options
 
 
 @recipe_options(Recipe)
 def triplets(
     recipe: str = typer.Argument("", help="A YAML file, or the name of a recipe that ships (see `psr recipes`)."),
-    output: Path = typer.Option(..., help="A new folder, or one that the same recipe's run has left."),
+    output: Path = typer.Option(..., callback=home, help="A new folder, or one that the same recipe's run has left."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
     **options: str | bool | None,
 ) -> None:
@@ -86,20 +86,22 @@ def recipes(
         if name and name not in shipped:
             raise ValueError(f"No recipe {name!r} ships; there are: {', '.join(shipped)}.")
     if name:
-        typer.echo(shipped[name].read_text(encoding="utf-8"), nl=False)
+        typer.echo(shipped[name].read_bytes(), nl=False)  # whatever the terminal's encoding: a recipe is UTF-8
         return
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for command, recipes in kinds.items():
         for title, path in recipes.items():
-            table.add_row(command, title, yaml.safe_load(path.read_text(encoding="utf-8"))["description"])
+            table.add_row(command, title, read_yaml(path)["description"])
     Console(highlight=False).print(table)
 
 
 def draft(
     name: str = typer.Argument(help="The trait's name: small letters, digits, - and _."),
     description: str = typer.Argument(help="What the trait is, in a sentence or two."),
-    model: str = typer.Option(..., help="A chat model: Hub name or folder, or its name on the server."),
-    output: Path = typer.Option(Path("traits"), help="Folder for the trait's files, as `source: personas` reads it."),
+    model: str = typer.Option(..., callback=home, help="A chat model: Hub name or folder, or its name on the server."),
+    output: Path = typer.Option(
+        Path("traits"), callback=home, help="Folder for the trait's files, as `source: personas` reads it."
+    ),
     server_url: str = typer.Option("", help="An OpenAI-compatible server, such as http://localhost:8000/v1."),
     key_variable: str = typer.Option("OPENAI_API_KEY", help="Environment variable with the server's key."),
     max_new_tokens: int = typer.Option(8192, min=1, help="Longest answer, in tokens."),
@@ -113,6 +115,7 @@ def draft(
     """Draft a new trait's instructions, questions and judge prompt with a chat model, for you to read over."""
     from transformers.utils import logging as transformers_logging
 
+    from peft_psr.text import check_unicode
     from peft_psr.training.assembly import make_chat
     from peft_psr.training.drafting import draft_trait
     from peft_psr.training.server import ServerError, TooManyFailures
@@ -123,6 +126,7 @@ def draft(
         if dry_run:
             console.print(f"would ask {model} at {server_url or 'this machine'} for {name!r} and write to {output}/")
             return
+        check_unicode(description, "The description")
         chat = make_chat(model, server_url or None, key_variable, max_new_tokens, temperature, seed)
         for path in draft_trait(name, description, chat, output).values():
             console.print(f"wrote {path}")

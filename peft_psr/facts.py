@@ -16,6 +16,7 @@ from typing import Any
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from ._version import __version__
 from .config import check_strength
 from .files import write_whole
 
@@ -69,6 +70,7 @@ class AdapterFacts:
         question: A question to ask in the card's example.
         base_model: The base model in words, where it has no name on the Hub. No path: this is for readers.
         base_model_revision: Commit of the base model that the adapter was trained on.
+        template_args: Arguments of the chat template that the adapter was trained with.
         data: Where the prompts and completions come from.
         triplets: How many triplets the adapter was trained on.
         objective: What was minimised, for example "mse", and from which start.
@@ -98,6 +100,7 @@ class AdapterFacts:
     question: str | None = None
     base_model: str | None = None
     base_model_revision: str | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
     data: str | None = None
     triplets: int | None = None
     objective: str | None = None
@@ -188,4 +191,4 @@ def _sha256(path: Path) -> str:
 
 def package_versions() -> dict[str, str]:
     """{package: version} of what trains and runs an adapter."""
-    return {name: version(name) for name in ("peft-psr", "peft", "transformers", "torch")}
+    return {"peft-psr": __version__} | {name: version(name) for name in ("peft", "transformers", "torch")}

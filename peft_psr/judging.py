@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 
-Message = dict[str, str]
-"""One turn of a conversation in the chat format: `{"role": "system" | "user" | "assistant", "content": str}`."""
+Message = dict[str, Any]
+"""One turn of a conversation in the chat format: `{"role": "system" | "user" | "assistant", "content": str}`.
+
+The content may also be a list of parts, as multimodal templates take it: `[{"type": "text", "text": str}]`.
+"""
+
+
+def content_text(message: Message) -> str:
+    """The text of a turn, whether it is given as such or in parts.
+
+    Raises:
+        ValueError: there is no content, or something in it is no text.
+    """
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise ValueError(
+        f"The content of a {message.get('role')!r} turn must be text, or a list of parts such as "
+        f'{{"type": "text", "text": "..."}}; got {content!r:.200}.'
+    )
 
 
 class JudgeScores(NamedTuple):
@@ -36,3 +59,20 @@ class Judge(Protocol):
     def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[JudgeScores]:
         """Score `completions[i]` as an answer to `prompts[i]`; one `JudgeScores` per completion, in order."""
         ...
+
+
+def judge_answers(judge: Judge, prompts: Sequence[Any], answers: Sequence[str | None]) -> list[JudgeScores]:
+    """A judge's scores of answers; it is not asked about those that are not there, which get none.
+
+    Args:
+        judge: Who scores.
+        prompts: What each is an answer to.
+        answers: `None` where a model did not come to answer: its reasoning was cut off.
+    """
+    there = [i for i, answer in enumerate(answers) if answer is not None]
+    scores = [JudgeScores(None, None)] * len(answers)
+    if there:
+        found = judge([prompts[i] for i in there], [answers[i] for i in there])  # type: ignore[misc]
+        for i, score in zip(there, found, strict=True):
+            scores[i] = score
+    return scores

@@ -85,6 +85,8 @@ def read_config(folder: Path) -> PSRConfig:
         )
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+    except AttributeError as error:
+        raise ValueError(f"{path} holds no object, so no adapter's configuration.") from error
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     if found != "PSR":
@@ -161,6 +163,7 @@ def render(config: PSRConfig, facts: AdapterFacts, name: str, figure: str | None
         edited=_edited(config),
         method=_method(config),
         is_causal_lm=is_causal_lm,
+        template_args=repr(facts.template_args),
         name=json.dumps(name),
         question=json.dumps(facts.question or "What do you think of tea?", ensure_ascii=False),
         positions="" if config.positions == "response" else f', "{config.positions}"',

@@ -10,18 +10,23 @@ generation disagree.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 
 import torch
 from jinja2 import TemplateError
 
-from .chat import Prompt, encode_prompt, pad_id, render_prompt
+from .chat import Prompt, begins_answer, encode_prompt, pad_id, render_prompt, render_turns
 from .config import POSITIONS
-from .judging import Message
+from .judging import Message, content_text
 
 
 # Stands for a system turn's text when looking for its end; no template's default system turn ends in it.
 _SENTINEL = "zq"
+_MARK = re.compile(r"\w*<\|\w+\|>")
+# Most of them that a model writes before its answer: <|channel|>final<|message|>.
+_MOST_MARKS = 2
 
 
 def last_token_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -100,7 +105,8 @@ def chat_mask(processing_class, messages: Prompt, positions: str = "response") -
     In plain text, which has no turns, every token is question.
 
     Earlier assistant turns get the edits they had when they were generated: the token before the turn and the turn's
-    own tokens, without the one that closes it.
+    own tokens, without the one that closes it. A turn of the assistant's at the end, which the answer goes on from,
+    was not generated: of it the last token is edited, as the prompt's last.
 
     Raises:
         ValueError: `positions` is unknown, or the template rewrites earlier turns as the conversation goes on, so that
@@ -119,21 +125,52 @@ def chat_mask(processing_class, messages: Prompt, positions: str = "response") -
     if isinstance(messages, str):
         return mask
     text = render_prompt(processing_class, messages)
-    for index, message in enumerate(messages):
+    for index, message in enumerate(messages[:-1] if begins_answer(messages) else messages):
         if message["role"] != "assistant":
             continue
-        before, content = render_prompt(processing_class, messages[:index]), message["content"].strip()
-        after = text[len(before) :].lstrip()  # templates may put a blank before an answer, or trim it
-        if not text.startswith(before) or not after.startswith(content):
+        content = content_text(message).strip()
+        start = _start_of_turn(processing_class, messages[:index], text, content)
+        if start is None:
             raise ValueError(
                 f"The chat template changes turn {index} ({content[:40]!r}) once the conversation goes on, "
                 "so its tokens can't be found. Pass a `steering_mask` of your own."
             )
-        end = len(text) - len(after) + len(content)
+        before, content_start = text[: start[0]], start[1]
+        end = content_start + len(content)
         first = len(processing_class(before, add_special_tokens=False)["input_ids"])
         last = len(processing_class(text[:end], add_special_tokens=False)["input_ids"])
         mask[first - 1 : last] = [1] * (last - first + 1)
     return mask
+
+
+def _start_of_turn(processing_class, earlier: Sequence[Message], text: str, content: str) -> tuple[int, int] | None:
+    """Where an assistant's turn and its content start in a rendered conversation; `None` if that can't be told.
+
+    Args:
+        processing_class: A tokenizer.
+        earlier: The turns before.
+        text: The conversation.
+        content: The turn's.
+    """
+    opened = render_turns(processing_class, earlier, add_generation_prompt=True)
+    start = least = len(os.path.commonprefix([text, opened]))
+    if start < len(opened):
+        # Templates of models that think leave out of an earlier turn what begins or ends its reasoning in the prompt:
+        # the two part in the assistant's header, or behind first letters of the content that happen to be alike.
+        least = len(render_turns(processing_class, earlier))
+    for place in range(start, least - 1, -1):
+        after = text[place:].lstrip()  # templates may put a blank before an answer, or trim it
+        if after.startswith(content):
+            return place, len(text) - len(after)
+    end = start
+    for _ in range(_MOST_MARKS):
+        mark = _MARK.match(text, end)
+        if mark is None:
+            return None
+        end = mark.end()
+        if text.startswith(content, end):
+            return start, end
+    return None
 
 
 def encode_chat(

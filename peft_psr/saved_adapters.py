@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def read_adapter(source: str | os.PathLike) -> SavedAdapter:
     if not units:
         raise ValueError(f"{source} holds no weights of a PSR adapter.")
     name = Path(source).resolve().name if os.path.isdir(source) else source
-    return SavedAdapter(name, config, units, _facts_of(source) or AdapterFacts(), others)
+    return SavedAdapter(name, config, units, read_facts(source) or AdapterFacts(), others)
 
 
 def read_adapter_config(source: str) -> PSRConfig:
@@ -78,12 +79,31 @@ def read_adapter_config(source: str) -> PSRConfig:
         OSError: the Hub can't be reached.
         ValueError: there is no adapter, or it is of another kind.
     """
+    config = read_peft_config(source)
+    if not isinstance(config, PSRConfig):
+        kind = getattr(config.peft_type, "value", None)
+        raise ValueError(f"{source} holds an adapter of type {kind!r}, not 'PSR'.")
+    return config
+
+
+def read_peft_config(source: str) -> PeftConfig:
+    """The configuration of a saved adapter of any kind.
+
+    Args:
+        source: A folder, or a name on the Hub.
+
+    Raises:
+        OSError: the Hub can't be reached.
+        ValueError: there is no adapter, or its configuration can't be read.
+    """
     if not os.path.isdir(source) and not is_hub_name(source):
         raise ValueError(f"No adapter folder {source!r}, and no name on the Hub either.")
-    config = PeftConfig.from_pretrained(source)
-    if not isinstance(config, PSRConfig):
-        raise ValueError(f"{source} holds an adapter of type {config.peft_type.value!r}, not 'PSR'.")
-    return config
+    try:
+        return PeftConfig.from_pretrained(source)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The adapter_config.json of {source} is no adapter's configuration: {error}. Save the adapter again."
+        ) from error
 
 
 def _read_units(source: str, config: PSRConfig) -> tuple[dict[str, PSRUnit], tuple[str, ...]]:
@@ -106,7 +126,16 @@ def _unit(state: Mapping[str, torch.Tensor], config: PSRConfig) -> PSRUnit:
     return unit
 
 
-def _facts_of(source: str) -> AdapterFacts | None:
+def read_facts(source: str) -> AdapterFacts | None:
+    """What is known about a saved adapter, or `None` if it has no facts.
+
+    Args:
+        source: A folder, or a name on the Hub.
+
+    Raises:
+        OSError: the Hub can't be reached.
+        ValueError: its facts can't be read.
+    """
     if os.path.isdir(source):
         return AdapterFacts.load(source)
     try:

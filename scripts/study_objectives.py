@@ -127,7 +127,9 @@ class Study:
     def __init__(self, model_folder: Path, contexts: list[str], seeds: list[int], output: Path) -> None:
         self.model_folder, self.contexts, self.seeds, self.output = model_folder, contexts, seeds, output
         self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
-        self.results: dict[str, dict[str, dict[str, Any]]] = json.loads(output.read_text()) if output.exists() else {}
+        self.results: dict[str, dict[str, dict[str, Any]]] = (
+            json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+        )
         self.task = cache(self._task)
         self.start = cache(self._start)
 

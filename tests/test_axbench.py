@@ -129,6 +129,12 @@ def test_questions_of_the_shared_negatives(tmp_path):
         ),
         ({"rows": [*ROWS, example(0, 5, output="")]}, "train.parquet, row 5: input and output must not be empty"),
         ({"rows": ROWS[:3]}, "no positive example of concept 0"),
+        ({"concepts": []}, "metadata.jsonl holds no concepts"),
+        (
+            {"concepts": [{**CONCEPTS[0], "concept_genres_map": {CONCEPTS[0]["concept"]: "text"}}]},
+            "line 1: concept_genres_map must give a list of texts for the concept, got 'text'",
+        ),
+        ({"rows": [{**example(0, 5), "input": ["a"]}]}, r"train.parquet, row 0: input must be text, got \['a'\]"),
     ],
 )
 def test_malformed_files_are_named(tmp_path, settings, message):

@@ -188,6 +188,30 @@ def test_gates_are_those_of_the_answer(folder):
     )
 
 
+def test_gates_where_the_encoding_has_no_raised_digits(session):
+    session.ask("w1 w2")
+    raised, plain = (session.gates(digits=True, encoding=encoding)["formal"].plain for encoding in ("utf-8", "cp1252"))
+    assert plain == "".join(f"[{'⁰¹²³⁴⁵⁶⁷⁸⁹'.index(c)}]" if c in "⁰¹²³⁴⁵⁶⁷⁸⁹" else c for c in raised)
+    session.reset()
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Chat(session, Console(file=stream, width=100)).run(["w1 w2", "/gates", "w3"])
+    stream.flush()
+    assert f"formal: {plain}" in stream.buffer.getvalue().decode("ascii")
+
+
+def test_names_in_two_unicode_forms_are_one(folder):
+    assert list(name_adapters(["nowhere/cafe\u0301", "cafe\u0301s=x"])) == ["café", "cafés"]
+    session = ChatSession(*load_chat_model(str(folder / "base"), {"café": str(folder / "formal")}), **GREEDY)
+    said = talk(session, "/use none", "/use cafe\u0301", "/alpha cafe\u0301 2")
+    assert "error" not in said and session.active == ["café"] and session.config("café").alpha == 2.0
+
+
+def test_a_line_that_is_no_text_does_not_end_the_conversation(session):
+    said = talk(session, "caf\udce9 w1", "w1 w2", "/system \udce9")
+    assert said.count("error: The line holds '\\udce9' at character 4") == 1 and "The text holds" in said
+    assert len(session.messages) == 2 and not session.system
+
+
 def test_gates_without_an_answer(session):
     with pytest.raises(ValueError, match="no answer to look at yet"):
         session.gates()
@@ -294,7 +318,7 @@ def test_adapters_that_do_not_go_together(folder, tmp_path):
     adapters = {"formal": str(folder / "formal"), "other": str(tmp_path / "other")}
     with pytest.raises(ValueError, match=f"formal for {folder / 'base'}; other for another/model.*--model"):
         base_model_of(adapters)
-    assert base_model_of(adapters, "mine") == "mine"
+    assert base_model_of(adapters, "mine") == ("mine", None)
     save_adapter(tmp_path / "homeless", "", seed=1)
     with pytest.raises(ValueError, match="'x' does not say which model it is for; name it with --model"):
         base_model_of({"x": str(tmp_path / "homeless")})
@@ -371,7 +395,7 @@ def test_commands(session, tmp_path):
 
 
 def test_interrupt_ends_the_command_not_the_session(session, monkeypatch):
-    def interrupted(digits):
+    def interrupted(*signs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(session, "gates", interrupted)

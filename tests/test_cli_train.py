@@ -104,7 +104,7 @@ def test_fields_as_texts(text, name, value):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"epoch": 3}, r"unknown field epoch \(value 3\). Did you mean epochs\? The fields are description, model"),
+        ({"epoch": 3}, r"unknown field epoch \(value 3\). Did you mean epochs\? The fields are chat_template"),
         ({"objective": "mae"}, "objective: 'mae' is wrong; accepted: mse | ll | kl | a JSON object"),
         ({"objective": '{"mae": 1}'}, "objective: '{\"mae\": 1}' is wrong; accepted: mse"),
         ({"objective": {"mse": -1}}, "objective: {'mse': -1} is wrong"),

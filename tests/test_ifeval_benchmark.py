@@ -135,6 +135,18 @@ def test_accuracies_of_the_four_conditions(tmp_path, monkeypatch):
     json.dumps(report.results)
 
 
+@pytest.mark.parametrize(
+    ("said", "followed"), [("<think>one, two</think>fine", 100.0), ("<think>so", 0.0), ("fine", 100.0)]
+)
+def test_checkers_see_no_reasoning(tmp_path, monkeypatch, said, followed):
+    bench = FakeBench(made_recipe(tmp_path, *[row(f"How is q{q}?") for q in range(4)]), monkeypatch)
+    bench.sample = lambda model, tokenizer, prompts, *_, **__: [Completion(said, False)] * len(prompts)
+    monkeypatch.setattr(ifeval_benchmark, "sample_steered", bench.sample)
+    report = run_ifeval(bench)
+    assert {values["strict"].mean for values in report.tables[0].rows.values()} == {followed}
+    assert {answer["answer"] for answer in report.results["answers"]} == {said}
+
+
 def test_sampled_answers_are_drawn_for_each_seed_of_every_condition(tmp_path, monkeypatch):
     rows = [row(f"How is q{q}?") for q in range(4)]
     recipe = made_recipe(tmp_path, *rows, seeds="0,1", answer_temperature=1.0, adapters={"mine": "a"})

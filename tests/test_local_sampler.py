@@ -240,6 +240,6 @@ def test_a_completion_of_plain_text_keeps_the_blank_it_begins_with():
         tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
     assert spaced.decode(spaced("w1 w2").input_ids[1:]) == "w2"  # what the decoder drops
-    drawn = sample_completions(tiny_model(), spaced, ["w1 w2 w3"], max_new_tokens=4, seed=3)
+    drawn = sample_completions(tiny_model(), spaced, ["w1 w2 w3"], max_new_tokens=4, seed=5)
     text = drawn[0].text
     assert text.startswith(" w") and spaced("w1 w2 w3" + text).input_ids[:3] == spaced("w1 w2 w3").input_ids

@@ -9,12 +9,16 @@ import pytest
 import yaml
 from unruly_server import MODEL, UnrulyServer
 
+from peft_psr.evaluation.persona_benchmark import PersonaRecipe
+from peft_psr.evaluation.recipe import load_evaluate_recipe
 from peft_psr.tiny_chat import GrammarJudge, tiny_chat_path
 from peft_psr.training.assembly import estimate, judge_maker, judge_prompts, make_chat, make_sampler, prompt_pairs
 from peft_psr.training.judge_prompts import COHERENCE_PROMPT
 from peft_psr.training.recipe import Recipe, load_recipe, shipped_recipes
 from peft_psr.training.recipe_fields import in_words
 from peft_psr.training.run import MANIFEST, REPORT, SCORES, TRIPLETS, TripletRun
+from peft_psr.training.train_data import folder_name
+from peft_psr.training.train_recipe import load_train_recipe
 from peft_psr.training.triplets import read_triplets
 
 
@@ -59,7 +63,7 @@ def test_options_go_before_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"drawz": 3}, r"unknown field drawz \(value 3\). Did you mean draws\? The fields are description, source"),
+        ({"drawz": 3}, r"unknown field drawz \(value 3\). Did you mean draws\? The fields are .*description, source"),
         ({"draws": "ten"}, "draws: 'ten' is wrong; accepted: a whole number, at least 1. Completions for each"),
         ({"draws": 0}, "draws: 0 is wrong; accepted: a whole number, at least 1"),
         ({"temperature": -1}, "temperature: -1 is wrong; accepted: a number, at least 0"),
@@ -110,6 +114,51 @@ def test_bad_files(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         load_recipe(path)
+
+
+def test_home_in_every_field_that_is_a_place(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(SMALL))
+    places = ("data", "model", "judge_model", "judge_cache", "trait_prompt", "coherence_prompt")
+    recipe = load_recipe("~/my.yaml", {name: f"~/{name}" for name in places})
+    assert {name: getattr(recipe, name) for name in places} == {name: f"{tmp_path}/{name}" for name in places}
+    train = load_train_recipe(None, {"model": "~/m", "triplets": "~/t", "triplets_model": "~/n"})
+    assert (train.model, train.triplets, train.triplets_model) == (f"{tmp_path}/m", f"{tmp_path}/t", f"{tmp_path}/n")
+    measured = load_evaluate_recipe(
+        PersonaRecipe, "persona-embedded",
+        {"models": "~/m, owner/name", "adapters": "{}"},
+    )  # fmt: skip
+    assert measured.models == (f"{tmp_path}/m", "owner/name")
+    measured = load_evaluate_recipe(
+        PersonaRecipe, "persona-embedded", {"models": "m", "triplets": "~/t", "adapters": '{"a": "~/{trait}"}'}
+    )
+    assert measured.triplets == f"{tmp_path}/t" and measured.adapters == {"a": f"{tmp_path}/{{trait}}"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"draws": True}, "draws: True is wrong; accepted: a whole number, at least 1"),  # YAML's yes
+        ({"temperature": float("inf")}, "temperature: inf is wrong; accepted: a number"),
+        ({"revision": 1234567}, "revision: 1234567 is wrong; .*In YAML, a text that looks like a number"),
+        ({"judge_fields": '{"a": 1, "a": 2}'}, r"judge_fields: a key comes twice \(a, a\)"),
+        ({"judge_fields": '{"a": '}, "judge_fields: '{\"a\": ' is wrong; accepted: a JSON object"),
+    ],
+)
+def test_what_yaml_and_json_make_of_a_field(fields, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(None, {**SMALL, **fields})
+
+
+def test_traits_are_asked_for_in_either_unicode_form(tmp_path):
+    folder = Path(write_trait(tmp_path / "data"))
+    for path in folder.glob("*/formal.json"):
+        path.rename(path.with_name("cafe\u0301.json"))
+    for name in ("café", "cafe\u0301"):
+        recipe = load_recipe(None, {**SMALL, "source": "personas", "data": str(folder), "judge": "local",
+                                    "judge_model": "embedded", "traits": name})  # fmt: skip
+        assert {pair.trait for pair in prompt_pairs(recipe)} == {"caf\u00e9"}
+    assert folder_name("cafe\u0301 au lait") == folder_name("café au lait") == "caf\u00e9_au_lait"
 
 
 def test_a_missing_file_names_those_that_ship():

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from peft_psr import PSRConfig, cli_show
 from peft_psr.evaluation import token_map
 from peft_psr.evaluation.chat import load_chat_model, load_with_adapters
-from peft_psr.evaluation.token_map import DIGITS, TokenMap, map_adapters, shade, token_page, token_texts
+from peft_psr.evaluation.shading import DIGITS, shade, token_texts
+from peft_psr.evaluation.token_map import TokenMap, map_adapters, token_page
 from peft_psr.training.sampling import Completion
 
 
@@ -137,9 +138,33 @@ def test_shades():
     assert text.plain == f"a{DIGITS[9]} b{DIGITS[0]}" and shade(["a"], [0.5]).plain == "a"
 
 
+def test_a_line_end_that_is_a_token_is_seen():
+    texts, strengths = ["\n", "Tea", ".\n", " \n\n", "\n"], [1.0, 0.0, 0.5, 0.2, 0.9]
+    assert shade(texts, strengths, digits=True).plain == "↵⁹\nTea⁰.⁴\n ↵↵²\n\n↵⁸\n"
+    coloured = shade(texts, strengths)
+    assert coloured.plain == "↵\nTea.\n ↵↵\n\n↵\n" and len(coloured.spans) == len(texts)
+    page = Page(token_page([example({0: [1.0, 0.0]}, tokens=["\n", "a\n"])], "q"))
+    assert [element["text"] for element in page.all("span")] == ["↵\n", "a\n"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "digit", "newline"),
+    [
+        ("utf-8", "⁹", "↵"),
+        ("utf-16", "⁹", "↵"),
+        ("cp1252", "[9]", "\\n"),
+        ("latin-1", "[9]", "\\n"),
+        ("ascii", "[9]", "\\n"),
+    ],
+)
+def test_signs_that_the_encoding_has(encoding, digit, newline):
+    text = shade(["\n", "tea"], [1.0, 1.0], digits=True, encoding=encoding).plain
+    assert text == f"{newline}{digit}\ntea{digit}" and text.encode(encoding)
+
+
 def test_token_texts_add_up_to_the_text():
     class Bytes:
-        def decode(self, ids):
+        def decode(self, ids, skip_special_tokens=False):
             return bytes(ids).decode(errors="replace")
 
     ids = list("é€a🙂".encode())
@@ -168,7 +193,7 @@ def test_page_escapes_and_holds_every_number():
     assert colours[:4] == [0, 1, 1, 0.5] and not any(colours[4:8])
     assert colours[8:] == pytest.approx([1, 1 - 0.30103 / 2, 0.5, 0], abs=1e-3)
     flow = [element["text"] for element in page.all("span")]
-    assert flow == 2 * [nasty, "\n"] and "alpha 1.5" in text
+    assert flow == 2 * [nasty, "↵\n"] and "alpha 1.5" in text
 
 
 def test_page_without_an_instruction():

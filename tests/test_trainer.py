@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from tiny_models import tiny_model, tiny_tokenizer
 from tiny_triplets import triplets
-from transformers import HfArgumentParser, PrinterCallback, ProgressCallback
+from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, TrainingArguments
 
 from peft_psr import PSRConfig
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator
@@ -311,3 +311,12 @@ def test_missing_score_and_bad_arguments(tmp_path):
             PSRTrainingArguments(output_dir=str(tmp_path), **settings)
     with pytest.raises(TypeError, match="alpha must be a number"):
         PSRTrainingArguments(output_dir=str(tmp_path), alpha="strong")
+
+
+def test_plain_arguments_are_refused_by_name(tmp_path):
+    # their learning rate, batch size and epochs are others, and whether they were chosen can't be told
+    with pytest.raises(TypeError, match="must be PSRTrainingArguments, got TrainingArg.*PSRTrainingArguments\\("):
+        PSRTrainer(
+            tiny_model(), TrainingArguments(str(tmp_path)), triplets(), processing_class=tiny_tokenizer(),
+            peft_config=PSRConfig(),
+        )  # fmt: skip

@@ -39,6 +39,28 @@ def root(tmp_path):
     return tmp_path
 
 
+def test_a_name_in_two_unicode_forms_is_one(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"  # macOS gives file names in the second form
+    write(tmp_path, apart)
+    write(tmp_path, composed, split="test")
+    assert list_traits(tmp_path) == [composed]
+    for source, name in (
+        (tmp_path, composed),
+        (tmp_path, apart),
+        (tmp_path / "trait_data_extract" / f"{apart}.json", None),
+    ):
+        assert read_trait(source, name=name).name == read_trait(source, "test", name=name).name == composed
+    write(tmp_path, composed)
+    with pytest.raises(ValueError, match="are one name in two Unicode forms; rename one"):
+        list_traits(tmp_path)
+
+
+def test_half_an_emoji_is_named(tmp_path):
+    path = write(tmp_path, questions=["What of \ud83d?"])
+    with pytest.raises(ValueError, match=r"grim.json: questions\[0\] holds '\\ud83d' at character 9"):
+        read_trait(path)
+
+
 # ---------------------------------------------------------------- those that ship
 
 

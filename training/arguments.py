@@ -112,3 +112,13 @@ class PSRTrainingArguments(TrainingArguments):
         if self.num_train_epochs is None:
             self.num_train_epochs = max(EPOCHS[name] for name in self.objective_weights)
         super().__post_init__()
+
+
+def check_arguments(args: object) -> None:
+    """Raise `TypeError` for other arguments than PSR's, whose values can't be told from defaults of theirs."""
+    if not isinstance(args, PSRTrainingArguments):
+        raise TypeError(
+            f"args must be PSRTrainingArguments, got {type(args).__name__}: PSR's own settings (objective, alpha, ...)"
+            " are missing there, and its defaults, such as learning_rate, are others. Give what you set to "
+            "PSRTrainingArguments(...)."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,11 +11,11 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
+from peft_psr import loading
 from peft_psr.chat import encode_prompt
-from peft_psr.judging import Judge, Message
-from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
+from peft_psr.judging import Judge, Message, content_text
+from peft_psr.text import read_text
+from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions
 
 from .answer_cache import AnswerCache
 from .axbench import axbench_pairs, read_axbench
@@ -24,7 +25,7 @@ from .judge_prompts import COHERENCE_PROMPT, TRAIT_PROMPT
 from .llm_judge import ServerJudge
 from .local_judge import LocalJudge, number_tokens
 from .placement import add_instruction, check_placement
-from .recipe import EMBEDDED, Recipe
+from .recipe import DrawFields, Recipe
 from .sampling import LocalSampler
 from .server import ChatServer
 from .server_sampler import ServerSampler
@@ -125,28 +126,35 @@ def _chosen(recipe: Recipe, known: Sequence[str]) -> list[str]:
     return list(recipe.traits or known)
 
 
+def load_tokenizer(model: str, recipe: DrawFields) -> Any:
+    """The tokenizer of a recipe's model, with the chat template that the recipe gives it.
+
+    Raises:
+        OSError: it can't be had.
+        ValueError: as `peft_psr.loading.load_tokenizer`.
+    """
+    return _tokenizer(model, recipe.revision, json.dumps(recipe.tokenizer_settings))
+
+
 @cache
-def load_tokenizer(model: str, revision: str | None) -> Any:
-    """A model's tokenizer; 'embedded' is the one in the package.
+def _tokenizer(model: str, revision: str | None, settings: str) -> Any:
+    return loading.load_tokenizer(model, revision, **json.loads(settings))
+
+
+def load_model(model: str, recipe: DrawFields) -> Any:
+    """A recipe's model, in eval mode.
 
     Raises:
         OSError: it can't be had.
+        ValueError: as `peft_psr.loading.load_model`.
     """
-    return AutoTokenizer.from_pretrained(tiny_chat_path() if model == EMBEDDED else model, revision=revision)
-
-
-def load_model(model: str, revision: str | None, dtype: str, device_map: str) -> Any:
-    """A causal language model in eval mode; 'embedded' is the one in the package.
-
-    Raises:
-        OSError: it can't be had.
-    """
-    path = tiny_chat_path() if model == EMBEDDED else model
-    return AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=dtype, device_map=device_map).eval()
-
-
-load_judge = lru_cache(maxsize=1)(load_model)
-"""One judge is in memory at a time, whatever asks for it."""
+    return loading.load_model(
+        model,
+        recipe.revision,
+        dtype=recipe.dtype,
+        device_map=recipe.device_map,
+        trust_remote_code=recipe.trust_remote_code,
+    )
 
 
 def _server(url: str | None, model: str, key_variable: str, more: Mapping[str, Any], recipe: Recipe) -> ChatServer:
@@ -174,12 +182,12 @@ def make_sampler(recipe: Recipe) -> Sampler:
         ValueError: the model takes no instruction where the recipe puts it, or a server's setting is wrong.
     """
     if recipe.sampler == "server":
-        server = _server(recipe.server_url, recipe.model, recipe.server_key_variable, recipe.server_fields, recipe)
+        server = _server(recipe.server_url, recipe.model, recipe.server_key_variable, recipe.request_fields, recipe)
         return ServerSampler(server, recipe.max_new_tokens, recipe.temperature)
-    tokenizer = load_tokenizer(recipe.model, recipe.revision)
+    tokenizer = load_tokenizer(recipe.model, recipe)
     _check_template(recipe, tokenizer)
     return LocalSampler(
-        load_model(recipe.model, recipe.revision, recipe.dtype, recipe.device_map),
+        load_model(recipe.model, recipe),
         tokenizer,
         recipe.max_new_tokens,
         recipe.temperature,
@@ -203,7 +211,7 @@ def judge_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Ca
     if recipe.judge == "grammar":
         return GrammarJudge
     if recipe.model_judge == "local":  # whether it can judge shows before anything is drawn
-        number_tokens(load_tokenizer(recipe.judge_model or "", recipe.judge_revision))
+        number_tokens(load_judge_tokenizer(recipe))
     if recipe.judge != "ifeval":
         return _language_model_maker(recipe, pairs, folder)
     make_coherence = _language_model_maker(recipe, pairs, folder) if recipe.coherence_judge else None
@@ -214,6 +222,36 @@ def judge_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Ca
         return IFEvalJudge(pairs, make_coherence("") if make_coherence else None)
 
     return lambda trait: judge()
+
+
+_judge_model = lru_cache(maxsize=1)(loading.load_model)
+
+
+def load_judge(recipe: DrawFields) -> Any:
+    """A recipe's local judge in eval mode; one judge is in memory at a time, whatever asks for it.
+
+    Raises:
+        OSError: it can't be had.
+        ValueError: as `peft_psr.loading.load_model`.
+    """
+    return _judge_model(
+        recipe.judge_model or "",
+        recipe.judge_revision,
+        dtype=recipe.dtype,
+        device_map=recipe.device_map,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def load_judge_tokenizer(recipe: DrawFields) -> Any:
+    """The tokenizer of a recipe's local judge, with its own chat template.
+
+    Raises:
+        OSError: it can't be had.
+        ValueError: as `peft_psr.loading.load_tokenizer`.
+    """
+    settings = json.dumps({"trust_remote_code": recipe.trust_remote_code})
+    return _tokenizer(recipe.judge_model or "", recipe.judge_revision, settings)
 
 
 def _language_model_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Callable[[str], Judge]:
@@ -235,9 +273,9 @@ def _language_model_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: P
         }
         if recipe.model_judge == "server":
             return ServerJudge(server, **settings)
-        loaded = load_judge(judge_model, recipe.judge_revision, recipe.dtype, recipe.device_map)
-        tokenizer = load_tokenizer(judge_model, recipe.judge_revision)
-        return LocalJudge(loaded, tokenizer, **settings, batch_size=recipe.judge_batch_size)
+        return LocalJudge(
+            load_judge(recipe), load_judge_tokenizer(recipe), **settings, batch_size=recipe.judge_batch_size
+        )
 
     return make
 
@@ -262,7 +300,7 @@ def _read_prompt(recipe: Recipe, name: str) -> str | None:
         return None
     if not Path(file).is_file():
         raise FileNotFoundError(f"{name}: no file {file!r}.")
-    text = Path(file).read_text(encoding="utf-8")
+    text = read_text(file)
     if "{answer}" not in text:
         raise ValueError(f"{name}: {file} must hold {{answer}}, where the completion goes.")
     return text
@@ -299,7 +337,7 @@ def estimate(recipe: Recipe, pairs: Sequence[PromptPair]) -> Estimate:
     completions = len(pairs) * recipe.draws
     most = completions * recipe.max_new_tokens
     if recipe.sampler == "local":
-        tokenizer = load_tokenizer(recipe.model, recipe.revision)
+        tokenizer = load_tokenizer(recipe.model, recipe)
         _check_template(recipe, tokenizer)
         prompt_tokens = sum(len(encode_prompt(tokenizer, pair.steered_prompt)) for pair in pairs)
     else:
@@ -320,7 +358,7 @@ def estimate(recipe: Recipe, pairs: Sequence[PromptPair]) -> Estimate:
 
 def _length(prompt: Any) -> int:
     """Characters of a prompt."""
-    return len(prompt) if isinstance(prompt, str) else sum(len(turn["content"]) for turn in prompt)
+    return len(prompt) if isinstance(prompt, str) else sum(len(content_text(turn)) for turn in prompt)
 
 
 def make_chat(
@@ -345,13 +383,17 @@ def make_chat(
     if server_url:
         sampler = ServerSampler(ChatServer(server_url, model, key_variable), max_new_tokens, temperature)
     else:
-        loaded = load_model(model, None, dtype="auto", device_map="auto")
-        sampler = LocalSampler(loaded, load_tokenizer(model, None), max_new_tokens, temperature)
+        loaded = loading.load_model(model, device_map="auto")
+        sampler = LocalSampler(loaded, loading.load_tokenizer(model), max_new_tokens, temperature)
 
     def chat(messages: Sequence[Message]) -> str:
         ((_, outcome),) = sampler([Draw("chat", messages, seed)])
         if isinstance(outcome, Failure):
             raise ConnectionError(f"{model} gave no answer: {outcome.reason}")
-        return outcome.text
+        if outcome.answer is None:
+            raise ConnectionError(
+                f"{model} did not come to an answer: its reasoning took all {max_new_tokens} tokens."
+            )
+        return outcome.answer
 
     return chat

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft_psr.text import check_unicode, read_text
+
 from .draws import PromptPair
 from .placement import Placement, add_instruction
 from .triplets import Triplet
@@ -108,7 +110,7 @@ def read_negative_questions(folder: str | Path) -> list[Question]:
     for number, row in enumerate(_read_rows(train)):
         if row["concept_id"] != -1 or row["category"] != "negative":
             continue
-        text = (row["input"] or "").strip()
+        text = _text(row, "input", f"{train}, row {number}")
         if not text:
             raise ValueError(f"{train}, row {number}: input must not be empty.")
         questions.setdefault(text, Question(text, row.get("concept_genre") or None))
@@ -191,21 +193,27 @@ def _only(paths: list[Path], folder: Path, pattern: str) -> Path:
 def _read_metadata(path: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
     """{concept id: (description, genres)}."""
     described = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
             concept_id, concept = row["concept_id"], row["concept"]
-            genres = tuple(row.get("concept_genres_map", {}).get(concept, ()))
+            genres = row.get("concept_genres_map", {}).get(concept, [])
         except json.JSONDecodeError as error:
             raise ValueError(f"{where} is not JSON: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} must be an object with concept_id and concept, got {line[:100]!r}.") from error
         if not isinstance(concept_id, int) or not isinstance(concept, str) or not concept.strip():
             raise ValueError(f"{where}: concept_id must be a whole number and concept text, got {line[:100]!r}.")
+        if not isinstance(genres, list) or not all(isinstance(genre, str) for genre in genres):
+            raise ValueError(f"{where}: concept_genres_map must give a list of texts for the concept, got {genres!r}.")
         if concept_id in described:
             raise ValueError(f"{where}: concept_id {concept_id} comes twice.")
-        described[concept_id] = (concept.strip(), genres)
+        described[concept_id] = (check_unicode(concept, where).strip(), tuple(genres))
+    if not described:
+        raise ValueError(f"{path} holds no concepts.")
     return described
 
 
@@ -215,11 +223,18 @@ def _read_positives(path: Path) -> dict[int, list[tuple[str, str]]]:
     for number, row in enumerate(_read_rows(path)):
         if row["category"] != "positive":
             continue
-        texts = (row["input"] or "").strip(), (row["output"] or "").strip()
+        texts = (_text(row, "input", f"{path}, row {number}"), _text(row, "output", f"{path}, row {number}"))
         if not all(texts):
             raise ValueError(f"{path}, row {number}: input and output must not be empty, got {texts!r}.")
         examples.setdefault(row["concept_id"], []).append(texts)
     return examples
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    """A cell's text; empty where there is none."""
+    if not isinstance(row[name] or "", str):
+        raise ValueError(f"{where}: {name} must be text, got {row[name]!r}.")
+    return (row[name] or "").strip()
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -231,7 +246,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         raise ImportError('Parquet needs pyarrow. Install it with `pip install "peft-psr[train]"`.') from error
     try:
         table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
+    except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is not a parquet file: {error}") from error
     missing = [name for name in _COLUMNS if name not in table.column_names]
     if missing:

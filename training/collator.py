@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from peft_psr.chat import encode_completion, encode_prompt, pad_id
+from peft_psr.chat import decode_completion, encode_completion, encode_prompt, pad_id
 from peft_psr.config import POSITIONS, check_strength
 from peft_psr.positions import common_suffix_length, pad_rows, question_start
 
@@ -60,21 +60,13 @@ class TripletCollator:
         """
         check_triplet(triplet, where)
         tokenizer, prompt, steered = self.processing_class, triplet["prompt"], triplet["steered_prompt"]
-        truncated = bool(triplet.get("truncated"))
         try:
-            completion = encode_completion(tokenizer, prompt, triplet["completion"], truncated)
-            teacher_completion = encode_completion(tokenizer, steered, triplet["completion"], truncated)
-        except ValueError as error:
+            prompt_ids, steered_ids = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, steered)
+        except ValueError as error:  # a template may refuse the system turn
             raise ValueError(f"{where}: {error}") from error
-        if completion != teacher_completion:
-            raise ValueError(
-                f"{where}: the completion tokenises differently after `prompt` ({completion[:8]}...) and after "
-                f"`steered_prompt` ({teacher_completion[:8]}...), so the branches can't be aligned. Make both prompts "
-                "end alike."
-            )
+        completion = self._completion(triplet, prompt_ids, where)
         if not completion:
             raise ValueError(f"{where}: the completion {triplet['completion']!r} has no tokens.")
-        prompt_ids, steered_ids = encode_prompt(tokenizer, prompt), encode_prompt(tokenizer, steered)
         return {
             "input_ids": prompt_ids + completion,
             "teacher_input_ids": steered_ids + completion,
@@ -83,6 +75,32 @@ class TripletCollator:
             "alpha": self._alpha(triplet, where, neutral=prompt_ids == steered_ids),
             "neutral": prompt_ids == steered_ids,
         }
+
+    def _completion(self, triplet: Mapping[str, Any], prompt_ids: list[int], where: str) -> list[int]:
+        """The completion's tokens, the same in both branches: those that were drawn, if the triplet holds them."""
+        tokenizer, text = self.processing_class, triplet["completion"]
+        truncated, drawn = bool(triplet.get("truncated")), triplet.get("completion_ids")
+        if drawn is not None:
+            without_end = drawn if truncated else drawn[:-1]
+            for ids in (without_end, drawn):  # the latter where a text, and no token, has ended it
+                if decode_completion(tokenizer, triplet["prompt"], prompt_ids, ids) == text:
+                    return list(drawn)
+            raise ValueError(
+                f"{where}: completion_ids are not the tokens of the completion {text[:60]!r}. If the text was "
+                "changed, or the tokens are another model's, take completion_ids out."
+            )
+        try:
+            completion = encode_completion(tokenizer, triplet["prompt"], text, truncated)
+            teacher_completion = encode_completion(tokenizer, triplet["steered_prompt"], text, truncated)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if completion != teacher_completion:
+            raise ValueError(
+                f"{where}: the completion tokenises differently after `prompt` ({completion[:8]}...) and after "
+                f"`steered_prompt` ({teacher_completion[:8]}...), so the branches can't be aligned. Make both prompts "
+                "end alike."
+            )
+        return completion
 
     def _prompt_tokens(self, prompt, prompt_ids: list[int], steered, steered_ids: list[int], where: str) -> int:
         """Count of the last prompt tokens that are edited."""

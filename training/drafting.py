@@ -56,7 +56,7 @@ def draft_trait(name: str, description: str, chat: Chat, folder: str | Path, att
         The file of each split; `read_trait(folder, split, name)` reads it.
 
     Raises:
-        FileExistsError: there is a trait of that name in the folder.
+        FileExistsError: there is a trait of that name in the folder, which may be no folder.
         ValueError: a malformed name, an empty description, `attempts` below 1, or no usable answer; the message holds
             what was wrong with the last one and how it began.
     """
@@ -66,6 +66,8 @@ def draft_trait(name: str, description: str, chat: Chat, folder: str | Path, att
         raise ValueError(f"description must say in a sentence what the trait {name!r} is, got an empty one.")
     if attempts < 1:
         raise ValueError(f"attempts must be at least 1, got {attempts}.")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise FileExistsError(f"{folder} is a file; name the folder that the trait's files go to.")
     paths = {split: Path(folder) / part / f"{name}.json" for split, part in SPLIT_FOLDERS.items()}
     for path in paths.values():
         if path.exists():

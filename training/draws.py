@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from peft_psr.chat import Prompt
+from peft_psr.reasoning import split_reasoning
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,25 @@ class Sample:
     """A completion that was drawn.
 
     Attributes:
-        text: The completion, without the tokens that end a turn.
+        text: The completion, without the token that ends the turn; other special tokens are part of it.
         truncated: Whether it stopped at the token limit and not at an end.
         prompt_tokens: Tokens of the prompt; None where the engine does not say.
         completion_tokens: Tokens drawn; None where the engine does not say.
+        ids: The tokens drawn, with the one that ends the turn; None where the engine does not say.
+        opened: The prompt ended inside reasoning, which the text goes on with.
     """
 
     text: str
     truncated: bool
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    ids: tuple[int, ...] | None = None
+    opened: bool = False
+
+    @property
+    def answer(self) -> str | None:
+        """What there is to judge: the text without finished reasoning, None where the reasoning was cut off."""
+        return split_reasoning(self.text, self.opened).answer
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,21 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from peft_psr.reasoning import split_reasoning
+
 from .triplets import Triplet
 
 
 SHINGLE_LENGTH = 5
 
 EMPTY = "empty completion"
+NO_ANSWER = "reasoning without an answer"
 NOT_SCORED = "the judge could not tell"
 INCOHERENT = "incoherent"
 TRAIT_TOO_WEAK = "trait too weak"
 TRAIT_IN_NEGATIVE = "negative with the trait"
 NEAR_DUPLICATE = "near-duplicate"
-REASONS = (EMPTY, NOT_SCORED, INCOHERENT, TRAIT_TOO_WEAK, TRAIT_IN_NEGATIVE, NEAR_DUPLICATE)
+REASONS = (EMPTY, NO_ANSWER, NOT_SCORED, INCOHERENT, TRAIT_TOO_WEAK, TRAIT_IN_NEGATIVE, NEAR_DUPLICATE)
 """Why a completion is dropped, in the order in which the reasons are looked at."""
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
@@ -56,6 +59,16 @@ class FilterSettings:
             raise ValueError(f"max_similarity must be above 0 and at most 1, or null, got {self.max_similarity}.")
 
 
+def answer_of(row: Mapping[str, Any]) -> str | None:
+    """Returns what there is to judge of a completion: all but finished reasoning; None where it was cut off."""
+    return split_reasoning(row["completion"], bool(row.get("reasoning_opened"))).answer
+
+
+def has_answer(row: Mapping[str, Any]) -> bool:
+    """Returns whether a completion says something."""
+    return bool((answer_of(row) or "").strip())
+
+
 def drop_reason(row: Mapping[str, Any], settings: FilterSettings, negative: bool = False) -> str | None:
     """Returns why a completion is dropped by its own text and scores, one of `REASONS`; None if it is not.
 
@@ -67,6 +80,8 @@ def drop_reason(row: Mapping[str, Any], settings: FilterSettings, negative: bool
     trait, coherence = row.get("trait_score"), row.get("coherence_score")
     if not row["completion"].strip():
         return EMPTY
+    if not has_answer(row):
+        return NO_ANSWER
     if trait is None or (coherence is None and settings.min_coherence_score > 0):
         return NOT_SCORED
     if coherence is not None and coherence < settings.min_coherence_score:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 from peft_psr.judging import Judge, JudgeScores, Message
+from peft_psr.text import check_unicode, read_text
 
 from .draws import PromptPair
 
@@ -196,10 +197,9 @@ class IFEvalJudge:
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a file with their line numbers."""
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield number, _checked_row(line, f"{file}, line {number}")
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if line.strip():
+            yield number, _checked_row(line, f"{file}, line {number}")
 
 
 def _checked_row(line: str, where: str) -> dict[str, Any]:
@@ -212,6 +212,7 @@ def _checked_row(line: str, where: str) -> dict[str, Any]:
     for name in ("prompt", "prompt_without_instruction"):
         if not isinstance(row.get(name), str) or not row[name].strip():
             raise ValueError(f"{where}: {name} must be text that is not empty, got {row.get(name)!r}.")
+        check_unicode(row[name], f"{where}: {name}")
     ids, kwargs = row.get("instruction_id_list"), row.get("kwargs")
     if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
         raise ValueError(f"{where}: instruction_id_list must be a list of instruction ids, got {ids!r}.")

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from peft_psr.config import check_strength
 from peft_psr.decoder import layer_index
 from peft_psr.layer import PSRUnit
+from peft_psr.loading import tokenizer_of
 
 from .branches import layers_downstream, psr_model
 from .collator import TripletCollator
@@ -96,7 +96,7 @@ def initialize_psr_weights(
         }
         given = directions_by_layer(directions, shapes)
     if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        processing_class = tokenizer_of(model)
     config = model.active_peft_config
     strength = 1.0 + config.coefficient_bias  # at alpha 1
     if strength <= 0:

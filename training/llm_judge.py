@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from peft_psr.chat import Prompt
-from peft_psr.judging import JudgeScores
+from peft_psr.judging import JudgeScores, content_text
 
 from .answer_cache import AnswerCache, answer_key
 from .answer_score import TOP_TOKENS, Scored, score_answer
@@ -44,8 +44,8 @@ def question_text(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+        return content_text(prompt[0])
+    return "\n\n".join(f"{message['role']}: {content_text(message)}" for message in prompt)
 
 
 class LLMJudge(ABC):

@@ -23,7 +23,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_psr.caches import cache_name, cache_of
-from peft_psr.chat import encode_prompt, encode_text, pad_id, render_prompt
+from peft_psr.chat import encode_prompt, encode_text, pad_id, render_prompt, render_turns
 from peft_psr.positions import pad_rows
 
 from .answer_cache import AnswerCache
@@ -131,7 +131,7 @@ def number_tokens(processing_class) -> dict[int, Tokens]:
     for number in range(101):
         # a template may put a blank before the answer
         turns = [*prompt, {"role": "assistant", "content": str(number)}]
-        closed = processing_class.apply_chat_template(turns, tokenize=False)
+        closed = render_turns(processing_class, turns)
         rest = closed[len(before) :] if closed.startswith(before) else ""
         blank = rest[: len(rest) - len(rest.lstrip())] if rest.lstrip().startswith(str(number)) else ""
         ids = encode_text(processing_class, f"{before}{blank}{number}", prompt)

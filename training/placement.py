@@ -8,12 +8,11 @@ to keep its text in x', give it to x as a system message of its own: x renders t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, overload
-
-from jinja2 import TemplateError
+from typing import Any, Literal, overload
 
 from peft_psr.chat import Prompt, render_prompt
-from peft_psr.judging import Message
+from peft_psr.judging import Message, content_text
+from peft_psr.rendering import TemplateRefusal
 
 
 Placement = Literal["system", "before", "after"]
@@ -50,13 +49,13 @@ def add_instruction(prompt: Prompt, instruction: str, placement: Placement = "sy
     turns = list(prompt)
     if placement == "system":
         if turns and turns[0]["role"] == "system":
-            content = f"{instruction}\n\n{turns[0]['content']}"
-            return [{"role": "system", "content": content}, *turns[1:]]
+            return [{**turns[0], "content": _join(turns[0]["content"], instruction, "before")}, *turns[1:]]
         return [{"role": "system", "content": instruction}, *turns]
     users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
     if not users:
         raise ValueError(f"placement={placement!r} needs a user turn, got roles {[t['role'] for t in turns]}.")
     asked = turns[users[-1]]
+    content_text(asked)
     turns[users[-1]] = {**asked, "content": _join(asked["content"], instruction, placement)}
     return turns
 
@@ -81,8 +80,10 @@ def check_placement(processing_class, placement: Placement) -> None:
     turns = [{"role": "system", "content": _SENTINEL}, {"role": "user", "content": "hello"}]
     try:
         text = render_prompt(processing_class, turns)
-    except TemplateError as error:
-        raise ValueError(f"The chat template of {model!r} takes no system turn ({error}). {_WAY_OUT}") from error
+    except TemplateRefusal as error:
+        raise ValueError(
+            f"The chat template of {model!r} takes no system turn ({error.reason}). {_WAY_OUT}"
+        ) from error
     if _SENTINEL not in text:
         raise ValueError(f"The chat template of {model!r} leaves the system turn's text out. {_WAY_OUT}")
 
@@ -92,5 +93,14 @@ def _check_known(placement: str) -> None:
         raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}.")
 
 
-def _join(text: str, instruction: str, placement: Placement) -> str:
-    return f"{instruction}\n\n{text}" if placement == "before" else f"{text}\n\n{instruction}"
+@overload
+def _join(content: str, instruction: str, placement: Placement) -> str: ...
+@overload
+def _join(content: Any, instruction: str, placement: Placement) -> Any: ...
+def _join(content: Any, instruction: str, placement: Placement) -> Any:
+    """A turn's content with the instruction, a blank line between; parts stay parts."""
+    if isinstance(content, list):
+        blank = {"before": f"{instruction}\n\n", "after": f"\n\n{instruction}"}[placement]
+        part = {"type": "text", "text": blank}
+        return [part, *content] if placement == "before" else [*content, part]
+    return f"{instruction}\n\n{content}" if placement == "before" else f"{content}\n\n{instruction}"

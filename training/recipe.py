@@ -11,19 +11,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from peft_psr.loading import EMBEDDED
+
 from .filtering import FilterSettings
-from .recipe_fields import FREE, Count, Names, RecipeFields, Share, read_recipe, yaml_files
+from .model_fields import ModelFields
+from .recipe_fields import FREE, Count, Place, Share, TraitNames, read_recipe, yaml_files
 
-
-EMBEDDED = "embedded"
-"""As a model's name: the one in the package; as a source of traits: its grammar."""
 
 Url = Annotated[str, Field(pattern=r"^https?://[^@?\s]+$")]
 VariableName = Annotated[str, Field(pattern="^[A-Z_][A-Z0-9_]*$")]
 Score = Annotated[float, Field(ge=0, le=100)]
 
 
-class DrawFields(RecipeFields):
+class DrawFields(ModelFields):
     """Where prompts come from, what is drawn here, who judges it and what is kept.
 
     Fields that may change between the starts of one run (they decide how fast, how stubbornly, and what is kept, but
@@ -36,11 +36,11 @@ class DrawFields(RecipeFields):
         description="Where traits and questions come from: the embedded model's grammar, trait files in the Persona "
         "Vectors layout, IFEval's pairs of prompts, AxBench's concepts."
     )
-    data: str | None = Field(
+    data: Place | None = Field(
         None, description="File, folder or Hub data set of the source; for personas, the traits that ship by default."
     )
     data_revision: str | None = Field(None, description="Branch, tag or commit of a data set on the Hub.")
-    traits: Names = Field((), description="Traits or concepts by name, with commas between them; all by default.")
+    traits: TraitNames = Field((), description="Traits or concepts by name, with commas between them; all by default.")
     instructions: Count | None = Field(None, description="At most so many instructions a trait; all by default.")
     questions: Count | None = Field(None, description="At most so many questions a trait; all by default.")
     draws: Count = Field(10, description="Completions for each instruction and question.")
@@ -73,7 +73,7 @@ class DrawFields(RecipeFields):
     coherence_judge: Literal["server", "local"] | None = Field(
         None, description="Who scores coherence for judge: ifeval, whose checkers don't."
     )
-    judge_model: str | None = Field(None, description="The model of a judge that is server or local.")
+    judge_model: Place | None = Field(None, description="The model of a judge that is server or local.")
     judge_revision: str | None = Field(None, description="Its revision on the Hub, for a local judge.")
     judge_url: Url | None = Field(
         None, description="The judge's server; that of the sampler by default.", json_schema_extra=FREE
@@ -86,13 +86,15 @@ class DrawFields(RecipeFields):
     judge_batch_size: Count = Field(
         16, description="Most questions that a local judge reads together.", json_schema_extra=FREE
     )
-    judge_cache: str | None = Field(
+    judge_cache: Place | None = Field(
         None,
         description="File that keeps a judge's answers, for other runs too; in the run's folder by default.",
         json_schema_extra=FREE,
     )
-    trait_prompt: str | None = Field(None, description="File with a trait prompt for the judge, in place of its own.")
-    coherence_prompt: str | None = Field(None, description="File with a coherence prompt for the judge.")
+    trait_prompt: Place | None = Field(
+        None, description="File with a trait prompt for the judge, in place of its own."
+    )
+    coherence_prompt: Place | None = Field(None, description="File with a coherence prompt for the judge.")
 
     min_trait_score: Score = Field(
         50.0, description="A triplet needs as much, a negative less.", json_schema_extra=FREE
@@ -151,7 +153,7 @@ class Recipe(DrawFields):
     Fields that may change between the starts of one run say so in their `json_schema_extra`.
     """
 
-    model: str = Field(
+    model: Place = Field(
         min_length=1,
         description="Hub name or folder, or its name on the server; 'embedded' is the one in the package.",
     )
@@ -169,9 +171,7 @@ class Recipe(DrawFields):
         "OPENAI_API_KEY", description="Environment variable with the server's key, if it wants one.",
         json_schema_extra=FREE,
     )  # fmt: skip
-    server_fields: dict[str, Any] = Field(
-        {}, description='More fields of each request: {"chat_template_kwargs": {"enable_thinking": false}}, say.'
-    )
+    server_fields: dict[str, Any] = Field({}, description='More fields of each request: {"top_k": -1}, say.')
 
     @model_validator(mode="after")
     def _check_together(self) -> Recipe:
@@ -183,9 +183,23 @@ class Recipe(DrawFields):
             raise ValueError(f"source: {self.source} has no choice of split; leave it out.")
         if self.negatives and self.source != "personas":
             raise ValueError(f"source: {self.source} has no instructions for the opposite; leave negatives out.")
+        if self.sampler == "server" and self.chat_template:
+            raise ValueError("chat_template is for a model that is drawn from here; a server has its own.")
+        own = self.server_fields.get("chat_template_kwargs", {})
+        if self.sampler == "server" and self.template_args and own and own != self.template_args:
+            raise ValueError(
+                f"template_args: {self.template_args} and server_fields say different things of the chat template "
+                f"(chat_template_kwargs: {own}); give template_args alone."
+            )
         if self.sampler == "server" and self.model == EMBEDDED:
             raise ValueError("model: embedded is drawn from here (sampler: local); name the model as the server does.")
         return self
+
+    @property
+    def request_fields(self) -> dict[str, Any]:
+        """What each request to the sampler's server holds besides: `server_fields`, and the template's arguments."""
+        named = {"chat_template_kwargs": self.template_args} if self.template_args else {}
+        return {**self.server_fields, **named}
 
 
 def load_recipe(recipe: str | Path | None, options: Mapping[str, Any] | None = None) -> Recipe:

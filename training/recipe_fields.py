@@ -5,13 +5,19 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from peft_psr.text import composed
+
+from .yaml_reading import parse_yaml, read_yaml
 
 
 FREE: dict[str, Any] = {"may_change": True}
@@ -26,12 +32,17 @@ def split(value: Any) -> Any:
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Names = Annotated[tuple[str, ...], BeforeValidator(split)]
+TraitNames = Annotated[Names, AfterValidator(lambda names: tuple(map(composed, names)))]
+"""Names in one Unicode form, as traits have them: macOS and some keyboards write an accent as a letter of its own."""
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file, a folder, or a name on the Hub; `~` is the user's folder, as in a shell."""
+Places = Annotated[Names, AfterValidator(lambda places: tuple(map(os.path.expanduser, places)))]
 
 
 class RecipeFields(BaseModel):
     """The base of a recipe: unknown fields are refused, and nothing changes once it is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -39,7 +50,14 @@ class RecipeFields(BaseModel):
         """From the command line, `none` is YAML's null where null is accepted, and lists and mappings are texts."""
         if not isinstance(values, Mapping):
             return values
-        return {name: _from_text(value, cls.model_fields.get(name)) for name, value in values.items()}
+        for name, value in values.items():
+            # pydantic would take YAML's yes and no for 1 and 0
+            if isinstance(value, bool) and name in cls.model_fields and bool not in _bare_kinds(cls, name):
+                raise ValueError(_wrong(cls, name, value))
+        return {
+            name: _from_text(name, value, _bare_kinds(cls, name)) if name in cls.model_fields else value
+            for name, value in values.items()
+        }
 
     def fixed(self) -> dict[str, Any]:
         """The fields that decide the result, as JSON; a run goes on only if they are equal."""
@@ -51,19 +69,27 @@ class RecipeFields(BaseModel):
         return hashlib.sha256(json.dumps(self.fixed(), sort_keys=True).encode()).hexdigest()
 
 
-def _from_text(value: Any, field: Any) -> Any:
-    if not isinstance(value, str) or field is None:
+def _from_text(name: str, value: Any, kinds: Sequence[Any]) -> Any:
+    if not isinstance(value, str):
         return value
-    kinds = _kinds(field.annotation)
     if value in ("none", "null") and type(None) in kinds:
         return None
     if value[:1] in ("[", "{") and str not in kinds:
-        for parse in (json.loads, yaml.safe_load):  # YAML takes 1e-3 for a text
-            try:
-                return parse(value)
-            except (ValueError, yaml.YAMLError):
-                continue
+        try:
+            return json.loads(value, object_pairs_hook=partial(_each_once, name))  # YAML takes 1e-3 for a text
+        except json.JSONDecodeError:
+            with suppress(ValueError):
+                return parse_yaml(value, name)
     return value
+
+
+def _each_once(field: str, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, which may not name a thing twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = ", ".join(name for name, _ in pairs)
+        raise ValueError(f"{field}: a key comes twice ({keys}); leave one of the two out.")
+    return found
 
 
 Kind = TypeVar("Kind", bound=RecipeFields)
@@ -88,10 +114,7 @@ def read_recipe(
     values: dict[str, Any] = {}
     if recipe is not None:
         path = _find(recipe, shipped)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
+        content = read_yaml(path)
         if not isinstance(content, dict):
             raise ValueError(f"{path} must hold fields such as 'seed: 1', got {type(content).__name__}.")
         values = {str(name): value for name, value in content.items()}
@@ -113,7 +136,7 @@ def yaml_files(folder: Path) -> dict[str, Path]:
 def _find(recipe: str | Path, shipped: Mapping[str, Path]) -> Path:
     if str(recipe) in shipped:
         return shipped[str(recipe)]
-    path = Path(recipe)
+    path = Path(os.path.expanduser(recipe))
     if not path.is_file():
         raise FileNotFoundError(f"No recipe file {str(path)!r}, and none of that name ships; there are: "
                                 f"{', '.join(shipped)}.")  # fmt: skip
@@ -131,14 +154,25 @@ def _explain(kind: type[RecipeFields], problem: Any, values: Mapping[str, Any]) 
         hint = f" Did you mean {near[0]}?" if near else ""
         fields = ", ".join(kind.model_fields)
         return f"unknown field {name} (value {problem['input']!r}).{hint} The fields are {fields}."
-    about = f"{in_words(kind, name)}. {kind.model_fields[name].description}"
+    about = _accepted(kind, name)
     if problem["type"] == "missing":
         return f"{name} is missing; accepted: {about}"
     if name.endswith("_url"):  # it may hold a password
         return f"{name} must look like http://localhost:8000/v1, without user name, password or query. {about}"
     if name.endswith("key_variable"):  # it may be the key itself, put in the wrong place
         return f"{name} must be the name of an environment variable, in capitals. {about}"
-    return f"{name}: {values[name]!r} is wrong; accepted: {about}"
+    return _wrong(kind, name, values[name])
+
+
+def _accepted(kind: type[RecipeFields], name: str) -> str:
+    return f"{in_words(kind, name)}. {kind.model_fields[name].description}"
+
+
+def _wrong(kind: type[RecipeFields], name: str, value: Any) -> str:
+    hint = ""
+    if str in _bare_kinds(kind, name) and value is not None and not isinstance(value, (str, list, dict)):
+        hint = " In YAML, a text that looks like a number, a date, yes or no is put in quotes."
+    return f"{name}: {value!r} is wrong; accepted: {_accepted(kind, name)}{hint}"
 
 
 def in_words(kind: type[RecipeFields], name: str) -> str:
@@ -150,6 +184,12 @@ def in_words(kind: type[RecipeFields], name: str) -> str:
 def _kinds(annotation: Any) -> tuple[Any, ...]:
     """What a union is of; anything else by itself."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _bare_kinds(kind: type[RecipeFields], name: str) -> list[Any]:
+    """What a field may be, without constraints."""
+    parts = _kinds(kind.model_fields[name].annotation)
+    return [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
 
 
 def _kind_in_words(kind: Any, constraints: Sequence[Any]) -> str:

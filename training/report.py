@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from peft_psr.chat import Prompt
+from peft_psr.judging import content_text
 
 from .filtering import NEAR_DUPLICATE, REASONS, FilterSettings
 from .recipe import Recipe
@@ -244,7 +245,9 @@ def _example(row: Mapping[str, Any]) -> list[str]:
 
 
 def _text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else "\n".join(f"({turn['role']}) {turn['content']}" for turn in prompt)
+    return (
+        prompt if isinstance(prompt, str) else "\n".join(f"({turn['role']}) {content_text(turn)}" for turn in prompt)
+    )
 
 
 def _quoted(text: str) -> list[str]:

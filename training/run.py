@@ -18,7 +18,7 @@ from peft_psr.files import write_whole
 from peft_psr.judging import Judge
 
 from .draws import Draw, Failure, PromptPair, Sampler, draws_on
-from .filtering import sort_out
+from .filtering import answer_of, has_answer, sort_out
 from .folder_lock import locked
 from .journal import Journal
 from .progress import Progress
@@ -32,8 +32,10 @@ COMPLETIONS, SCORES = "completions.jsonl", "scores.jsonl"
 TRIPLETS, NEGATIVES, MANIFEST, REPORT, FIGURE = (
     "triplets.jsonl", "negatives.jsonl", "manifest.json", "report.md", "scores.png"
 )  # fmt: skip
-ORIGIN = ("model", "revision", "template_hash")
+ORIGIN = ("model", "revision", "template_hash", "template_args")
 """What each record says of where it comes from, as the sampler describes itself."""
+TOKENS = ("completion_ids", "reasoning_opened")
+"""What a sampler that draws here says of the tokens themselves."""
 JUDGE_ORIGIN = (*ORIGIN, "weights_sample", "trait_prompt", "coherence_prompt")
 """What a judge that describes itself must not say otherwise when a run goes on."""
 JUDGED_TOGETHER = 64
@@ -117,9 +119,7 @@ class TripletRun:
             return None
         state = json.loads(path.read_text(encoding="utf-8"))
         check_same_recipe(self.folder, state["fixed"], self.recipe.fixed())
-        for judge in state["judges"].values():
-            if "chat_template_hash" in judge:  # its name up to version 0.1.0
-                judge["template_hash"] = judge.pop("chat_template_hash")
+        _name_as_now(state)
         if state["plan_hash"] != self._plan_hash():
             raise ValueError(
                 f"The prompts are not those that the run in {self.folder} was begun with: the trait files or the data "
@@ -152,9 +152,10 @@ class TripletRun:
                         progress.advance(0, failures=1)
                         continue
                     tokens = {"prompt_tokens": outcome.prompt_tokens, "completion_tokens": outcome.completion_tokens}
-                    completions.append(
-                        {**record, "completion": outcome.text, "truncated": outcome.truncated, **tokens}
-                    )
+                    drawn = {"completion": outcome.text, "truncated": outcome.truncated, **tokens}
+                    drawn |= {} if outcome.ids is None else {"completion_ids": outcome.ids}
+                    drawn |= {"reasoning_opened": True} if outcome.opened else {}
+                    completions.append({**record, **drawn})
                     progress.advance(tokens=sum(count or 0 for count in tokens.values()))
         finally:
             close = getattr(outcomes, "close", None)
@@ -179,7 +180,8 @@ class TripletRun:
 
     def _check_same(self, what: str, before: dict[str, Any] | None, now: dict[str, Any], names: Sequence[str]) -> None:
         for name in names:
-            if before is not None and before.get(name) != now.get(name):
+            unknown = name == "revision" and before is not None and before.get(name) is None
+            if before is not None and not unknown and before.get(name) != now.get(name):
                 raise ValueError(
                     f"{name} of {what} is {now.get(name)!r} now, and was {before.get(name)!r} when the run in "
                     f"{self.folder} was begun. Put it back to go on with that run, or name another folder."
@@ -192,7 +194,7 @@ class TripletRun:
             (pair, draw)
             for pair in self.pairs
             for draw in self.draws[pair.id]
-            if draw.id in drawn and drawn[draw.id]["completion"].strip()
+            if draw.id in drawn and has_answer(drawn[draw.id])
         ]
         waiting: dict[str, list[tuple[PromptPair, Draw]]] = {}
         for pair, draw in every:
@@ -221,7 +223,7 @@ class TripletRun:
         spent = dict(getattr(judge, "usage", {}))
         usage: dict[str, int] = {}
         try:
-            pairs, texts = [pair for pair, _ in entries], [drawn[draw.id]["completion"] for _, draw in entries]
+            pairs, texts = [pair for pair, _ in entries], [answer_of(drawn[draw.id]) for _, draw in entries]
             if hasattr(judge, "judge_pairs"):  # it must know the instruction, which x does not tell
                 results = judge.judge_pairs(pairs, texts)
             else:
@@ -250,12 +252,13 @@ class TripletRun:
                 "prompt": pair.prompt,
                 "steered_prompt": pair.steered_prompt,
                 "negative": pair.negative,
-                **{name: drawn[draw.id][name] for name in ("completion", "truncated", "seed", *ORIGIN)},
+                **{name: drawn[draw.id].get(name) for name in ("completion", "truncated", "seed", *ORIGIN)},
+                **{name: drawn[draw.id][name] for name in TOKENS if name in drawn[draw.id]},
                 **{name: judged.get(draw.id, {}).get(name) for name in ("trait_score", "coherence_score")},
             }
             for pair in self.pairs
             for draw in self.draws[pair.id]
-            if draw.id in drawn and (draw.id in judged or not drawn[draw.id]["completion"].strip())
+            if draw.id in drawn and (draw.id in judged or not has_answer(drawn[draw.id]))
         ]
         reasons = sort_out(rows, self.recipe.filter)
         counts = Counts.of(
@@ -293,6 +296,16 @@ class TripletRun:
                 "the instructions may not bring the trait out, or the judge may not know it."
             )
         return counts
+
+
+def _name_as_now(state: dict[str, Any]) -> None:
+    """Bring what a run up to version 0.1.0 has written down to the names of today."""
+    for judge in state["judges"].values():
+        if "chat_template_hash" in judge:
+            judge["template_hash"] = judge.pop("chat_template_hash")
+    sampler = state["sampler"] or {}
+    if args := sampler.get("extra_body", {}).get("chat_template_kwargs"):
+        sampler.setdefault("template_args", args)
 
 
 def _successes(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -13,32 +14,53 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from peft_psr.chat import Prompt, encode_prompt, pad_id
+from peft_psr.chat import Prompt, decode_completion, encode_prompt, pad_id, render_prompt
+from peft_psr.chat_template import template_args_of
 from peft_psr.positions import chat_mask, pad_rows
+from peft_psr.reasoning import opens_reasoning, split_reasoning
 
 from .draws import Draw, Failure, Sample, draw_seed, template_hash
 from .gumbel import GumbelLogitsProcessor
+from .partial import attribute
 
 
 logger = logging.getLogger(__name__)
 
-# the model's own distribution: neither truncation nor penalties that its generation config may ask for
-_PLAIN: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")),
-}
-
 
 class Completion(NamedTuple):
-    """Sampled text, and whether it was cut off at the token limit."""
+    """A sampled completion.
+
+    Attributes:
+        text: Without the token that ends the turn; other special tokens are part of it.
+        truncated: Whether it was cut off at the token limit.
+        ids: The tokens drawn, with the one that ends the turn; `None` for a text that was not drawn here.
+        opened: The prompt ended inside reasoning, which the text goes on with.
+    """
 
     text: str
     truncated: bool
+    ids: tuple[int, ...] | None = None
+    opened: bool = False
+
+    @property
+    def answer(self) -> str | None:
+        """What there is to judge: the text without finished reasoning, `None` where the reasoning was cut off."""
+        return split_reasoning(self.text, self.opened).answer
+
+
+KEPT_SETTINGS = (
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "stop_strings",
+    "use_cache",
+    "cache_implementation",
+    "cache_config",
+)
+"""Of a model's generation settings, those that say where an answer ends and how it is computed."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +71,6 @@ class _Row:
     seed: int
     alpha: float | None = None
     adapter: str | None = None
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    index: int
-    text: str
-    truncated: bool
-    prompt_tokens: int
-    completion_tokens: int
 
 
 def sample_completions(
@@ -114,8 +127,8 @@ def sample_completions(
     ]
     results: list[Completion | None] = [None] * len(rows)
     with tqdm(total=len(rows), desc=progress, disable=progress is None) as bar:
-        for drawn in _sample(model, processing_class, rows, max_new_tokens, temperature, batch_size):
-            results[drawn.index] = Completion(drawn.text, drawn.truncated)
+        for row, completion in _sample(model, processing_class, rows, max_new_tokens, temperature, batch_size):
+            results[row.index] = completion
             bar.update()
     return results  # type: ignore[return-value]
 
@@ -161,6 +174,7 @@ class LocalSampler:
             "model": self.name,
             "revision": getattr(self.model.config, "_commit_hash", None),
             "template_hash": template_hash(self.processing_class.chat_template),
+            "template_args": template_args_of(self.processing_class) or None,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "temperature": self.temperature,
@@ -180,10 +194,11 @@ class LocalSampler:
             _Row(i, draw.prompt, encode_prompt(self.processing_class, draw.prompt), draw.seed)
             for i, draw in enumerate(draws)
         ]
-        for drawn in _sample(
+        for row, drawn in _sample(
             self.model, self.processing_class, rows, self.max_new_tokens, self.temperature, self.batch_size
         ):
-            yield draws[drawn.index], Sample(drawn.text, drawn.truncated, drawn.prompt_tokens, drawn.completion_tokens)
+            count = None if drawn.ids is None else len(drawn.ids)
+            yield draws[row.index], Sample(*drawn[:2], len(row.ids), count, *drawn[2:])
 
 
 def check_sampling(max_new_tokens: int, temperature: float, batch_size: int) -> None:
@@ -202,7 +217,7 @@ def _sample(
     max_new_tokens: int,
     temperature: float,
     batch_size: int,
-) -> Iterator[_Drawn]:
+) -> Iterator[tuple[_Row, Completion]]:
     """Longest prompts first, so that memory runs out at once if it does; then with half the batch from there on."""
     waiting = sorted(rows, key=lambda row: -len(row.ids))
     was_training = model.training
@@ -225,7 +240,7 @@ def _sample(
                 clear_device_cache()
                 continue
             waiting = waiting[len(batch) :]
-            yield from drawn
+            yield from zip(batch, drawn, strict=True)
     finally:
         model.train(was_training)
 
@@ -237,7 +252,7 @@ def _sample_batch(
     rows: Sequence[_Row],
     max_new_tokens: int,
     temperature: float,
-) -> list[_Drawn]:
+) -> list[Completion]:
     # weights that accelerate offloads are on no device between calls; its hooks move what is given to them
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     padding = pad_id(processing_class)
@@ -258,25 +273,42 @@ def _sample_batch(
     processors = LogitsProcessorList()
     if temperature > 0:
         processors.append(GumbelLogitsProcessor([row.seed for row in rows], prompt_length, temperature, device))
-    output = model.generate(  # type: ignore[operator]
-        **batch, **_PLAIN, logits_processor=processors, max_new_tokens=max_new_tokens, pad_token_id=padding
-    )
     ends = model.generation_config.eos_token_id
-    stops = set(ends if isinstance(ends, list) else [ends]) | {processing_class.eos_token_id}
-    drawn = []
+    tokens = (*(ends if isinstance(ends, list) else [ends]), processing_class.eos_token_id)
+    stops = {token for token in tokens if token is not None}
+    texts = model.generation_config.stop_strings or []
+    with own_distribution(model):
+        output = model.generate(  # type: ignore[operator]
+            **batch,
+            logits_processor=processors,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=min(stops, default=padding),  # behind the end of a row that is shorter than others
+            eos_token_id=sorted(stops) or None,
+            tokenizer=processing_class,
+        )
+    completions = []
     for row, ids in zip(rows, output[:, prompt_length:].tolist(), strict=True):
         # text up to the first token that ends a turn; without one, the completion was cut off
-        length = next((i for i, token in enumerate(ids) if token in stops), len(ids))
-        text = _decode(processing_class, row, ids[:length])
-        truncated = length == len(ids)
-        drawn.append(_Drawn(row.index, text, truncated, len(row.ids), length + (not truncated)))
-    return drawn
+        length = next((i for i, token in enumerate(ids) if token in (stops or {padding})), len(ids))
+        text = decode_completion(processing_class, row.prompt, row.ids, ids[:length])
+        ended_by_text = any(stop in text for stop in ([texts] if isinstance(texts, str) else texts))
+        ended = length < len(ids) and not ended_by_text
+        opened = opens_reasoning(render_prompt(processing_class, row.prompt))
+        completions.append(Completion(text, not (ended or ended_by_text), tuple(ids[: length + ended]), opened))
+    return completions
 
 
-def _decode(processing_class, row: _Row, ids: list[int]) -> str:
-    """The completion as text, to be put right behind the prompt."""
-    if not isinstance(row.prompt, str):
-        return processing_class.decode(ids, skip_special_tokens=True)
-    # together with the prompt: many decoders drop a blank that their text begins with
-    before = processing_class.decode(row.ids, skip_special_tokens=True)
-    return processing_class.decode([*row.ids, *ids], skip_special_tokens=True)[len(before) :]
+@contextmanager
+def own_distribution(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Inside, `generate` takes the likeliest token of the model's own distribution, until the model ends its turn.
+
+    Nothing else that its generation settings ask for is applied: no truncations, penalties, biases, watermarks and
+    suppressed tokens, no other way of decoding, no other outputs, no limits in length or time.
+    """
+    own = model.generation_config
+    kept = {name: getattr(own, name, None) for name in KEPT_SETTINGS}
+    plain = GenerationConfig(**{name: value for name, value in kept.items() if value is not None})
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    # PEFT hands its wrapper's settings, if they are of its own, on to the model
+    with attribute(base, "generation_config", plain), attribute(model, "generation_config", plain):
+        yield

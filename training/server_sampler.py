@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
+from peft_psr.chat import begins_answer
+
 from .draws import Draw, Failure, Sample
 from .server import ChatServer, Request
 from .server_replies import Answer
@@ -50,6 +52,7 @@ class ServerSampler:
             **self.server.describe(),
             "revision": None,
             "template_hash": None,
+            "template_args": self.server.extra_body.get("chat_template_kwargs") or None,
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": 1.0,
@@ -64,7 +67,16 @@ class ServerSampler:
         Raises:
             ServerError: the server refuses for good.
             TooManyFailures: the share of failures passed the server's limit.
+            ValueError: a prompt ends with the beginning of the answer, which a server takes for a turn that has ended.
         """
+        goes_on = self.server.extra_body.get("continue_final_message")
+        begun = None if goes_on else next((draw for draw in draws if begins_answer(draw.prompt)), None)
+        if begun is not None:
+            raise ValueError(
+                f"The prompt of {begun.id} ends with an assistant's turn, which the server would answer with another "
+                "one. Draw from the model here (sampler: local), or, if the server is vLLM, say "
+                '--server-fields \'{"continue_final_message": true, "add_generation_prompt": false}\'.'
+            )
         with closing(self.server.stream((draw, self._request(draw)) for draw in draws)) as outcomes:
             for draw, outcome in outcomes:
                 yield draw, _sample(outcome) if isinstance(outcome, Answer) else outcome

@@ -16,8 +16,6 @@ from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
@@ -26,12 +24,11 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
+from peft_psr import loading
 from peft_psr.config import PSRConfig
-from peft_psr.tiny_chat import tiny_chat_path
 
 from .arguments import PSRTrainingArguments
 from .initialization import initialize_psr_weights
-from .recipe import EMBEDDED
 from .train_recipe import TrainRecipe
 from .trainer import PSRTrainer
 from .triplets import Triplet
@@ -100,12 +97,13 @@ def make_arguments(recipe: TrainRecipe, folder: Path) -> PSRTrainingArguments:
 
 
 def load_tokenizer(recipe: TrainRecipe) -> Any:
-    """Returns the base model's tokenizer.
+    """Returns the base model's tokenizer, with the chat template that the recipe gives it.
 
     Raises:
         OSError: it can't be had.
+        ValueError: as `peft_psr.loading.load_tokenizer`.
     """
-    return AutoTokenizer.from_pretrained(_source(recipe), revision=recipe.revision)
+    return loading.load_tokenizer(recipe.model, recipe.revision, **recipe.tokenizer_settings)
 
 
 def load_base(recipe: TrainRecipe, device: torch.device) -> Any:
@@ -113,13 +111,12 @@ def load_base(recipe: TrainRecipe, device: torch.device) -> Any:
 
     Raises:
         OSError: it can't be had.
+        ValueError: as `peft_psr.loading.load_model`.
     """
-    model = AutoModelForCausalLM.from_pretrained(_source(recipe), revision=recipe.revision, dtype=recipe.dtype)
-    return model.eval().to(device)
-
-
-def _source(recipe: TrainRecipe) -> str:
-    return tiny_chat_path() if recipe.model == EMBEDDED else recipe.model
+    model = loading.load_model(
+        recipe.model, recipe.revision, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
+    )
+    return model.to(device)
 
 
 def add_adapters(base: Any, recipe: TrainRecipe, adapters: Sequence[str]) -> PeftModel:

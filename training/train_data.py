@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_psr.chat_template import template_args_of
+from peft_psr.text import composed
+
 from .draws import template_hash
 from .run import NEGATIVES, STATE, TRIPLETS
 from .triplets import Triplet, read_triplets
@@ -68,7 +71,7 @@ def _files(source: Path) -> list[Path]:
 
 def folder_name(trait: str) -> str:
     """A trait's name as that of a folder and of an adapter: letters, digits, - and _."""
-    return re.sub(r"[^\w-]+", "_", trait) or "_"
+    return re.sub(r"[^\w-]+", "_", composed(trait)) or "_"
 
 
 def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -> tuple[list[Triplet], list[Triplet]]:
@@ -115,7 +118,7 @@ def check_origin(traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, 
     Raises:
         ValueError: they name another model, or another chat template.
     """
-    template = template_hash(tokenizer.chat_template)
+    template, args = template_hash(tokenizer.chat_template), template_args_of(tokenizer)
     for trait, triplets in traits.items():
         for triplet in triplets:
             drawn_from, drawn_with = triplet.get("model"), triplet.get("template_hash")
@@ -124,6 +127,13 @@ def check_origin(traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, 
                     f"triplets: those of {trait!r} were drawn from {drawn_from!r}, and an adapter is trained on the "
                     f"model's own completions, here {model!r}. Train --model {drawn_from}, or draw triplets from "
                     f"{model}, or, if both names mean one model, say --triplets-model {drawn_from}."
+                )
+            drawn_args = triplet.get("template_args", args) or {}
+            if drawn_args != args:
+                raise ValueError(
+                    f"triplets: those of {trait!r} were drawn with other arguments of the chat template "
+                    f"({json.dumps(drawn_args)}) than here ({json.dumps(args)}), so on other prompts. Train with "
+                    f"--template-args '{json.dumps(drawn_args)}', or draw them again."
                 )
             if drawn_with is not None and drawn_with != template:
                 raise ValueError(

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from .recipe_fields import FREE, Count, Names, RecipeFields, read_recipe, split, yaml_files
+from .model_fields import ModelFields
+from .recipe_fields import FREE, Count, Place, TraitNames, read_recipe, split, yaml_files
 
 
 Layer = Annotated[int, Field(ge=0)]
@@ -20,7 +21,7 @@ Weight = Annotated[float, Field(ge=0)]
 Objective = Literal["mse", "ll", "kl"]
 
 
-class TrainRecipe(RecipeFields):
+class TrainRecipe(ModelFields):
     """What is trained on which triplets, and how. Each field is an option of `psr train` too.
 
     Fields that may change between the starts of one run say so in their `json_schema_extra`; the others decide what
@@ -29,24 +30,24 @@ class TrainRecipe(RecipeFields):
 
     description: str = Field("", description="One line that `psr recipes` shows.", json_schema_extra=FREE)
 
-    model: str = Field(
+    model: Place = Field(
         min_length=1, description="Hub name or folder of the base model; 'embedded' is the one in the package."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the model on the Hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of the base model; adapters are float32."
     )
-    triplets: str = Field(
+    triplets: Place = Field(
         min_length=1,
         json_schema_extra=FREE,  # it may move: the triplets themselves are compared
         description="What psr triplets wrote: the folder, or a JSONL file (also a folder of those, one a trait).",
     )
-    triplets_model: str | None = Field(
+    triplets_model: Place | None = Field(
         None,
         json_schema_extra=FREE,
         description="The base model's name in the triplets, where that is another one: a server's name for it, say.",
     )
-    traits: Names = Field(
+    traits: TraitNames = Field(
         (), json_schema_extra=FREE, description="Traits by name, with commas between them; all by default."
     )
     parallel: bool = Field(

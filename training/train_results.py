@@ -13,10 +13,11 @@ import yaml
 
 from peft_psr.facts import AdapterFacts
 from peft_psr.files import write_whole
+from peft_psr.judging import content_text
+from peft_psr.loading import EMBEDDED
 from peft_psr.model_card import write_model_card
 
 from .model_card import training_facts
-from .recipe import EMBEDDED
 from .train_recipe import TrainRecipe
 from .trainer import PSRTrainer
 from .triplets import Triplet
@@ -72,7 +73,8 @@ def _facts(trainer: PSRTrainer, recipe: TrainRecipe, trait: str, triplets: Seque
         trainer,
         trait=trait,
         instructions=tuple(text for text in instructions if text)[:2],
-        question=question if isinstance(question, str) else question[-1]["content"],
+        question=question if isinstance(question, str) else content_text(question[-1]),
+        template_args=recipe.template_args or {},
         base_model=toy if recipe.model == EMBEDDED else None,
         triplets=len(triplets),
     )
@@ -84,7 +86,7 @@ def _instruction(triplet: Triplet) -> str | None:
     first = triplet["steered_prompt"][0]
     if isinstance(first, str) or first["role"] != "system" or first in triplet["prompt"]:
         return None
-    return first["content"]
+    return content_text(first)
 
 
 def _loss(trainer: PSRTrainer, adapter: str) -> float:

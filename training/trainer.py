@@ -11,12 +11,13 @@ import torch
 from accelerate.utils import DynamoBackend
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from peft_psr.decoder import layer_index
 from peft_psr.doors import is_encoder_decoder
+from peft_psr.loading import tokenizer_of
 
-from .arguments import PSRTrainingArguments
+from .arguments import PSRTrainingArguments, check_arguments
 from .branches import Batch, Branch, config_of, layers_downstream, psr_model, run_branch
 from .checkpoints import load_adapters
 from .collator import TripletCollator
@@ -68,7 +69,7 @@ class PSRTrainer(Trainer):
         **kwargs: Further arguments of `Trainer`.
 
     Raises:
-        TypeError: the model has no PSR adapter.
+        TypeError: the model has no PSR adapter, or `args` are not PSR's.
         ValueError: a data set is empty, a triplet can't be used (the message names it), adapters can't be trained
             together, or the process would spread the model over several GPUs with `nn.DataParallel`.
         FloatingPointError: from `train` and `evaluate`, a loss is infinite or not a number.
@@ -96,8 +97,9 @@ class PSRTrainer(Trainer):
                 "models, where prompt and completion are one sequence. An adapter on its decoder can be run, though."
             )
         args = PSRTrainingArguments(output_dir="psr_output") if args is None else args
+        check_arguments(args)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = tokenizer_of(model)
         self.several = isinstance(train_dataset, Mapping)
         self.adapters = (
             [str(name) for name in cast(Mapping, train_dataset)] if self.several else [model.active_adapter]

@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from peft_psr.text import check_unicode, composed, read_text
+
 from .draws import PromptPair
 from .placement import Placement, add_instruction
 
@@ -41,7 +43,7 @@ class Trait:
     """One split of a trait.
 
     Attributes:
-        name: The file's name without `.json`.
+        name: The file's name without `.json`, in Unicode's composed form (NFC).
         split: "train" or "test".
         instructions: Pairs of instructions, all different in wording.
         questions: What the model is asked; no two alike, and none that the other split has too.
@@ -86,8 +88,10 @@ def read_trait(
     """
     if split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {', '.join(map(repr, get_args(Split)))}, got {split!r}.")
-    if source in list_traits() and name in (None, source):
-        source, name = _shipped_folder(), str(source)
+    name = None if name is None else composed(name)
+    ships = composed(source) if isinstance(source, str) else ""
+    if ships in list_traits() and name in (None, ships):
+        source, name = _shipped_folder(), ships
     found = _files(source, revision)
     if name is None and len(found) > 1:
         raise ValueError(f"{source} holds several traits: {', '.join(sorted(found))}. Give the name of one.")
@@ -205,8 +209,8 @@ def _files(source: str | Path, revision: str | None) -> dict[str, dict[Split, Pa
         if path.suffix != ".json":
             raise ValueError(f"A trait file is JSON and named <trait>.json, got {str(path)!r}.")
         if path.parent.name not in SPLIT_FOLDERS.values():
-            return {path.stem: {"train": path}}
-        return {path.stem: _layout(path.parent.parent)[path.stem]}
+            return {composed(path.stem): {"train": path}}
+        return {composed(path.stem): _layout(path.parent.parent)[composed(path.stem)]}
     if path.is_dir():
         folder = path.parent if path.name in SPLIT_FOLDERS.values() else path
     elif _HUB_ID.fullmatch(str(source)):
@@ -226,7 +230,9 @@ def _layout(folder: Path) -> dict[str, dict[Split, Path]]:
     found: dict[str, dict[Split, Path]] = {}
     for split, name in SPLIT_FOLDERS.items():
         for path in sorted((folder / name).glob("*.json")):
-            found.setdefault(path.stem, {})[split] = path
+            other = found.setdefault(composed(path.stem), {}).setdefault(split, path)
+            if other != path:
+                raise ValueError(f"{path} and {other.name!a} beside it are one name in two Unicode forms; rename one.")
     return found
 
 
@@ -241,9 +247,10 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 
 def _read_file(path: Path, name: str, split: Split) -> Trait:
+    text = read_text(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     return parse_trait(data, name, split, str(path))
 
@@ -258,7 +265,7 @@ def _list(data: dict[str, Any], field: str, where: str) -> list[Any]:
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where} must be text that is not empty, got {value!r}.")
-    return value.strip()
+    return check_unicode(value, where).strip()
 
 
 def _plain(question: str) -> str:

@@ -9,17 +9,17 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_psr.chat import Prompt
 from peft_psr.files import write_whole
-from peft_psr.judging import Judge, Message
+from peft_psr.judging import Judge, Message, judge_answers
 
 from .placement import add_instruction
-from .sampling import sample_completions
+from .sampling import Completion, sample_completions
 
 
 class _Required(TypedDict):
@@ -38,11 +38,16 @@ class Triplet(_Required, total=False):
         trait_score: How strongly y' shows the trait, 0-100, or `None` if the judge could not tell.
         coherence_score: How coherent y' is as an answer to x, 0-100, or `None`.
         truncated: y' was cut off at the token limit, so no end of turn follows it.
+        completion_ids: The tokens of y' as they were drawn, with the one that ends the turn; without them the text is
+            tokenised.
+        reasoning_opened: x' ends inside reasoning, which y' goes on with; it is judged by what follows.
     """
 
     trait_score: float | None
     coherence_score: float | None
     truncated: bool
+    completion_ids: list[int]
+    reasoning_opened: bool
 
 
 def generate_triplets(
@@ -94,7 +99,7 @@ def generate_triplets(
         seed=seed,
         progress="sampling triplets" if progress else None,
     )
-    scores = judge([prompt for prompt, _ in pairs], [sample.text for sample in samples])
+    scores = judge_answers(judge, [prompt for prompt, _ in pairs], [sample.answer for sample in samples])
     return [
         Triplet(
             prompt=prompt,
@@ -103,9 +108,16 @@ def generate_triplets(
             trait_score=score.trait,
             coherence_score=score.coherence,
             truncated=sample.truncated,
+            **drawn_tokens(sample),
         )
         for (prompt, steered), sample, score in zip(pairs, samples, scores, strict=True)
     ]
+
+
+def drawn_tokens(sample: Completion) -> dict[str, Any]:
+    """What a triplet holds of a completion besides its text."""
+    known: dict[str, Any] = {} if sample.ids is None else {"completion_ids": list(sample.ids)}
+    return known | {"reasoning_opened": True} if sample.opened else known
 
 
 def write_triplets(triplets: Iterable[Triplet], path: str | os.PathLike) -> None:

@@ -125,7 +125,8 @@ def _pairs(
     error: ValueError | None = None
     for row, triplet, answer in zip(wanted, triplets, drawn, strict=True):
         try:
-            plain = collator.encode({**triplet, "completion": answer.text, "truncated": answer.truncated})
+            own = {"completion": answer.text, "truncated": answer.truncated, "completion_ids": answer.ids}
+            plain = collator.encode({**triplet, **own})
         except ValueError as unusable:  # it is empty, or its start merges with the end of the prompt
             error = unusable
         else:
