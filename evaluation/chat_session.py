@@ -19,6 +19,7 @@ from peft_psr.judging import Message
 from peft_psr.positions import encode_chat
 from peft_psr.reasoning import opens_reasoning, split_reasoning
 from peft_psr.rendering import TemplateRefusal
+from peft_psr.training.branches import unedited
 from peft_psr.training.sampling import own_distribution
 
 from .shading import shaded_answer
@@ -211,7 +212,7 @@ class ChatSession:
         elif self.temperature is not None:
             sampling = {"do_sample": True, "temperature": self.temperature}
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with settings, torch.random.fork_rng(devices), nullcontext() if self.active else self.model.disable_adapter():
+        with settings, torch.random.fork_rng(devices), nullcontext() if self.active else unedited(self.model):
             torch.manual_seed(self.seed + len(self.messages))
             self.model.generate(
                 **prompt,

@@ -18,6 +18,7 @@ from peft_psr.model_card import write_model_card
 from peft_psr.positions import encode_chat
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
 from peft_psr.training import add_instruction, sample_completions
+from peft_psr.training.branches import unedited
 from peft_psr.training.progress import Progress
 
 from .experiment import Experiment, Outcome, Sizes, Task, as_row, write_json
@@ -268,7 +269,7 @@ def _show_answers(experiment: Experiment, steered: PeftModel, best: Outcome, con
     task, tokenizer, seed = experiment.task, experiment.processing_class, experiment.seed
     prompt = task.test_prompts[seed % len(task.test_prompts)]
     settings: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "seed": seed}
-    with steered.disable_adapter():
+    with unedited(steered):
         plain = sample_completions(steered, tokenizer, [prompt], **settings)[0].text
         with_prompt = sample_completions(
             steered, tokenizer, [add_instruction(prompt, task.test_instructions[0])], **settings

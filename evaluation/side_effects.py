@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from peft_psr.chat import Prompt
 from peft_psr.training import Triplet, add_instruction, sample_completions
+from peft_psr.training.branches import unedited
 from peft_psr.training.placement import Placement
 from peft_psr.training.triplets import drawn_tokens
 
@@ -156,7 +157,7 @@ def neutral_triplets(
         for prompt in prompts
         for _ in range(num_draws)
     ]
-    with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+    with unedited(model) if isinstance(model, PeftModel) else nullcontext():
         answers = sample_completions(
             model,
             processing_class,

@@ -86,6 +86,21 @@ def check_weights(adapters: Sequence[object], weights: Sequence[float]) -> list[
     return [check_strength(weight, "weight") for weight in weights]
 
 
+def check_combination(combination_type: str, svd_rank: int | None, samples: Sequence[object] | None) -> None:
+    """Raise `ValueError` if a way to combine does not go with what is given for it, as `add_weighted_adapter` says."""
+    if combination_type not in ("cat", "svd"):
+        raise ValueError(f"combination_type must be 'cat' or 'svd', got {combination_type!r}.")
+    cut = combination_type == "svd"
+    if cut != (svd_rank is not None) or cut != bool(samples):
+        raise ValueError(
+            "combination_type='svd' takes svd_rank and samples, and nothing else does: a rank is cut by a fit to "
+            f"what the adapters do on samples. Got svd_rank={svd_rank!r} and "
+            f"{'' if samples else 'no '}samples with {combination_type!r}."
+        )
+    if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
+        raise ValueError(f"svd_rank must be an int of at least 1, got {svd_rank!r}.")
+
+
 def edit_factors(configs: Sequence[PSRConfig], weights: Sequence[float]) -> list[float]:
     """What each adapter's direction is multiplied by in the combination: weight * (alpha + b_m)."""
     return [weight * (config.alpha + config.coefficient_bias) for weight, config in zip(weights, configs, strict=True)]

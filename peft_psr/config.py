@@ -21,6 +21,10 @@ class PSRPeftType(str, Enum):
     PSR = "PSR"
 
 
+class PSRWarning(UserWarning):
+    """What works, but most likely not as meant."""
+
+
 def check_strength(value: object, name: str) -> float:
     """Return `value` as a float; `TypeError` if it is not a number, `ValueError` if it is not finite."""
     if isinstance(value, bool) or not isinstance(value, Real):

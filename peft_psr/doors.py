@@ -8,11 +8,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .caches import cache_of, drop_last_token, ends_in_prompt, mark_prompt_end, tokens_in
+from .fit import CheckedLoad
+from .layer import PSRLayer
 from .state import Generation, SteeringState, check_mask
 
 
@@ -63,6 +67,7 @@ class SteeredGenerate:
             if mask is not None:  # what a given cache holds already comes before the prompt
                 mask = nn.functional.pad(mask, (attention_mask.shape[1] - length, 0))
             generation = Generation(attention_mask, mask, decoding=encoder_decoder)
+            self._complete_prefix(cache_of(kwargs), length, attention_mask)
         elif prompt is None and not encoder_decoder:  # the model begins with its BOS token
             generation = Generation(torch.ones(1, 1, dtype=torch.long), None)
         with state.lock:
@@ -74,6 +79,17 @@ class SteeredGenerate:
                 return type(self.model).generate(self.model, *args, **kwargs)  # type: ignore[attr-defined]
             finally:
                 state.generation, state.generation_alpha = before
+
+    def _complete_prefix(self, cache: Any, length: int, attention_mask: torch.Tensor) -> None:
+        """Have the last token of a cached prefix computed again, which was edited as if the prompt ended there."""
+        if not ends_in_prompt(cache) or tokens_in(cache) >= attention_mask.shape[1]:
+            return
+        # where the ids go on from the cache, they do not hold that token
+        if length < attention_mask.shape[1] or not drop_last_token(cache):
+            self.model._psr_state.warn_once(  # type: ignore[union-attr, operator]
+                "The last token of the given cache was edited as the end of a prompt, and can't be computed again. "
+                "Fill the cache of a prefix with `alpha=0.0`, or with a `steering_mask` of zeros."
+            )
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> Any:
         """What transformers takes for a setting of `generate`."""
@@ -126,8 +142,55 @@ def begin_steered_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
 
 
 def end_steered_call(model: nn.Module, args: tuple, output: Any) -> None:
-    """Forward hook of the model; it runs after a failed call too, which may not have reached the decoder."""
-    model._psr_state.begun = False  # type: ignore[union-attr]
+    """Forward hook of the model; it runs after a failed call too, which may not have reached the decoder.
+
+    Of its decoder as well, for a call that did not come through the model.
+    """
+    state: SteeringState = model._psr_state  # type: ignore[assignment]
+    state.begun = False
+    if state.prompt_ends and isinstance(output, Mapping):
+        mark_prompt_end(cache_of(output))
+        _look_for_lost_labels(model, state, next(iter(output.values())))
+    state.prompt_ends = False
+
+
+def _look_for_lost_labels(model: nn.Module, state: SteeringState, output: Any) -> None:
+    """Warn in the backward pass if a language model that takes its text for a prompt is trained on more than its end.
+
+    Args:
+        model: The model or its decoder.
+        state: Its state.
+        output: What it returned first, (batch, seq, ...).
+    """
+    mask = state.masks.get("response")
+    if mask is None or not state.predicts_tokens or not isinstance(output, torch.Tensor) or not output.requires_grad:
+        return
+    if output.dim() != 3 or output.shape[:2] != mask.shape:
+        return
+
+    def look(gradient: torch.Tensor) -> None:
+        elsewhere = gradient.abs().amax(dim=-1).masked_fill(mask.to(gradient.device), 0.0)
+        if elsewhere.any() and _trains_response(model):
+            state.warn_once(
+                "A loss on all tokens of a text was given neither `labels` nor a `steering_mask` in the forward call, "
+                "which then takes the text for a prompt: an adapter with positions='response' edits its last token "
+                "alone, and learns nothing from the others. transformers' Trainer takes the labels off the batch for "
+                "`label_smoothing_factor` and `compute_loss_func`. Train with PSRTrainer, or have the data collator "
+                "add `steering_mask=peft_psr.positions.response_mask(labels)` to the batch."
+            )
+
+    output.register_hook(look)
+
+
+def _trains_response(model: nn.Module) -> bool:
+    """Whether an active adapter with positions "response" asks for a gradient."""
+    return any(
+        layer.config[name].positions == "response" and any(w.requires_grad for w in layer.unit(name).parameters())
+        for layer in model.modules()
+        if isinstance(layer, PSRLayer) and not layer.disable_adapters
+        for name in layer.active_adapters
+        if name in layer.psr_unit
+    )
 
 
 def begin_decoder_call(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -153,7 +216,8 @@ def attach_state(model: nn.Module) -> SteeringState:
     state: SteeringState | None = getattr(model, "_psr_state", None)
     if state is not None:
         return state
-    state = SteeringState()
+    get_head = getattr(model, "get_output_embeddings", None)
+    state = SteeringState(predicts_tokens=get_head is not None and get_head() is not None)
     get_decoder = getattr(model, "get_decoder", None)
     decoder = None if get_decoder is None else get_decoder()
     hooks: dict[nn.Module, Any] = {model: begin_steered_call}
@@ -162,12 +226,16 @@ def attach_state(model: nn.Module) -> SteeringState:
     for module, hook in hooks.items():
         module._psr_state = state  # type: ignore[assignment]
         module._psr_arguments = list(inspect.signature(type(module).forward).parameters)[1:]  # type: ignore[assignment]
-        module._psr_handles = [module.register_forward_pre_hook(hook, with_kwargs=True)]  # type: ignore[assignment]
-    model._psr_handles.append(model.register_forward_hook(end_steered_call, always_call=True))  # type: ignore
+        module._psr_handles = [  # type: ignore[assignment]
+            module.register_forward_pre_hook(hook, with_kwargs=True),
+            module.register_forward_hook(end_steered_call, always_call=module is model),
+        ]
     if hasattr(model, "generate"):
         model.generate = SteeredGenerate(model)  # type: ignore[assignment]
     if hasattr(model, "init_continuous_batching"):
         model.init_continuous_batching = SteeredBatching(model)  # type: ignore[assignment]
+    if hasattr(model, "_load_pretrained_model"):
+        model._load_pretrained_model = CheckedLoad(model)  # type: ignore[assignment]
     return state
 
 
@@ -178,7 +246,8 @@ def detach_state(model: nn.Module) -> None:
             module.__dict__.pop("_psr_arguments")
             for handle in module.__dict__.pop("_psr_handles"):
                 handle.remove()
-    model.__dict__.pop("init_continuous_batching", None)
+    for name in ("init_continuous_batching", "_load_pretrained_model"):
+        model.__dict__.pop(name, None)
     generate = model.__dict__.pop("generate", None)
     if isinstance(generate, SteeredGenerate) and generate.original is not None:
         model.generate = generate.original  # type: ignore[assignment]

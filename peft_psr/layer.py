@@ -11,7 +11,7 @@ already carries the edits of earlier layers. Several active adapters read the sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -112,6 +112,29 @@ class PSRUnit(nn.Module):
                 gates = F.linear(hidden, weight, bias).relu()
         return add_edit(stream, gates, direction, strength), gates
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Name the widths where weights are for a stream of another one."""
+        width, given = self.direction.shape[1], state_dict.get(f"{prefix}direction")
+        if given is not None and given.shape[-1] != width:
+            message = (
+                f"the adapter's weights are for a stream of {given.shape[-1]} features, and the model's has {width}"
+            )
+            if message not in error_msgs:
+                error_msgs.append(message)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def _apply(self, fn, recurse: bool = True):
         """Follow the model to another device, but not to another dtype: the edit is computed in float32."""
 
@@ -166,7 +189,8 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         """
         if adapter_name in (BASE, EACH_ROW):
             raise ValueError(f"An adapter can't be called {adapter_name!r}, which has a meaning of its own.")
-        self.psr_unit[adapter_name] = PSRUnit(self.width, config.r, config.gate, config.init_weights)
+        no_op = config.init_weights or config.inference_mode  # what is not trained any more is read from a file
+        self.psr_unit[adapter_name] = PSRUnit(self.width, config.r, config.gate, no_op)
         self.config[adapter_name] = config
         self.state.positions.add(config.positions)
         self.state.alone = None
@@ -294,6 +318,16 @@ class PSRLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         """Name and width, for printing."""
         return f"{self.name}, width={self.width}"
+
+
+def check_weights_at_hand(layers: Iterable[PSRLayer], what: str) -> None:
+    """Raise `ValueError` if accelerate keeps weights that `what` needs elsewhere between calls."""
+    for layer in layers:
+        if any(parameter.is_meta for parameter in layer.psr_unit.parameters()):
+            raise ValueError(
+                f"{what} needs the adapters' weights at hand, and those of {layer.name!r} are offloaded. Load the "
+                "model without offloading its edited layers."
+            )
 
 
 def _fits(strength: torch.Tensor, hidden: torch.Tensor) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,13 +12,16 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .composition import check_weights, combine_units, combined_config, edit_factors
+from .beside import check_no_shared_modules, freeze_others, others_left_alone, saved_modules
+from .composition import check_combination, check_weights, combine_units, combined_config, edit_factors
 from .config import PSRConfig, check_strength
-from .decoder import decoder_layer_names, layer_index, output_width
-from .doors import attach_state, detach_state, is_encoder_decoder, prompt_of
-from .layer import PSRLayer, edit_output
+from .decoder import layer_index, output_width
+from .doors import attach_state, detach_state, prompt_of
+from .fit import KEY_OF_UNIT, check_fit
+from .layer import PSRLayer, check_weights_at_hand, edit_output
 from .rank_cut import cut_adapter
-from .rows import BASE, gather_rows
+from .rows import check_names, rows_named
+from .targets import ExactTarget, layers_to_edit
 
 
 class PSRModel(BaseTuner):
@@ -47,22 +49,7 @@ class PSRModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PSRConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Find the decoder layers to edit; nothing is touched yet, so errors leave the model as it was."""
-        self._layer_names: set[str] = set()
-        if peft_config.target_modules is not None:
-            keys = [key for key, _ in model.named_modules() if check_target_module_exists(peft_config, key)]
-            _check_not_in_encoder(model, keys)
-            return
-        names = decoder_layer_names(model, peft_config.layers_pattern)
-        wanted = peft_config.layers_to_transform
-        layers = range(len(names)) if wanted is None else [wanted] if isinstance(wanted, int) else wanted
-        for layer in layers:
-            if layer >= len(names):
-                raise ValueError(
-                    f"layers_to_transform asks for layer {layer}, but {type(model).__name__} has {len(names)} decoder "
-                    f"layers: 0 to {len(names) - 1}."
-                )
-        self._layer_names = {names[layer] for layer in layers}
-        _check_not_in_encoder(model, sorted(self._layer_names))
+        self._layer_names = layers_to_edit(peft_config, model)
 
     def _check_target_module_exists(self, peft_config: PSRConfig, key: str):  # type: ignore[override]
         if peft_config.target_modules is not None:
@@ -73,7 +60,7 @@ class PSRModel(BaseTuner):
         if key not in self._layer_names:
             return False
         # PEFT's own matching for `exclude_modules` and `modules_to_save`, with this layer as the only target
-        return check_target_module_exists(_ExactTarget(peft_config, key), key)
+        return check_target_module_exists(ExactTarget(peft_config, key), key)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -113,7 +100,12 @@ class PSRModel(BaseTuner):
         if state_dict is not None:
             # PEFT cuts a key before ".psr_" to find the layer's name; our child module stands between the two
             state_dict = {key.replace(".psr.psr_", ".psr_"): value for key, value in state_dict.items()}
+        present = [config for name, config in self._configs().items() if name != adapter_name]
+        check_no_shared_modules(model, adapter_name, cast(PSRConfig, self.peft_config[adapter_name]), present)
+        first = not self.psr_layers()
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, **kwargs)
+        if first:  # PEFT freezes the model beneath a first adapter, but for other adapters on it
+            freeze_others(model, self._own_modules())
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
@@ -121,7 +113,14 @@ class PSRModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT looks for tuner layers among the modules; under FSDP's activation checkpointing these have other names
         # than the keys, and another tuner's adapter of the same name may sit among them
-        return {key: value for key, value in state_dict.items() if ".psr.psr_unit." in key}
+        return {key: value for key, value in state_dict.items() if KEY_OF_UNIT in key}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, **given: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        # where PEFT loads weights, whichever way they come; it drops without a word what finds no place
+        state_dict = super()._remap_adapter_state_dict_for_load(**given)
+        check_fit(given["model"], given["adapter_name"], state_dict)
+        return state_dict
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # PEFT comes here last when it loads an adapter, after it has placed the model; of adapters on disk it keeps
@@ -146,14 +145,47 @@ class PSRModel(BaseTuner):
         unknown = [name for name in wanted if name not in self.peft_config]
         if unknown:
             raise ValueError(f"No adapter {unknown[0]!r}; there are: {', '.join(self._names())}.")
-        super().set_adapter(adapter_name, inference_mode)
+        with self._others_left_alone():
+            super().set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make PSR adapters trainable or not; adapters of other types stay as they are, whatever their names."""
+        with self._others_left_alone():
+            super().set_requires_grad(adapter_names, requires_grad)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        # enabling makes every active adapter trainable, those of other types too
+        with self._others_left_alone():
+            super()._enable_adapter_layers(enabled)
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Inside, the model runs as without PSR: no edit and none of its `modules_to_save`.
+
+        Unlike PEFT's `disable_adapter` it leaves on what else is on the model, a LoRA for one, and all weights as
+        trainable as they are.
+        """
+        modules: list[Any] = self._own_modules()
+        before = [module._disable_adapters for module in modules]
+        for module in modules:
+            module._disable_adapters = True
+        try:
+            yield
+        finally:
+            for module, disabled in zip(modules, before, strict=True):
+                module._disable_adapters = disabled
+
+    def _saved_modules(self) -> dict[str, AuxiliaryTrainingWrapper]:
+        return saved_modules(self.model, list(self._configs().values()))
+
+    def _own_modules(self) -> list[nn.Module]:
+        return [*self.psr_layers().values(), *self._saved_modules().values()]
+
+    def _others_left_alone(self) -> AbstractContextManager[None]:
+        return others_left_alone(self.model, list(self._saved_modules().values()))
 
     def unmerge_adapter(self) -> None:
-        """Refused like merging.
-
-        Raises:
-            ValueError: always.
-        """
+        """Refused like merging, with `ValueError`."""
         self._check_merge_allowed()
 
     def _check_merge_allowed(self) -> None:
@@ -175,12 +207,10 @@ class PSRModel(BaseTuner):
                 del module.psr
         detach_state(self.model)
         # not PEFT's own way, which would take away the layers of another tuner on the model too
-        saved = [end for config in self.peft_config.values() for end in getattr(config, "modules_to_save", None) or ()]
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper) and any(name.endswith(end) for end in saved):
-                parent = self.model.get_submodule(name.rpartition(".")[0])
-                trained = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
-                setattr(parent, name.rpartition(".")[2], trained)
+        for name, module in self._saved_modules().items():
+            parent = self.model.get_submodule(name.rpartition(".")[0])
+            trained = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+            setattr(parent, name.rpartition(".")[2], trained)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
@@ -188,50 +218,16 @@ class PSRModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """PEFT enters this around `forward` and `generate`; it is where `adapter_names` arrives."""
-        with nullcontext() if torch.compiler.is_compiling() else attach_state(self.model).lock:
-            with self._rows_named(args, kwargs):
-                yield
-
-    @contextmanager
-    def _rows_named(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"adapter_names must be one adapter's name for each row, got {names!r}.")
-        prompt = prompt_of(args, kwargs)
-        if isinstance(prompt, torch.Tensor) and prompt.shape[0] != len(names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} names and {prompt.shape[0]} rows."
-            )
-        missing = sorted(set(names) - {BASE, *self._names()})
-        if missing:
-            raise ValueError(
-                f"Trying to infer with non-existing adapter(s): {', '.join(missing)}. There are: "
-                f"{', '.join(self._names())}, and {BASE!r} for none."
-            )
-        self._check_weights_at_hand("adapter_names")
-        state = attach_state(self.model)
-        state.adapter_names = list(names)
-        layers = self.psr_layers().values()
-        for layer in layers:
-            layer.rows = gather_rows({name: layer.unit(name) for name in layer.psr_unit}, layer.config, names)
-        # the modules of `modules_to_save`, of which PEFT keeps a copy for each adapter
-        handles = [
-            module.register_forward_pre_hook(partial(_name_rows, names=list(names)), with_kwargs=True)
-            for module in self.model.modules()
-            if isinstance(module, AuxiliaryTrainingWrapper)
-        ]
-        try:
-            yield
-        finally:
-            state.adapter_names = None
-            for layer in layers:
-                layer.rows = None
-            for handle in handles:
-                handle.remove()
+        with nullcontext() if torch.compiler.is_compiling() else attach_state(self.model).lock:
+            if names is None:
+                yield
+                return
+            check_names(names, self._names(), prompt_of(args, kwargs))
+            layers, saved = self.psr_layers().values(), self._saved_modules().values()
+            check_weights_at_hand(layers, "adapter_names")
+            with rows_named(attach_state(self.model), layers, saved, names):
+                yield
 
     @torch.inference_mode(False)  # the new weights are to be trainable
     def add_weighted_adapter(
@@ -266,21 +262,11 @@ class PSRModel(BaseTuner):
             ValueError: names and weights do not match, a name is unknown or taken, another combination type,
                 adapters that can't be one (different positions, `modules_to_save`), or "svd" without rank or samples.
         """
-        if combination_type not in ("cat", "svd"):
-            raise ValueError(f"combination_type must be 'cat' or 'svd', got {combination_type!r}.")
-        cut = combination_type == "svd"
-        if cut != (svd_rank is not None) or cut != bool(samples):
-            raise ValueError(
-                "combination_type='svd' takes svd_rank and samples, and nothing else does: a rank is cut by a fit to "
-                f"what the adapters do on samples. Got svd_rank={svd_rank!r} and "
-                f"{'' if samples else 'no '}samples with {combination_type!r}."
-            )
-        if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
-            raise ValueError(f"svd_rank must be an int of at least 1, got {svd_rank!r}.")
+        check_combination(combination_type, svd_rank, samples)
         weights = check_weights(adapters, weights)
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already; delete it or choose another name.")
-        self._check_weights_at_hand("add_weighted_adapter")
+        check_weights_at_hand(self.psr_layers().values(), "add_weighted_adapter")
         configs = [self._config(name) for name in adapters]
         factors = edit_factors(configs, weights)
         parts = list(zip(adapters, factors, strict=True))
@@ -326,17 +312,11 @@ class PSRModel(BaseTuner):
             raise ValueError(f"No adapter {adapter_name!r}; there are: {', '.join(self._names())}.")
         return adapter_name
 
-    def _check_weights_at_hand(self, what: str) -> None:
-        """Raise `ValueError` if accelerate keeps weights elsewhere between calls."""
-        for layer in self.psr_layers().values():
-            if any(parameter.is_meta for parameter in layer.psr_unit.parameters()):
-                raise ValueError(
-                    f"{what} needs the adapters' weights at hand, and those of {layer.name!r} are offloaded. Load the "
-                    "model without offloading its edited layers."
-                )
+    def _configs(self) -> dict[str, PSRConfig]:
+        return {name: config for name, config in self.peft_config.items() if isinstance(config, PSRConfig)}
 
     def _names(self) -> list[str]:
-        return sorted(name for name, config in self.peft_config.items() if isinstance(config, PSRConfig))
+        return sorted(self._configs())
 
     def set_alpha(self, alpha: float, adapter_name: str | None = None) -> None:
         """Set the strength of an adapter (the active one by default); it is saved with the adapter.
@@ -414,34 +394,3 @@ class PSRModel(BaseTuner):
         return {
             key: gates[layer.name, name] for key, layer in self.psr_layers().items() if (layer.name, name) in gates
         }
-
-
-def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:
-    """Pre-hook that tells a module of `modules_to_save` each row's adapter; beams repeat a row."""
-    times = len(args[0]) // len(names)
-    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}
-
-
-def _check_not_in_encoder(model: nn.Module, keys: Sequence[str]) -> None:
-    """Raise `ValueError` if a module lies in the encoder of an encoder-decoder, whose tokens no mask is for."""
-    if not is_encoder_decoder(model):
-        return
-    inside = set(model.get_encoder().modules())  # type: ignore[operator]
-    found = next((key for key in keys if model.get_submodule(key) in inside), None)
-    if found is not None:
-        raise ValueError(
-            f"{found!r} lies in the encoder of {type(model).__name__}; an encoder-decoder is edited in its decoder. "
-            "Name modules of the decoder, by a pattern such as target_modules=r'.*decoder.*wo'."
-        )
-
-
-class _ExactTarget:
-    """A view of a config for PEFT's matching in which one module is the target, whatever its index."""
-
-    layers_to_transform = None
-    target_parameters = None
-
-    def __init__(self, config: PSRConfig, key: str) -> None:
-        self.target_modules = {key}
-        self.exclude_modules = config.exclude_modules
-        self.modules_to_save = config.modules_to_save

@@ -23,12 +23,9 @@ from .composition import check_weights, combine_units, combined_config, edit_fac
 from .config import PSRConfig
 from .decoder import layer_index
 from .facts import FACTS_NAME, AdapterFacts, Part, package_versions
+from .fit import KEY_OF_UNIT, KEY_PREFIX
 from .layer import PSRUnit
 from .model_card import is_hub_name, write_model_card
-
-
-KEY_PREFIX = "base_model.model."
-KEY_OF_UNIT = ".psr.psr_unit."
 
 
 @dataclass(frozen=True)
@@ -40,12 +37,14 @@ class SavedAdapter:
         config: Its configuration.
         units: {name of an edited module: its weights}.
         facts: What else is known about it.
+        others: Keys of what else the file holds: embeddings that were resized, `modules_to_save`.
     """
 
     name: str
     config: PSRConfig
     units: dict[str, PSRUnit]
     facts: AdapterFacts
+    others: tuple[str, ...] = ()
 
 
 def read_adapter(source: str | os.PathLike) -> SavedAdapter:
@@ -61,13 +60,13 @@ def read_adapter(source: str | os.PathLike) -> SavedAdapter:
     source = str(source)
     config = read_adapter_config(source)
     try:
-        units = _read_units(source, config)
+        units, others = _read_units(source, config)
     except (KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"The weights of {source} can't be read or do not fit its configuration: {error}.") from error
     if not units:
         raise ValueError(f"{source} holds no weights of a PSR adapter.")
     name = Path(source).resolve().name if os.path.isdir(source) else source
-    return SavedAdapter(name, config, units, read_facts(source) or AdapterFacts())
+    return SavedAdapter(name, config, units, read_facts(source) or AdapterFacts(), others)
 
 
 def read_adapter_config(source: str) -> PSRConfig:
@@ -107,13 +106,17 @@ def read_peft_config(source: str) -> PeftConfig:
         ) from error
 
 
-def _read_units(source: str, config: PSRConfig) -> dict[str, PSRUnit]:
+def _read_units(source: str, config: PSRConfig) -> tuple[dict[str, PSRUnit], tuple[str, ...]]:
+    """The weights of each edited module, and the keys of what else there is."""
     grouped: dict[str, dict[str, torch.Tensor]] = {}
+    others = []
     for key, tensor in load_peft_weights(source, device="cpu").items():
         module, found, parameter = key.removeprefix(KEY_PREFIX).partition(KEY_OF_UNIT)
         if found:
             grouped.setdefault(module, {})[parameter] = tensor
-    return {module: _unit(state, config) for module, state in grouped.items()}
+        else:
+            others.append(module)
+    return {module: _unit(state, config) for module, state in grouped.items()}, tuple(sorted(others))
 
 
 def _unit(state: Mapping[str, torch.Tensor], config: PSRConfig) -> PSRUnit:
@@ -175,7 +178,8 @@ def compose_adapters(
         FileExistsError: there is something at `output`.
         OSError: the Hub can't be reached.
         ValueError: weights and adapters do not match, an adapter is none or of another kind, or they can't be one:
-            different base models, positions or widths, `modules_to_save`; or `svd_rank` without model or samples.
+            different base models, positions or widths, weights beside the edits; or `svd_rank` without model or
+            samples.
     """
     output = Path(output)
     if svd_rank is not None and (model is None or not samples):
@@ -248,6 +252,13 @@ def combine_adapters(
             f"The adapters name different base models ({listed}). If they are one and the same, give its name as "
             "base_model (--base-model)."
         )
+    for adapter in adapters:
+        if adapter.others and not adapter.config.modules_to_save:  # else `combined_config` refuses them
+            raise ValueError(
+                f"{adapter.name} holds more than edits: {', '.join(adapter.others)}. A combination would lose it. If "
+                "these are embeddings of a model with added tokens, save that model to be the base, and the adapter "
+                "with `save_embedding_layers=False`."
+            )
     widths = {unit.direction.shape[1] for adapter in adapters for unit in adapter.units.values()}
     numbered = all(config.target_modules is None for config in configs)
     if numbered and len(widths) > 1:

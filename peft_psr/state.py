@@ -5,13 +5,15 @@ The hooks in `doors` call `SteeringState.begin_call`; the layers read what it le
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
 
 import torch
 
-from .config import check_strength
+from .caches import cache_of, ends_in_prompt, tokens_in
+from .config import PSRWarning, check_strength
 from .positions import default_mask
 
 
@@ -27,7 +29,7 @@ class Generation:
         attention_mask: (batch, prompt) of the prompt, 0 on padding.
         steering_mask: (batch, prompt) as the caller gave it, or `None`.
         seen: Prompt tokens that earlier steps have put into the cache.
-        caches: A step was given its cache as `past_key_values`, so that every further one will be.
+        caches: A step was given its cache as an argument, so that every further one will be.
         decoding: The whole prompt is in the cache; every further token is edited.
     """
 
@@ -53,7 +55,11 @@ class SteeringState:
         adapter_names: One adapter's name for each row, or `None` for the active adapters on all.
         generation: The `generate()` call in progress.
         generation_alpha: That call's strength.
+        predicts_tokens: The model is a language model, with a head.
         begun: The model's pre-hook has begun this call; its decoder's need not.
+        prompt_ends: This call takes its text for a prompt and edits the last token: it was given neither mask nor
+            labels, and positions "response".
+        warned: What was warned of already.
         lock: Held by `PeftModel.forward` and by `generate`, so that threads take turns.
     """
 
@@ -66,7 +72,10 @@ class SteeringState:
     adapter_names: list[str] | None = None
     generation: Generation | None = None
     generation_alpha: Any = None
+    predicts_tokens: bool = False
     begun: bool = False
+    prompt_ends: bool = False
+    warned: set[str] = field(default_factory=set)
     lock: RLock = field(default_factory=RLock, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -96,6 +105,7 @@ class SteeringState:
         self.masks = dict.fromkeys(self.positions)
         self.alone = None
         self.alpha = None
+        self.prompt_ends = False
         if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:
             return
         batch, length = tokens.shape[:2]
@@ -122,12 +132,33 @@ class SteeringState:
             if not isinstance(labels, torch.Tensor) or labels.shape != (batch, length):  # of a sequence, say
                 labels = None
             self.masks = {kind: default_mask(kind, attention_mask, labels) for kind in self.positions}
+            if arguments.get("labels") is None and "response" in self.positions:
+                self._take_for_prompt(arguments)
+        elif "response" in self.positions and arguments.get("use_cache") is not False and not cache_length(arguments):
+            self._take_for_prompt(arguments)
+
+    def _take_for_prompt(self, arguments: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or self.scale == 0 or (isinstance(self.alpha, float) and self.alpha == 0):
+            return
+        self.prompt_ends = True
+        if ends_in_prompt(cache_of(arguments)):
+            self.warn_once(
+                "The text of this call goes on from a cache whose last token was edited as the end of a prompt. If "
+                "both are parts of one prompt, run all but the last part with `alpha=0.0`, or give each its "
+                "`steering_mask`."
+            )
+
+    def warn_once(self, message: str) -> None:
+        """Warn with `PSRWarning`, of each thing once a model."""
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, PSRWarning, stacklevel=3)
 
     def _continue_generation(self, batch: int, length: int, arguments: dict[str, Any], device: torch.device) -> bool:
         """Work out the masks of a step of the `generate()` in progress; false if this call is none of its steps."""
         generation = self.generation
         assert generation is not None
-        cache = arguments.get("past_key_values")
+        cache = cache_of(arguments)
         if generation.caches and cache is None:  # a logits processor that calls the model, say
             return False
         generation.caches = cache is not None
@@ -218,5 +249,4 @@ def token_mask(arguments: dict[str, Any], batch: int, length: int, device: torch
 
 def cache_length(arguments: dict[str, Any]) -> int:
     """Tokens already in the key/value cache of this call."""
-    get_seq_length = getattr(arguments.get("past_key_values"), "get_seq_length", None)
-    return 0 if get_seq_length is None else int(get_seq_length())
+    return tokens_in(cache_of(arguments))

@@ -107,11 +107,13 @@ def test_mistakes_leave_nothing_behind(saved, tmp_path):
     many(configs={"broken": {}}).save_pretrained(saved)
     config = json.loads((saved / "broken" / "adapter_config.json").read_text())
     (saved / "broken" / "adapter_config.json").write_text(json.dumps({**config, "gate": "constant"}))
+    many(configs={"resized": {}}).save_pretrained(saved, save_embedding_layers=True)
     before = sorted(saved.rglob("*"))
     for names, weights, message in [
         (["a", "other"], [1, 1], "different base models .*a: me/base.*other: me/other.*--base-model"),
         (["a", "everywhere"], [1, 1], "different positions"),
         (["a", "saves_more"], [1, 1], "modules_to_save"),
+        (["a", "resized"], [1, 1], r"resized holds more than edits: lm_head\.weight, model\.embed_tokens\.weight"),
         (["a", "lora"], [1, 1], "'LORA'|LORA"),
         (["a", "broken"], [1, 1], "weights of .*broken can't be read or do not fit"),
         (["a", "b"], [1], "2 adapters and 1 weights"),

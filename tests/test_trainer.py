@@ -16,10 +16,11 @@ from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator
 from peft_psr.training.branches import layers_downstream, run_branch
 
 
-def trainer(model, tmp_path, data=None, callbacks=None, **settings):
+def trainer(model, tmp_path, data=None, eval_dataset=None, **settings):
     settings = {"save_strategy": "no", "logging_steps": 1, "use_cpu": True, **settings}
     arguments = PSRTrainingArguments(output_dir=str(tmp_path / "out"), **settings)
-    made = PSRTrainer(model, arguments, triplets() if data is None else data, processing_class=tiny_tokenizer())
+    data = triplets() if data is None else data
+    made = PSRTrainer(model, arguments, data, eval_dataset, processing_class=tiny_tokenizer())
     made.remove_callback(PrinterCallback)
     made.remove_callback(ProgressCallback)
     return made

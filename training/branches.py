@@ -73,15 +73,26 @@ def layers_downstream(model: PeftModel) -> list[str]:
 
 @contextmanager
 def unedited(model: PeftModel) -> Iterator[None]:
-    """PEFT's `disable_adapter`, with the weights left trainable.
+    """Inside, the model's own adapters are off, and whatever lies beneath them is on; all stays as trainable as it is.
 
     FSDP2 settles how it reduces gradients by `requires_grad` in its first forward call, which is the teacher's.
+
+    Args:
+        model: A PEFT model with PSR adapters, or with others: these by PEFT's own `disable_adapter`.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with model.disable_adapter():
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        yield
+    if isinstance(model.base_model, PSRModel):
+        with model.base_model.unedited():
+            yield
+        return
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            for parameter, requires_grad in trainable:
+                parameter.requires_grad_(requires_grad)
+            yield
+    finally:
+        for parameter, requires_grad in trainable:
+            parameter.requires_grad_(requires_grad)
 
 
 def _recording(model: PeftModel, edited: bool) -> AbstractContextManager[dict[tuple[str, str], torch.Tensor]]:

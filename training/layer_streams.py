@@ -17,7 +17,7 @@ from peft import PeftModel
 
 from peft_psr.decoder import capture_layer_outputs, decoder_layer_names, text_config
 
-from .branches import Batch, few_logits, psr_model
+from .branches import Batch, few_logits, psr_model, unedited
 from .collator import TripletCollator
 from .partial import known_output, stop_after
 
@@ -152,7 +152,7 @@ class LayerStreams:
         try:
             with (
                 torch.no_grad(),
-                self.model.disable_adapter() if prefix else nullcontext(),
+                unedited(self.model) if prefix else nullcontext(),
                 before,
                 stop_after(base, self.layers[layer + 1 :]),
                 capture_layer_outputs(base, [name]) as outputs,

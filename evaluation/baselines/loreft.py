@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from peft_psr import PSRConfig
 from peft_psr.layer import PSRUnit
 from peft_psr.training import Triplet, TripletCollator
-from peft_psr.training.branches import Batch
+from peft_psr.training.branches import Batch, unedited
 from peft_psr.training.dataset import encode_dataset
 
 from ..method import FitSettings, Fitted, Method
@@ -86,7 +86,7 @@ def loreft_method(name: str, objective: str) -> Method:
         unit = only_unit(steered)
         edit = LoReFT(unit.direction.shape[1], RANK)
         notes = {}
-        with steered.disable_adapter():
+        with unedited(steered):
             if objective == "ll":
                 _train_by_likelihood(steered, processing_class, edit, triplets, settings)
             else:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from peft_psr import PSRConfig
 from peft_psr.training import Triplet, TripletCollator
-from peft_psr.training.branches import Batch
+from peft_psr.training.branches import Batch, unedited
 from peft_psr.training.dataset import Row, encode_dataset
 
 from ..method import FitSettings, Fitted, Method
@@ -110,7 +110,7 @@ def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], 
         return PENALTY * progress * penalties[0] - likelihood
 
     mean_size = partial(_mean_size, steered, collator, rows, edit, settings.batch_size)
-    with steered.disable_adapter():
+    with unedited(steered):
         before = mean_size()
         edit.vector.data.neg_()
         if mean_size() < before:

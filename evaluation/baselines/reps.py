@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from peft_psr import PSRConfig
 from peft_psr.training import Triplet
+from peft_psr.training.branches import unedited
 
 from ..method import FitSettings, Fitted, Method
 from .edit_training import only_unit
@@ -48,7 +49,7 @@ def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], 
     steered = get_peft_model(model, config).eval()
     unit = only_unit(steered)
     vector = SteeringVector(unit.direction.shape[1])
-    with steered.disable_adapter():
+    with unedited(steered):
         left_out = train_by_preference(
             steered, processing_class, vector, vector.steer, vector.null, triplets, settings, LEARNING_RATE
         )
