@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoModelForCausalLM, Cache, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from peft_psr import PSRConfig
+from peft_psr.caches import cache_name
 
+
+CACHE = cache_name(LlamaForCausalLM.forward)
 
 Triple = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 """w (r, d) and b (r,), or `None` for the constant gate; z (r, d). All float32."""
@@ -240,7 +243,7 @@ def token_positions(batch: int, length: int, device: torch.device) -> torch.Tens
 @torch.no_grad()
 def call(variant: Variant, input_ids: torch.Tensor, position_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
     """One call as generation makes it: logits (batch, 1, vocabulary) of the last token."""
-    inputs = {"input_ids": input_ids, "position_ids": position_ids, "past_key_values": cache}
+    inputs = {"input_ids": input_ids, "position_ids": position_ids, CACHE: cache}
     if input_ids.device.type == "cuda":
         torch.compiler.cudagraph_mark_step_begin()
     return variant.forward(**inputs, use_cache=True, logits_to_keep=1).logits

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .caches import cache_of
 from .config import check_strength
 from .positions import default_mask
 
@@ -27,7 +28,7 @@ class Generation:
         attention_mask: (batch, prompt) of the prompt, 0 on padding.
         steering_mask: (batch, prompt) as the caller gave it, or `None`.
         seen: Prompt tokens that earlier steps have put into the cache.
-        caches: A step was given its cache as `past_key_values`, so that every further one will be.
+        caches: A step was given its cache as an argument, so that every further one will be.
         decoding: The whole prompt is in the cache; every further token is edited.
     """
 
@@ -127,7 +128,7 @@ class SteeringState:
         """Work out the masks of a step of the `generate()` in progress; false if this call is none of its steps."""
         generation = self.generation
         assert generation is not None
-        cache = arguments.get("past_key_values")
+        cache = cache_of(arguments)
         if generation.caches and cache is None:  # a logits processor that calls the model, say
             return False
         generation.caches = cache is not None
@@ -218,5 +219,8 @@ def token_mask(arguments: dict[str, Any], batch: int, length: int, device: torch
 
 def cache_length(arguments: dict[str, Any]) -> int:
     """Tokens already in the key/value cache of this call."""
-    get_seq_length = getattr(arguments.get("past_key_values"), "get_seq_length", None)
-    return 0 if get_seq_length is None else int(get_seq_length())
+    get_seq_length = getattr(cache_of(arguments), "get_seq_length", None)
+    try:
+        return 0 if get_seq_length is None else int(get_seq_length())
+    except ValueError:  # no layer counts tokens (Mamba's)
+        return 0

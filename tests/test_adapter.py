@@ -13,9 +13,10 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from reference import decoder_layers, naive_greedy, naive_logits
 from safetensors.torch import load_file
-from tiny_models import LAYERS, LAYOUTS, WIDTH, tiny_model
+from tiny_models import LAYERS, LAYOUTS, WIDTH, cache_argument, tiny_model
 
 from peft_psr import PSRConfig
+from peft_psr.caches import cache_of
 
 
 PROMPTS = [[1, 9, 12, 17, 23, 31], [1, 40, 8], [1, 22, 35, 19, 7]]
@@ -154,8 +155,8 @@ def test_generation_takes_the_prompt_by_any_name_and_continues_a_cache():
     assert torch.equal(model.generate(inputs=ids, use_cache=False, **settings), expected)
     embeddings = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embeddings, **settings), expected[:, ids.shape[1] :])
-    cache = model(ids[:, :-2], steering_mask=torch.zeros_like(ids[:, :-2]), use_cache=True).past_key_values
-    assert torch.equal(model.generate(input_ids=ids, past_key_values=cache, **settings), expected)
+    cache = cache_of(model(ids[:, :-2], steering_mask=torch.zeros_like(ids[:, :-2]), use_cache=True))
+    assert torch.equal(model.generate(input_ids=ids, **cache_argument(model, cache), **settings), expected)
 
 
 def test_right_padding_edits_the_last_real_token():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_adapter import PROMPTS, pad, randomize, steered
 from test_modes import GREEDY, logits
-from tiny_models import tiny_model
+from tiny_models import cache_argument, tiny_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -58,7 +58,7 @@ def decode(model, kind, steps=6):
     tokens, out = torch.tensor(PROMPTS[:1]), []
     with torch.no_grad():
         for _ in range(steps):
-            out.append(model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1])
+            out.append(model(input_ids=tokens, **cache_argument(model, cache), use_cache=True).logits[:, -1])
             tokens = out[-1].argmax(-1, keepdim=True)
     return torch.stack(out)
 

@@ -15,7 +15,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from test_adapter import PROMPTS, pad, randomize, steered
-from tiny_models import LAYERS, tiny_model
+from tiny_models import LAYERS, cache_argument, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessor, TorchAoConfig
 
 from peft_psr import PSRConfig
@@ -354,12 +354,12 @@ def test_continued_cache(model):
     """A conversation kept in one cache, turn after turn, gives the tokens of the turn's whole prompt, without one."""
     first = torch.tensor([PROMPTS[0]])
     cache = DynamicCache(config=model.get_base_model().config)
-    answer = generate(model, first, torch.ones_like(first), past_key_values=cache, use_cache=True)
+    answer = generate(model, first, torch.ones_like(first), **cache_argument(model, cache), use_cache=True)
     second = torch.cat([answer, torch.tensor([[33, 21, 8]])], dim=1)
     # the earlier answer was edited when it was generated; its last token was never fed back, and counts as prompt
     edited = [0] * (first.shape[1] - 1) + [1] * (answer.shape[1] - first.shape[1]) + [0] * 3 + [1]
     uncached = generate(model, second, torch.ones_like(second), steering_mask=torch.tensor([edited]), use_cache=False)
-    assert torch.equal(generate(model, second, torch.ones_like(second), past_key_values=cache), uncached)
+    assert torch.equal(generate(model, second, torch.ones_like(second), **cache_argument(model, cache)), uncached)
 
 
 @pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from test_adapter import PROMPTS, randomize, steered
-from tiny_models import tiny_model
+from tiny_models import cache_argument, tiny_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
@@ -84,7 +84,7 @@ def test_a_static_cache_by_hand_edits_the_same_tokens():
     cache = StaticCache(config=model.config, max_cache_len=16)
     mask = nn.functional.pad(torch.ones_like(IDS), (0, 10))
     with torch.no_grad():
-        got = model(input_ids=IDS, attention_mask=mask, past_key_values=cache).logits
+        got = model(input_ids=IDS, attention_mask=mask, **cache_argument(model, cache)).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 

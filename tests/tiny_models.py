@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from peft_psr import PSRConfig
+from peft_psr.caches import cache_name
 
 
 VOCABULARY = 64
@@ -91,6 +92,11 @@ def tiny_model(layout: str = "llama", seed: int = 0):
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
     return model.eval()
+
+
+def cache_argument(model, cache):
+    """`cache` as an argument of the model, by the name that this version of transformers has for it."""
+    return {cache_name(getattr(model, "get_base_model", lambda: model)().forward): cache}
 
 
 CHAT_TEMPLATE = (

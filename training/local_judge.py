@@ -22,6 +22,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from peft_psr.caches import cache_name, cache_of
 from peft_psr.chat import encode_prompt, encode_text, pad_id, render_prompt
 from peft_psr.positions import pad_rows
 
@@ -173,7 +174,7 @@ def number_probabilities(
     for beginning in sorted(longest):
         rows = torch.tensor([beginning], device=input_ids.device).expand(len(input_ids), -1)
         mask = torch.cat([attention_mask, torch.ones_like(rows)], dim=1)
-        logits = _forward(model, rows, mask, copy.deepcopy(read.past_key_values)).logits
+        logits = _forward(model, rows, mask, copy.deepcopy(cache_of(read))).logits
         for place in range(len(beginning)):
             after[beginning[: place + 1]] = logits[:, place].float().log_softmax(-1)
     probabilities = {}
@@ -189,14 +190,15 @@ def number_probabilities(
 
 def _forward(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache=None):
     """Logits of the last token, or of all that follow `cache`, at positions that skip the padding."""
-    takes = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
-    extra: dict[str, Any] = {}
+    forward = getattr(model, "get_base_model", lambda: model)().forward
+    takes = inspect.signature(forward).parameters
+    extra: dict[str, Any] = {cache_name(forward): cache}
     if "position_ids" in takes:
         positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
         extra["position_ids"] = positions[:, -input_ids.shape[1] :]
     if "logits_to_keep" in takes and cache is None:
         extra["logits_to_keep"] = 1
-    return model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **extra)
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **extra)
 
 
 def _single(numbers: dict[int, Tokens]) -> bool:
