@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .caches import cache_of
+from .caches import cache_of, first_given
 from .config import check_strength
 from .positions import default_mask
 
@@ -93,7 +93,7 @@ class SteeringState:
         steering_mask, alpha = arguments.pop("steering_mask", None), arguments.pop("alpha", None)
         names = ("decoder_input_ids", "decoder_inputs_embeds", "labels") if encoder_decoder else ()
         given = (arguments.get(name) for name in (*names, "input_ids", "inputs_embeds"))
-        tokens = next((value for value in given if value is not None), None)
+        tokens = first_given(given)
         self.masks = dict.fromkeys(self.positions)
         self.alone = None
         self.alpha = None
@@ -169,7 +169,7 @@ def prepare_alpha(alpha: Any, batch: int, rows: int, device: torch.device) -> St
     """
     if alpha is None:
         return None
-    if isinstance(alpha, list | tuple):
+    if isinstance(alpha, (list, tuple)):
         alpha = torch.tensor([check_strength(value, "alpha") for value in alpha])
     if not isinstance(alpha, torch.Tensor):
         return check_strength(alpha, "alpha")

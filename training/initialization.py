@@ -96,7 +96,7 @@ def initialize_psr_weights(
         }
         given = directions_by_layer(directions, shapes)
     if processing_class is None:
-        processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
     config = model.active_peft_config
     strength = 1.0 + config.coefficient_bias  # at alpha 1
     if strength <= 0:

@@ -97,7 +97,7 @@ class PSRTrainer(Trainer):
             )
         args = PSRTrainingArguments(output_dir="psr_output") if args is None else args
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            processing_class = AutoTokenizer.from_pretrained(model.config.name_or_path)
         self.several = isinstance(train_dataset, Mapping)
         self.adapters = (
             [str(name) for name in cast(Mapping, train_dataset)] if self.several else [model.active_adapter]
