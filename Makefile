@@ -3,7 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+# what `make test-versions` runs in each of its two environments
+ADAPTER_TESTS := $(addprefix tests/test_,$(addsuffix .py,upstream caches odd_calls call_state adapter doors modes \
+  layouts compile mixed_batches beside_lora many_traits sharing peft_checks trainer train_together chat llm_judge \
+  local_sampler ifeval))
+
+.PHONY: demo test test-versions lint
 
 $(BIN)/psr: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +25,19 @@ demo: $(BIN)/psr
 
 test: $(BIN)/pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS) # tensors are tiny: threads would wait for each other
+
+# the oldest versions that pyproject.toml admits, then the newest of everything but torch, whose CPU build is large
+# enough; docs/versions.md tells what came of it
+test-versions:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(ADAPTER_TESTS) $(ARGS)
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet $(shell grep ^torch== constraints.txt)
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+	  $(shell grep ^torch== constraints.txt) --editable ".[dev]"
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest $(ADAPTER_TESTS) $(ARGS)
 
 # mypy can't follow the folder mapping of an editable install, so it reads an installed copy
 lint: $(BIN)/pytest

@@ -7,7 +7,7 @@ Where `generate` goes on from there, the text was a prefix, and that token has t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -18,7 +18,15 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 def cache_of(given: Mapping[str, Any]) -> Any:
     """The cache among the arguments of a forward call, or in a model's output; `None` if there is none."""
-    return next((given.get(name) for name in CACHE_NAMES if given.get(name) is not None), None)
+    return first_given(given.get(name) for name in CACHE_NAMES)
+
+
+def first_given(values: Iterable[Any]) -> Any:
+    """The first that is not `None`, if any is: in a loop, since torch before 2.8 compiles no `next` with a default."""
+    for value in values:
+        if value is not None:
+            return value
+    return None
 
 
 def cache_name(forward: Callable) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .caches import cache_of, drop_last_token, ends_in_prompt, mark_prompt_end, tokens_in
+from .caches import cache_of, drop_last_token, ends_in_prompt, first_given, mark_prompt_end, tokens_in
 from .fit import CheckedLoad
 from .layer import PSRLayer
 from .state import Generation, SteeringState, check_mask
@@ -125,7 +125,7 @@ class SteeredBatching:
 def prompt_of(args: tuple, kwargs: dict[str, Any]) -> Any:
     """The prompt among the arguments of `forward` or `generate`, ids or embeddings, or `None`."""
     named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
-    return next((value for value in (*args[:1], *named) if value is not None), None)
+    return first_given((*args[:1], *named))
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:
@@ -204,7 +204,7 @@ def begin_decoder_call(decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) 
 
 def _by_name(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     names: list[str] = model._psr_arguments  # type: ignore[assignment]
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
 
 
 def _without_ours(kwargs: dict[str, Any]) -> dict[str, Any]:

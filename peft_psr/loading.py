@@ -102,7 +102,7 @@ def tokenizer_of(model: Any) -> Any:
     """
     commit, adapter = getattr(model.config, "_commit_hash", None), getattr(model, "active_peft_config", None)
     return AutoTokenizer.from_pretrained(
-        model.config._name_or_path, revision=commit or getattr(adapter, "revision", None)
+        model.config.name_or_path, revision=commit or getattr(adapter, "revision", None)
     )
 
 

@@ -16,12 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HTTPError,  # httpx's, whichever version of httpx the Hub's client uses
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
@@ -35,6 +30,9 @@ from .model_card import CARD_NAME, FIGURE_NAME, is_hub_name, is_own_card, read_c
 
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME, FACTS_NAME, FIGURE_NAME)
 """All that is ever uploaded: no checkpoints, no optimiser states, nothing else that lies in the folder."""
+
+HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+"""httpx's, of connections that fail as well: the Hub's client uses httpx, and httpx2 from its version 2 on."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .caches import cache_of, ends_in_prompt, tokens_in
+from .caches import cache_of, ends_in_prompt, first_given, tokens_in
 from .config import PSRWarning, check_strength
 from .positions import default_mask
 
@@ -101,7 +101,7 @@ class SteeringState:
         steering_mask, alpha = arguments.pop("steering_mask", None), arguments.pop("alpha", None)
         names = ("decoder_input_ids", "decoder_inputs_embeds", "labels") if encoder_decoder else ()
         given = (arguments.get(name) for name in (*names, "input_ids", "inputs_embeds"))
-        tokens = next((value for value in given if value is not None), None)
+        tokens = first_given(given)
         self.masks = dict.fromkeys(self.positions)
         self.alone = None
         self.alpha = None
@@ -199,7 +199,7 @@ def prepare_alpha(alpha: Any, batch: int, rows: int, device: torch.device) -> St
     """
     if alpha is None:
         return None
-    if isinstance(alpha, list | tuple):
+    if isinstance(alpha, (list, tuple)):
         alpha = torch.tensor([check_strength(value, "alpha") for value in alpha])
     if not isinstance(alpha, torch.Tensor):
         return check_strength(alpha, "alpha")

@@ -6,6 +6,7 @@ test compiles with Inductor. Docstrings are lines of the table of modes in `docs
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
@@ -45,6 +46,25 @@ def model():
     model.add_adapter("b", PSRConfig(layers_to_transform=1, gate="constant", r=2, positions="all"))
     randomize(model, 2, "b")
     return model.eval()
+
+
+@functools.cache
+def plain_model_compiles():
+    """Whether these versions of torch and transformers make one graph of a call without our adapters."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(two_layers(), backend="eager", fullgraph=True)(input_ids=IDS)
+    except torch._dynamo.exc.Unsupported:
+        return False
+    finally:
+        counters.clear()
+    return True
+
+
+@pytest.fixture
+def one_graph():
+    if not plain_model_compiles():
+        pytest.skip("The model without adapters is more than one graph in these versions of torch and transformers.")
 
 
 def graphs():
@@ -95,7 +115,7 @@ def test_generate_with_compiled_steps(model):
         assert 1 <= graphs() <= 2
 
 
-def test_strength_set_after_compiling(model):
+def test_strength_set_after_compiling(model, one_graph):
     """`set_alpha` after compiling takes effect; twelve strengths in a row cost one more graph, not twelve."""
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     seen = [logits(compiled)]
@@ -107,7 +127,7 @@ def test_strength_set_after_compiling(model):
     assert graphs() <= 3
 
 
-def test_strength_of_a_call(model):
+def test_strength_of_a_call(model, one_graph):
     """`alpha=` of a compiled call, a number or one a row: any values, without a graph for each."""
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for alpha in (0.5, 2.0, -1.0, 0.25, 3.0):
@@ -119,7 +139,7 @@ def test_strength_of_a_call(model):
     assert numbers <= 2 and graphs() == numbers + 1
 
 
-def test_steering_mask(model):
+def test_steering_mask(model, one_graph):
     """`steering_mask=` of a compiled call: eager's logits for any mask, with one graph."""
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +149,7 @@ def test_steering_mask(model):
     assert graphs() == 1
 
 
-def test_adapters_chosen_after_compiling(model):
+def test_adapters_chosen_after_compiling(model, one_graph):
     """`set_adapter`, several active adapters, `disable_adapter`, `alpha_scale` after compiling: each takes effect."""
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     seen = []
@@ -151,14 +171,14 @@ def test_adapters_chosen_after_compiling(model):
     assert torch.equal(logits(compiled), seen[2])
 
 
-def test_adapters_by_row(model):
+def test_adapters_by_row(model, one_graph):
     """`adapter_names=` of a compiled call: each row by its own adapter, chosen anew with each call."""
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for names in (["a", "b", "__base__"], ["b", "b", "a"], ["__base__", "a", "b"]):
         torch.testing.assert_close(logits(compiled, adapter_names=names), logits(model, adapter_names=names))
 
 
-def test_training_step(model):
+def test_training_step(model, one_graph):
     """A compiled training step (AOTAutograd): the gradients of the eager one."""
 
     def gradients(callable_model):
@@ -174,7 +194,7 @@ def test_training_step(model):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-def test_inductor(model):
+def test_inductor(model, one_graph):
     """Inductor: eager's logits within float tolerance, and again after `set_alpha`."""
     compiled = torch.compile(model, fullgraph=True)
     for alpha in (1.0, 0.3):

@@ -9,10 +9,12 @@ import copy
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
@@ -21,11 +23,16 @@ from test_adapter import PROMPTS, pad, randomize, steered
 from test_modes import generate, logits
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, pipeline
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_psr import PSRConfig
 
 
 IDS, ATTENTION = pad(PROMPTS, "left")
+methods_of_bare_models = pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"The adapter methods of this transformers want PEFT {MIN_PEFT_VERSION} (docs/versions.md)",
+)
 DOCS = Path(__file__).parents[1] / "docs" / "layouts.md"
 
 
@@ -115,6 +122,7 @@ def test_pipeline(model, saved, expected):
     assert texts[0] != texts[1]
 
 
+@methods_of_bare_models
 def test_a_second_adapter(saved, expected):
     """`PeftModel.load_adapter` and `PreTrainedModel.load_adapter`: a second adapter, one or both of them active."""
     peft_model = DOORS["PeftModel.from_pretrained"](saved)
@@ -133,6 +141,7 @@ def test_a_second_adapter(saved, expected):
     assert not torch.allclose(logits(base), logits(expected), atol=1e-2)
 
 
+@methods_of_bare_models
 def test_adapters_of_a_bare_model(saved, tmp_path):
     """`add_adapter`, `set_adapter`, `active_adapters`, `disable_adapters`, `delete_adapter` of a bare model."""
     base = tiny_model()
@@ -163,6 +172,7 @@ def test_adapters_of_a_bare_model(saved, tmp_path):
     assert not any("psr_unit." in name for name in base.state_dict())
 
 
+@methods_of_bare_models
 def test_bare_model_saved(saved, tmp_path, expected):
     """`save_pretrained` of a transformers model with an adapter: the adapter alone, which every door takes again."""
     base = load_adapter(saved)
@@ -241,6 +251,7 @@ def test_closed_doors_name_psr(saved):
     assert torch.equal(logits(model), before)
 
 
+@methods_of_bare_models
 def test_beside_a_lora_on_a_bare_model(saved, tmp_path, expected):
     """A LoRA and a PSR adapter on one transformers model: alone, together, saved apart; equal names are refused."""
     torch.manual_seed(0)

@@ -215,9 +215,11 @@ def test_assisted_decoding(model, how):
     mask = torch.zeros_like(ids)
     mask[:, 3:] = 1
     more = {"prompt_lookup_num_tokens": 2} if how == "prompt lookup" else {"assistant_model": tiny_model(seed=0)}
+    settings = {"max_new_tokens": 16, "eos_token_id": 63}  # transformers 5.3 looks up no prompt without an end token
     for steering in ({}, {"steering_mask": mask}):
-        expected = generate(model, ids, torch.ones_like(ids), max_new_tokens=16, **steering)
-        got = generate(model, ids, torch.ones_like(ids), max_new_tokens=16, **steering, **more)
+        expected = generate(model, ids, torch.ones_like(ids), **settings, **steering)
+        assert expected.shape[1] == ids.shape[1] + 16
+        got = generate(model, ids, torch.ones_like(ids), **settings, **steering, **more)
         assert torch.equal(got, expected)
 
 

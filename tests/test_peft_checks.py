@@ -267,7 +267,8 @@ def fetch_source(release: str, folder: Path) -> None:
         command += ["--retries", "1", "--timeout", "15", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
         subprocess.run([*command, f"peft=={release}", "-d", work], check=True, capture_output=True, timeout=120)
         with tarfile.open(next(Path(work).glob("peft-*.tar.gz"))) as archive:
-            archive.extractall(work, filter="data")
+            # Python before 3.10.12 and 3.11.4 has no filters
+            archive.extractall(work, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         (Path(work) / f"peft-{release}" / "tests").rename(folder)
 
 

@@ -144,7 +144,7 @@ class LocalJudge(LLMJudge):
         chosen = [read.logits[:, -1].argmax(-1, keepdim=True)]  # (batch, 1) each
         for _ in range(ANSWER_TOKENS - 1):
             attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-            read = _forward(self.model, chosen[-1], attention_mask, read.past_key_values)
+            read = _forward(self.model, chosen[-1], attention_mask, cache_of(read))
             chosen.append(read.logits[:, -1].argmax(-1, keepdim=True))
         ends = self.model.generation_config.eos_token_id
         stops = {*(ends if isinstance(ends, list) else [ends]), self.processing_class.eos_token_id}
