@@ -28,7 +28,7 @@ from peft_psr.chat import Prompt
 from peft_psr.training import Triplet, add_instruction, sample_completions
 from peft_psr.training.branches import unedited
 from peft_psr.training.placement import Placement
-from peft_psr.training.triplets import drawn_tokens
+from peft_psr.training.triplets import drawn_triplet
 
 from .calibration import calibrate_alpha
 from .faithfulness import prompt_recovery, response_log_probs, triplet_batches
@@ -168,13 +168,7 @@ def neutral_triplets(
             progress=progress,
         )
     triplets = [
-        Triplet(
-            prompt=prompt,
-            steered_prompt=steered,
-            completion=answer.text,
-            truncated=answer.truncated,
-            **drawn_tokens(answer),
-        )
+        drawn_triplet(prompt, steered, answer)
         for (prompt, steered), answer in zip(pairs, answers, strict=True)
         if answer.text
     ]

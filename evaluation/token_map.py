@@ -15,7 +15,7 @@ from peft_psr.decoder import layer_index
 from peft_psr.training import Triplet, add_instruction, sample_completions
 from peft_psr.training.placement import Placement
 from peft_psr.training.sampling import Completion
-from peft_psr.training.triplets import drawn_tokens
+from peft_psr.training.triplets import drawn_triplet
 
 from .faithfulness import intervention_strength, measured_layers, triplet_batches
 from .pages import render_page
@@ -109,19 +109,12 @@ def map_adapters(
     maps = []
     for name in model.peft_config:
         model.set_adapter(name, inference_mode=True)
-        own = [Completion(answer, truncated=False)]
+        said = Completion(answer, truncated=False)
         if not answer:
-            own = sample_completions(model, processing_class, [prompt], max_new_tokens, seed=seed)
-            if not own[0].text:
+            (said,) = sample_completions(model, processing_class, [prompt], max_new_tokens, seed=seed)
+            if not said.text:
                 raise ValueError(f"Steered by {name!r} the model answers nothing. Try another seed or give one.")
-        triplet: Triplet = {
-            "prompt": prompt,
-            "steered_prompt": steered_prompt,
-            "completion": own[0].text,
-            "truncated": own[0].truncated,
-            **drawn_tokens(own[0]),  # type: ignore[typeddict-item]
-        }
-        maps.append(map_tokens(model, processing_class, name, triplet))
+        maps.append(map_tokens(model, processing_class, name, drawn_triplet(prompt, steered_prompt, said)))
     return maps
 
 

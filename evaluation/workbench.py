@@ -29,18 +29,16 @@ from peft_psr.files import write_whole
 from peft_psr.judging import Judge
 from peft_psr.loading import model_path, same_revision
 from peft_psr.saved_adapters import read_peft_config
-from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, sample_completions, write_triplets
+from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, write_triplets
 from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
-from peft_psr.training.context import context_length
-from peft_psr.training.filtering import Fits
 from peft_psr.training.folder_lock import locked
 from peft_psr.training.placement import check_placement
 from peft_psr.training.progress import Progress
 from peft_psr.training.run import TripletRun
 from peft_psr.training.run_folder import check_run_folder, check_same_recipe
 from peft_psr.training.train_data import check_origin, folder_name, read_traits
-from peft_psr.training.triplets import drawn_tokens
 
+from .held_out import draw_held_out
 from .keeping import as_json, digest, keep_adapter, kept_adapter, kept_result
 from .method import Fitted
 from .methods import METHODS
@@ -254,34 +252,16 @@ class Workbench:
         return self._held_out[model, trait]
 
     def _draw_held_out(self, model: str, pairs: Sequence[PromptPair], path: Path) -> list[Triplet]:
-        if path.is_file():
-            return read_triplets(path)
-        self._say(f"held-out triplets: {pairs[0].trait}")
-        base, processing_class = self.load(model)
-        recipe = self.recipe
-        asked = [pair for pair in pairs for _ in range(recipe.held_out_draws)]
-        completions = sample_completions(
-            base, processing_class, [pair.steered_prompt for pair in asked], recipe.max_new_tokens,
-            recipe.temperature, recipe.batch_size, recipe.seed + 1,
-        )  # fmt: skip
-        fits = Fits(processing_class, context_length(base.config))
-        rows = [
-            Triplet(
-                prompt=pair.prompt, steered_prompt=pair.steered_prompt, completion=completion.text,
-                truncated=completion.truncated, **drawn_tokens(completion),
-            )
-            for pair, completion in zip(asked, completions, strict=True)
-            if completion.text.strip()
-            and not fits.reason(pair, {"completion": completion.text, "truncated": completion.truncated,
-                                       **drawn_tokens(completion)})
-        ]  # fmt: skip
-        if not rows:
-            raise ValueError(
-                f"{model} answered every held-out prompt of {pairs[0].trait!r} with nothing that can be measured."
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_triplets(rows, path)
-        return rows
+        if not path.is_file():
+            self._say(f"held-out triplets: {pairs[0].trait}")
+            rows = draw_held_out(*self.load(model), self.recipe, pairs)
+            if not rows:
+                raise ValueError(
+                    f"{model} answered every held-out prompt of {pairs[0].trait!r} with nothing that can be measured."
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_triplets(rows, path)
+        return read_triplets(path)
 
     # ------------------------------------------------------------ adapters
 

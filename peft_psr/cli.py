@@ -176,7 +176,7 @@ def _cut_settings(config: PSRConfig, rank: int | None, triplets: Path) -> dict[s
     base = config.base_model_name_or_path
     if base is None:
         raise ValueError("The adapters do not say which model they are for; name it with --base-model.")
-    args = next((example.get("template_args") for example in examples), None)
+    args: Any = next((example.get("template_args") for example in examples), None)
     collator = TripletCollator(load_tokenizer(base, config.revision, template_args=args), config.positions, alpha=1.0)
     samples = collator.steering_batches(examples)
     return {"svd_rank": rank, "model": load_model(base, config.revision), "samples": samples}

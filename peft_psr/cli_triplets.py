@@ -25,7 +25,8 @@ def triplets(
     """Draw, judge and filter triplets. Stopped at any moment, the same command goes on where it was."""
     from transformers.utils import logging as transformers_logging
 
-    from peft_psr.training.assembly import estimate, judge_maker, make_sampler, prompt_pairs
+    from peft_psr.training.assembly import judge_maker, make_sampler, prompt_pairs
+    from peft_psr.training.estimate import estimate
     from peft_psr.training.recipe import load_recipe
     from peft_psr.training.run import MANIFEST, REPORT, TRIPLETS, TripletRun
     from peft_psr.training.server import ServerError, TooManyFailures

@@ -129,15 +129,15 @@ def chat_mask(processing_class, messages: Prompt, positions: str = "response") -
         if message["role"] != "assistant":
             continue
         content = content_text(message).strip()
-        start = _start_of_turn(processing_class, messages[:index], text, content)
-        if start is None:
+        found = _start_of_turn(processing_class, messages[:index], text, content)
+        if found is None:
             raise ValueError(
                 f"The chat template changes turn {index} ({content[:40]!r}) once the conversation goes on, "
                 "so its tokens can't be found. Pass a `steering_mask` of your own."
             )
-        before, content_start = text[: start[0]], start[1]
+        turn_start, content_start = found
         end = content_start + len(content)
-        first = len(processing_class(before, add_special_tokens=False)["input_ids"])
+        first = len(processing_class(text[:turn_start], add_special_tokens=False)["input_ids"])
         last = len(processing_class(text[:end], add_special_tokens=False)["input_ids"])
         mask[first - 1 : last] = [1] * (last - first + 1)
     return mask

@@ -12,7 +12,8 @@ from unruly_server import MODEL, UnrulyServer
 from peft_psr.evaluation.persona_benchmark import PersonaRecipe
 from peft_psr.evaluation.recipe import load_evaluate_recipe
 from peft_psr.tiny_chat import GrammarJudge, tiny_chat_path
-from peft_psr.training.assembly import estimate, judge_maker, judge_prompts, make_chat, make_sampler, prompt_pairs
+from peft_psr.training.assembly import judge_maker, judge_prompts, make_chat, make_sampler, prompt_pairs
+from peft_psr.training.estimate import estimate
 from peft_psr.training.judge_prompts import COHERENCE_PROMPT
 from peft_psr.training.recipe import Recipe, load_recipe, shipped_recipes
 from peft_psr.training.recipe_fields import in_words

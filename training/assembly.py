@@ -1,4 +1,4 @@
-"""From a recipe to its parts: prompts, sampler, judges, and an estimate of what a run will cost."""
+"""From a recipe to its parts: prompts, sampler, judges."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from peft_psr import loading
-from peft_psr.chat import encode_prompt
-from peft_psr.judging import Judge, Message, content_text
+from peft_psr.judging import Judge, Message
 from peft_psr.text import read_text
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions
 
 from .answer_cache import AnswerCache
 from .axbench import axbench_pairs, read_axbench
-from .context import check_room, context_length
 from .draws import Draw, Failure, PromptPair, Sampler
 from .ifeval import IFEvalJudge, read_ifeval
 from .judge_prompts import COHERENCE_PROMPT, TRAIT_PROMPT
@@ -34,9 +32,6 @@ from .traits import Trait, list_traits, read_trait, trait_pairs
 
 
 logger = logging.getLogger(__name__)
-
-CHARACTERS_A_TOKEN = 4
-"""Rule of thumb for English, for models whose tokenizer is on a server."""
 
 
 def prompt_pairs(recipe: Recipe) -> list[PromptPair]:
@@ -170,7 +165,8 @@ def _server(url: str | None, model: str, key_variable: str, more: Mapping[str, A
     )
 
 
-def _check_template(recipe: Recipe, tokenizer: Any) -> None:
+def check_template(recipe: Recipe, tokenizer: Any) -> None:
+    """Raises `ValueError` if the model takes no instruction where the recipe puts it."""
     if recipe.source != "ifeval":  # its prompts hold their instructions
         check_placement(tokenizer, recipe.placement)
 
@@ -186,7 +182,7 @@ def make_sampler(recipe: Recipe) -> Sampler:
         server = _server(recipe.server_url, recipe.model, recipe.server_key_variable, recipe.request_fields, recipe)
         return ServerSampler(server, recipe.max_new_tokens, recipe.temperature)
     tokenizer = load_tokenizer(recipe.model, recipe)
-    _check_template(recipe, tokenizer)
+    check_template(recipe, tokenizer)
     return LocalSampler(
         load_model(recipe.model, recipe),
         tokenizer,
@@ -305,66 +301,6 @@ def _read_prompt(recipe: Recipe, name: str) -> str | None:
     if "{answer}" not in text:
         raise ValueError(f"{name}: {file} must hold {{answer}}, where the completion goes.")
     return text
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will ask for; completions and the judge's material are taken at their longest.
-
-    Attributes:
-        completions: Draws in all.
-        prompt_tokens: Of all draws' prompts.
-        most_completion_tokens: Of all completions.
-        judge_calls: Questions put to a judging model.
-        most_judge_tokens: Of those questions.
-        counted: Whether prompt tokens were counted by the model's tokenizer; else by a rule of thumb.
-    """
-
-    completions: int
-    prompt_tokens: int
-    most_completion_tokens: int
-    judge_calls: int
-    most_judge_tokens: int
-    counted: bool
-
-
-def estimate(recipe: Recipe, pairs: Sequence[PromptPair]) -> Estimate:
-    """Returns what the recipe will ask for; loads a local model's tokenizer and configuration, and nothing else.
-
-    Raises:
-        OSError: the tokenizer can't be had.
-        ValueError: the model takes no instruction where the recipe puts it, or a prompt leaves no room for answers.
-    """
-    completions = len(pairs) * recipe.draws
-    most = completions * recipe.max_new_tokens
-    if recipe.sampler == "local":
-        tokenizer = load_tokenizer(recipe.model, recipe)
-        _check_template(recipe, tokenizer)
-        lengths = [len(encode_prompt(tokenizer, pair.steered_prompt)) for pair in pairs]
-        prompt_tokens = sum(lengths)
-        config = loading.load_config(recipe.model, recipe.revision, recipe.trust_remote_code).get_text_config()
-        ends = getattr(config, "rope_parameters", None) is None
-        prompts = [pair.steered_prompt for pair in pairs]
-        check_room(lengths, prompts, recipe.max_new_tokens, context_length(config), ends)
-    else:
-        prompt_tokens = sum(_length(pair.steered_prompt) for pair in pairs) // CHARACTERS_A_TOKEN
-    calls, judge_tokens = 0, 0
-    if recipe.model_judge:
-        own, coherence = judge_prompts(recipe, pairs)
-        questions = [
-            [coherence] if recipe.judge == "ifeval" else [coherence, own.get(p.trait, TRAIT_PROMPT)] for p in pairs
-        ]
-        calls = recipe.draws * sum(map(len, questions))
-        asked = sum(
-            len(text) + _length(pair.prompt) for pair, texts in zip(pairs, questions, strict=True) for text in texts
-        )
-        judge_tokens = recipe.draws * asked // CHARACTERS_A_TOKEN + calls * recipe.max_new_tokens
-    return Estimate(completions, recipe.draws * prompt_tokens, most, calls, judge_tokens, recipe.sampler == "local")
-
-
-def _length(prompt: Any) -> int:
-    """Characters of a prompt."""
-    return len(prompt) if isinstance(prompt, str) else sum(len(content_text(turn)) for turn in prompt)
 
 
 def make_chat(

@@ -233,7 +233,8 @@ class TripletRun:
         spent = dict(getattr(judge, "usage", {}))
         usage: dict[str, int] = {}
         try:
-            pairs, texts = [pair for pair, _ in entries], [answer_of(drawn[draw.id]) for _, draw in entries]
+            pairs = [pair for pair, _ in entries]
+            texts = [answer_of(drawn[draw.id]) or "" for _, draw in entries]  # those without one are not asked about
             if hasattr(judge, "judge_pairs"):  # it must know the instruction, which x does not tell
                 results = judge.judge_pairs(pairs, texts)
             else:

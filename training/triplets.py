@@ -104,24 +104,26 @@ def generate_triplets(
         progress="sampling triplets" if progress else None,
     )
     scores = judge_answers(judge, [prompt for prompt, _ in pairs], [sample.answer for sample in samples])
-    return [
-        Triplet(
-            prompt=prompt,
-            steered_prompt=steered,
-            completion=sample.text,
-            trait_score=score.trait,
-            coherence_score=score.coherence,
-            truncated=sample.truncated,
-            **drawn_tokens(sample),
-        )
-        for (prompt, steered), sample, score in zip(pairs, samples, scores, strict=True)
-    ]
+    triplets = [drawn_triplet(*pair, sample) for pair, sample in zip(pairs, samples, strict=True)]
+    for triplet, score in zip(triplets, scores, strict=True):
+        triplet["trait_score"], triplet["coherence_score"] = score.trait, score.coherence
+    return triplets
 
 
-def drawn_tokens(sample: Completion) -> dict[str, Any]:
-    """What a triplet holds of a completion besides its text."""
-    known: dict[str, Any] = {} if sample.ids is None else {"completion_ids": list(sample.ids)}
-    return known | {"reasoning_opened": True} if sample.opened else known
+def drawn_triplet(prompt: Prompt, steered_prompt: Prompt, drawn: Completion) -> Triplet:
+    """A triplet of what was drawn, without scores.
+
+    Args:
+        prompt: x.
+        steered_prompt: x'.
+        drawn: y', with its tokens as far as they are known.
+    """
+    triplet = Triplet(prompt=prompt, steered_prompt=steered_prompt, completion=drawn.text, truncated=drawn.truncated)
+    if drawn.ids is not None:
+        triplet["completion_ids"] = list(drawn.ids)
+    if drawn.opened:
+        triplet["reasoning_opened"] = True
+    return triplet
 
 
 def write_triplets(triplets: Iterable[Triplet], path: str | os.PathLike) -> None:
