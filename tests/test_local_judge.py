@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from peft_psr.chat import encode_prompt
 from peft_psr.training.answer_cache import AnswerCache
@@ -119,7 +120,7 @@ class Says:
                     spoken = said[::-1].index(self.prompt_end)
                     logits[i, j, self.ids[min(spoken, len(self.ids) - 1)]] = 20.0
         cache = [[*(seen[i] if seen else []), *row] for i, row in enumerate(input_ids.tolist())]
-        return types.SimpleNamespace(logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     __call__ = forward
 

@@ -103,6 +103,7 @@ def test_adapter_loaded_onto_a_dispatched_base(low_cpu_mem_usage, tmp_path):
     torch.testing.assert_close(logits(model), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
 def test_adapter_loaded_onto_a_base_on_disk_is_refused(tmp_path, monkeypatch):
     """An adapter loaded onto edited layers that lie on disk: an error that says to load it first and offload then."""
     monkeypatch.chdir(tmp_path)  # PEFT copies the base's files into the working directory

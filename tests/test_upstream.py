@@ -77,7 +77,18 @@ NEEDS = [
     Need("transformers:PreTrainedModel.get_decoder", "peft_psr/doors.py"),
     Need("transformers:PreTrainedModel.get_encoder", "peft_psr/model.py"),
     Need("transformers:PreTrainedConfig.get_text_config", "peft_psr/decoder.py", ("decoder",)),
-    Need("transformers.cache_utils:Cache.get_seq_length", "peft_psr/state.py"),
+    Need("transformers:PreTrainedModel._load_pretrained_model", "peft_psr/fit.py"),
+    Need("transformers.cache_utils:Cache.get_seq_length", "peft_psr/caches.py"),
+    Need("transformers.cache_utils:Cache.crop", "peft_psr/caches.py"),
+    Need("transformers.cache_utils:DynamicLayer", "peft_psr/caches.py"),
+    Need("transformers.cache_utils:DynamicSlidingWindowLayer", "peft_psr/caches.py"),
+    Need("transformers.utils:find_adapter_config_file", "peft_psr/loading.py", ("revision",)),
+    Need(
+        "transformers:PreTrainedTokenizerBase.apply_chat_template",
+        "peft_psr/rendering.py",
+        ("tokenize", "add_generation_prompt", "continue_final_message"),
+    ),
+    Need("huggingface_hub:try_to_load_from_cache", "peft_psr/loading.py", ("revision",)),
     Need("accelerate.utils:DynamoBackend.NO", "training/trainer.py"),
     Need("accelerate.utils.memory:clear_device_cache", "training/sampling.py"),
     Need("accelerate.utils.memory:should_reduce_batch_size", "training/sampling.py", ("exception",)),
@@ -118,9 +129,11 @@ OVERRIDDEN: dict[tuple[type, type], tuple[str, ...]] = {
         "unmerge_adapter",
         "_check_merge_allowed",
         "_unload_and_optionally_merge",
+        "_enable_adapter_layers",
+        "_remap_adapter_state_dict_for_load",
     ),
     (PSRLayer, BaseTunerLayer): ("_get_base_layer_device_and_dtype", "set_adapter", "set_requires_grad"),
-    (PSRUnit, nn.Module): ("_apply",),
+    (PSRUnit, nn.Module): ("_apply", "_load_from_state_dict"),
     (PSRTrainer, Trainer): (
         "compute_loss",
         "prediction_step",
@@ -228,6 +241,14 @@ def test_what_the_models_own_generate_is_replaced_by_lies_in_its_dictionary():
     assert isinstance(base.generate, SteeredGenerate) and isinstance(base.init_continuous_batching, SteeredBatching)
     model.unload()
     assert not {"generate", "init_continuous_batching"} & set(vars(base))
+
+
+def test_a_wrapper_of_a_saved_module_keeps_the_names_of_its_adapters():
+    """`peft_psr/beside.py` and `model.py` read `_adapters`, `_disable_adapters` and `_active_adapter`."""
+    model = get_peft_model(tiny_model(), PSRConfig(modules_to_save=["lm_head"]))
+    wrapper = model.get_base_model().lm_head
+    assert wrapper._adapters == {"default"} and wrapper._disable_adapters is False
+    assert next(iter(model.psr_layers().values()))._active_adapter == ["default"]
 
 
 def test_accelerates_hook_keeps_weights_in_a_map():
