@@ -10,7 +10,7 @@ from byte_tokenizer import HARMONY, THINKING, byte_tokenizer
 from peft import get_peft_model
 from test_completions import byte_model, script
 from typer.testing import CliRunner
-from unruly_server import UnrulyServer
+from unruly_server import MODEL, UnrulyServer
 
 from peft_psr import PSRConfig
 from peft_psr.chat import encode_prompt
@@ -97,7 +97,7 @@ def test_a_server_that_keeps_reasoning_back_does_not_give_what_was_drawn(tmp_pat
     recipe = load_recipe(None, {"source": "personas", "model": "m", "judge": "local", "judge_model": "j", "draws": 1})
     pairs = [PromptPair("formal/0", "formal", USER, STEERED)]
     with UnrulyServer(lambda body, attempt: json.dumps(reply).encode()) as server:
-        sampler = ServerSampler(ChatServer(server.url, "m"), 5)
+        sampler = ServerSampler(ChatServer(server.url, MODEL), 5)
         run = TripletRun(tmp_path, recipe, pairs, lambda: sampler, lambda trait: pytest.fail("judged"))
         with pytest.raises(ValueError, match="reasoning apart.*--template-args"):
             run.run()
