@@ -42,8 +42,8 @@ JUDGE_ORIGIN = (*ORIGIN, "weights_sample", "trait_prompt", "coherence_prompt")
 """What a judge that describes itself must not say otherwise when a run goes on."""
 REASONED = (
     "The server keeps the model's reasoning apart from its answer (reasoning_content), so what it gives is not what "
-    "was drawn, and can't be trained on. Switch reasoning off, with --template-args '{\"enable_thinking\": false}' if the "
-    "model's template knows that, or start the server without its reasoning parser."
+    "was drawn, and can't be trained on. Switch reasoning off, with --template-args '{\"enable_thinking\": false}' if "
+    "the model's template knows that, or start the server without its reasoning parser."
 )
 JUDGED_TOGETHER = 64
 """Completions given to a judge at once, or more to keep a server busy; a kill loses at most their scores."""
