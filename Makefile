@@ -24,7 +24,7 @@ demo: $(BIN)/psr
 	$(BIN)/psr demo $(ARGS)
 
 test: $(BIN)/pytest
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS) # tensors are tiny: threads would wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS) # tensors are tiny: threads would wait for each other
 
 # the oldest versions that pyproject.toml admits, then the newest of everything but torch, whose CPU build is large
 # enough; docs/versions.md tells what came of it
@@ -43,6 +43,6 @@ test-versions:
 lint: $(BIN)/pytest
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typecheck
+	rm -rf build
 	$(BIN)/python -m pip install --quiet --no-deps --target build/typecheck .
 	cd build/typecheck && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/setup.cfg -p peft_psr

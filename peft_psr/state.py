@@ -134,7 +134,12 @@ class SteeringState:
             self.masks = {kind: default_mask(kind, attention_mask, labels) for kind in self.positions}
             if arguments.get("labels") is None and "response" in self.positions:
                 self._take_for_prompt(arguments)
-        elif "response" in self.positions and arguments.get("use_cache") is not False and not cache_length(arguments):
+        elif (
+            "response" in self.positions
+            and arguments.get("use_cache") is not False
+            and not torch.compiler.is_compiling()  # torch 2.7 can't count the tokens of a static cache there
+            and not cache_length(arguments)
+        ):
             self._take_for_prompt(arguments)
 
     def _take_for_prompt(self, arguments: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from byte_tokenizer import HARMONY, THINKING, byte_tokenizer
 from peft import get_peft_model
 from test_completions import byte_model, script
 from typer.testing import CliRunner
+from unruly_server import MODEL, UnrulyServer
 
 from peft_psr import PSRConfig
 from peft_psr.chat import encode_prompt
@@ -22,6 +23,8 @@ from peft_psr.training.draws import PromptPair, Sample
 from peft_psr.training.filtering import NO_ANSWER
 from peft_psr.training.recipe import load_recipe
 from peft_psr.training.run import MANIFEST, SCORES, TRIPLETS, TripletRun
+from peft_psr.training.server import ChatServer
+from peft_psr.training.server_sampler import ServerSampler
 from peft_psr.training.train_recipe import load_train_recipe
 from peft_psr.training.train_run import TrainRun
 
@@ -84,6 +87,20 @@ def test_a_run_judges_answers_and_says_what_had_none(tmp_path):
     assert [row["completion"] for row in read_triplets(tmp_path / TRIPLETS)] == [said[0], said[2], said[4]]
     again = TripletRun(tmp_path, recipe, run.pairs, lambda: pytest.fail("drawn"), lambda trait: pytest.fail("judged"))
     assert again.run() == counts and len((tmp_path / SCORES).read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_a_server_that_keeps_reasoning_back_does_not_give_what_was_drawn(tmp_path, name):
+    message = {"role": "assistant", "content": "tea", name: "hm"}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+    reply = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
+    recipe = load_recipe(None, {"source": "personas", "model": "m", "judge": "local", "judge_model": "j", "draws": 1})
+    pairs = [PromptPair("formal/0", "formal", USER, STEERED)]
+    with UnrulyServer(lambda body, attempt: json.dumps(reply).encode()) as server:
+        sampler = ServerSampler(ChatServer(server.url, MODEL), 5)
+        run = TripletRun(tmp_path, recipe, pairs, lambda: sampler, lambda trait: pytest.fail("judged"))
+        with pytest.raises(ValueError, match="reasoning apart.*--template-args"):
+            run.run()
 
 
 # ---------------------------------------------------------------- chat

@@ -61,6 +61,7 @@ class Sample:
         completion_tokens: Tokens drawn; None where the engine does not say.
         ids: The tokens drawn, with the one that ends the turn; None where the engine does not say.
         opened: The prompt ended inside reasoning, which the text goes on with.
+        reasoned: The engine has kept reasoning back, so that the text is not all that was drawn.
     """
 
     text: str
@@ -69,6 +70,7 @@ class Sample:
     completion_tokens: int | None = None
     ids: tuple[int, ...] | None = None
     opened: bool = False
+    reasoned: bool = False
 
     @property
     def answer(self) -> str | None:

@@ -42,6 +42,11 @@ OF_DRAW = ("completion", "truncated", "seed", *ORIGIN, *TOKENS, "unusable")
 """What a row of the results takes from a draw's record, as far as it is there: older runs said less."""
 JUDGE_ORIGIN = (*ORIGIN, "weights_sample", "trait_prompt", "coherence_prompt")
 """What a judge that describes itself must not say otherwise when a run goes on."""
+REASONED = (
+    "The server keeps the model's reasoning apart from its answer (reasoning_content), so what it gives is not what "
+    "was drawn, and can't be trained on. Switch reasoning off, with --template-args '{\"enable_thinking\": false}' if "
+    "the model's template knows that, or start the server without its reasoning parser."
+)
 JUDGED_TOGETHER = 64
 """Completions given to a judge at once, or more to keep a server busy; a kill loses at most their scores."""
 
@@ -89,7 +94,8 @@ class TripletRun:
             BlockingIOError: another process is at work in the folder.
             OSError: the disk is full, for one; nothing is lost.
             NothingKeptError: nothing was kept; the run is done.
-            ValueError: the folder's run has another recipe, other prompts or another model; or a journal is damaged.
+            ValueError: the folder's run has another recipe, other prompts or another model; a journal is damaged; or a
+                server keeps reasoning back.
         """
         with self._locked():
             self._state = self._begun() or {
@@ -161,6 +167,8 @@ class TripletRun:
                         completions.append({**record, "failure": outcome.reason})
                         progress.advance(0, failures=1)
                         continue
+                    if outcome.reasoned:
+                        raise ValueError(REASONED)
                     tokens = {"prompt_tokens": outcome.prompt_tokens, "completion_tokens": outcome.completion_tokens}
                     drawn: dict[str, Any] = {"completion": outcome.text, "truncated": outcome.truncated, **tokens}
                     drawn |= {} if outcome.ids is None else {"completion_ids": outcome.ids}

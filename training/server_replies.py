@@ -32,6 +32,7 @@ class Answer:
             gives no log-probabilities.
         prompt_tokens: As the server counts them, or `None`.
         completion_tokens: As the server counts them, or `None`.
+        reasoned: The server keeps reasoning apart, which is no part of the text.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Answer:
     tokens: list[tuple[str, TopTokens]] | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    reasoned: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def read_answer(response: Any, text_of: Callable[[Any], Any]) -> Answer | Mishap
         tokens=tokens and _of_text(tokens, text or "") if _reasoned(choice) else tokens,
         prompt_tokens=getattr(usage, "prompt_tokens", None),
         completion_tokens=getattr(usage, "completion_tokens", None),
+        reasoned=_reasoned(choice),
     )
 
 

@@ -97,4 +97,5 @@ def _sample(answer: Answer) -> Sample:
         truncated=answer.finish_reason in CUT_OFF,
         prompt_tokens=answer.prompt_tokens,
         completion_tokens=answer.completion_tokens,
+        reasoned=answer.reasoned,
     )
