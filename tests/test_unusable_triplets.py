@@ -19,6 +19,7 @@ from peft_psr.training import (
     LocalSampler,
     PSRTrainer,
     PSRTrainingArguments,
+    TripletCollator,
     filter_triplets,
     initialize_psr_weights,
     read_triplets,
@@ -187,6 +188,15 @@ def test_a_traits_name_is_found_in_either_unicode_form(tmp_path, made, written):
         for asked in ("po\u00e9sie", "poe\u0301sie"):
             used = make_recipe(made, triplets=str(tmp_path / f"{file}.jsonl"), traits=asked)
             assert list(TrainRun(tmp_path / "out", used).triplets) == ["po\u00e9sie"]
+
+
+@pytest.mark.parametrize("ids", ["abc", 5, True, {"a": 1}, [1.5], ["a"], [[1]], [-1], [10**30]])
+def test_completion_ids_that_are_no_tokens_are_named(tmp_path, ids):
+    row = {**rows("kind")[0], "completion_ids": ids}
+    with pytest.raises(ValueError, match=r"x: completion_ids must be a list of token ids or null, got"):
+        TripletCollator(tiny_tokenizer()).encode(row, "x")
+    with pytest.raises(ValueError, match="line 1: completion_ids must be"):
+        read_triplets(write(tmp_path / "t.jsonl", row))
 
 
 # ---------------------------------------------------------------- the context
