@@ -130,7 +130,7 @@ def scan_traits(source: str | Path, names: Sequence[str] = ()) -> TraitFiles:
         other = folders.setdefault(folder_name(name), name)
         if other != name:
             raise ValueError(f"traits: {other!r} and {name!r} would share the folder {folder_name(name)}; rename one.")
-    return TraitFiles(chosen, *({name: each[name] for name in chosen} for each in (places, bad)))
+    return TraitFiles(chosen, {name: places[name] for name in chosen}, {name: bad[name] for name in chosen})
 
 
 def usable(
