@@ -28,12 +28,13 @@ from peft_psr.training.axbench import (
     read_negative_questions,
 )
 from peft_psr.training.draws import draw_seed
+from peft_psr.training.filtering import NO_ANSWER
 from peft_psr.training.placement import check_placement
 from peft_psr.training.recipe_fields import Place, split
 from peft_psr.training.sampling import Completion
 from peft_psr.training.train_data import folder_name
 
-from .axbench_judge import RatingJudge, rating_judge
+from .axbench_judge import PROMPTS, RatingJudge, Ratings, rating_judge
 from .axbench_questions import Trial, make_trial, read_instructions
 from .axbench_report import axbench_report
 from .method import PLAIN, PROMPT
@@ -318,12 +319,14 @@ def _rated(tasks: Sequence[Task], answer: Answer, judge: RatingJudge) -> dict[in
     if not tasks:
         return {}
     completions = answer(tasks)
-    ratings = judge(
-        [
-            (task.concept.description, task.instruction, completion.answer or "")
-            for task, completion in zip(tasks, completions, strict=True)
-        ]
-    )
+    asked = [
+        (task.concept.description, task.instruction, completion.answer)
+        for task, completion in zip(tasks, completions, strict=True)
+        if completion.answer is not None
+    ]
+    found = iter(judge(asked))
+    no_rating = Ratings({}, dict.fromkeys(PROMPTS, NO_ANSWER))
+    ratings = [no_rating if completion.answer is None else next(found) for completion in completions]
     rows: dict[int, list[dict[str, Any]]] = {}
     for task, completion, rated in zip(tasks, completions, ratings, strict=True):
         row = {"instruction": task.instruction, "factor": task.factor, "answer": completion.text}

@@ -188,8 +188,8 @@ class RatingJudge:
                 failures.append(outcome.reason)
             else:
                 failures.append(None)
-                replies[text_of[draw.id]] = outcome.text
-                self.cache.put({draw.id: outcome.text})
+                replies[text_of[draw.id]] = outcome.answer or ""  # none where the reasoning was cut off
+                self.cache.put({draw.id: outcome.answer or ""})
         check_answered(failures)
         return replies
 

@@ -27,8 +27,7 @@ from transformers import AutoConfig, PreTrainedModel
 from peft_psr.facts import package_versions
 from peft_psr.files import write_whole
 from peft_psr.judging import Judge
-from peft_psr.loading import model_path, same_revision
-from peft_psr.saved_adapters import read_peft_config
+from peft_psr.loading import model_path
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, write_triplets
 from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
 from peft_psr.training.folder_lock import locked
@@ -38,6 +37,7 @@ from peft_psr.training.run import TripletRun
 from peft_psr.training.run_folder import check_run_folder, check_same_recipe
 from peft_psr.training.train_data import check_origin, folder_name, read_traits
 
+from .given_adapters import check_adapter
 from .held_out import draw_held_out
 from .keeping import as_json, digest, keep_adapter, kept_adapter, kept_result
 from .method import Fitted
@@ -98,20 +98,7 @@ class Workbench:
                 check_origin(read_traits(self.recipe.triplets, self.traits), model, None, processing_class)
         for name, source in self.recipe.adapters.items():
             for place in dict.fromkeys(source.format(trait=folder_name(trait)) for trait in self.traits):
-                self._check_adapter(name, place)
-
-    def _check_adapter(self, name: str, place: str) -> None:
-        """Raise `ValueError` unless an adapter is there, and of the revision of the model that is measured."""
-        try:
-            config = read_peft_config(place)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"adapters: {name!r} is not to be had from {place!r}: {error}") from error
-        revision, base = self.recipe.revision, config.base_model_name_or_path
-        if base in self.recipe.models and not same_revision(config.revision, revision):
-            raise ValueError(
-                f"adapters: {name!r} is of {base} at revision {config.revision or 'main'}, and what is measured is "
-                f"revision {revision or 'main'}. Say --revision {config.revision or 'main'}."
-            )
+                check_adapter(name, place, self.recipe)
 
     def _check_folder(self) -> None:
         check_run_folder(self.folder, STATE, "run of psr evaluate")

@@ -85,6 +85,18 @@ def test_answers_without_a_score_are_left_out_and_not_counted_as_naught():
     assert cells[7]["factor"] is None and cells[7]["scoring"] == [] and len(cells[7]["choosing"]) == 4
 
 
+def test_reasoning_that_came_to_no_answer_is_not_rated():
+    def thinking(tasks):
+        return [Completion("<think>so" if task.factor == 0.5 else "<think>so</think>tea", False) for task in tasks]
+
+    seen = []
+    cells = tried_out([SEA], (0.5, 1.0), thinking, rate(lambda *each: seen.append(each[2]) or 2))
+    assert set(seen) == {"tea"} and cells[0]["curve"] == [(0.5, None, 0), (1.0, 2.0, 2)]
+    assert [row["unread"] for row in cells[0]["choosing"] if row["factor"] == 0.5] == [
+        dict.fromkeys(PROMPTS, "reasoning without an answer")
+    ] * 2
+
+
 def test_without_an_adapter_there_is_no_factor():
     cells = tried_out([SEA], (), echo, rate(lambda *each: 2))
     assert cells[0]["factor"] is None and cells[0]["choosing"] == [] and cells[0]["curve"] == []

@@ -137,6 +137,15 @@ def test_a_question_without_a_reply_stops_the_rating_and_is_asked_again(tmp_path
     assert judge([("c", "i", "a")])[0].score == 1.0 and calls == [3, 1]
 
 
+def test_reasoning_that_was_cut_off_holds_no_rating(tmp_path):
+    def sampler(draws):
+        for draw in draws:  # the judge's template has opened its reasoning
+            yield draw, Sample("maybe so\nRating: [[1]]", True, opened=True)
+
+    (rated,) = RatingJudge({}, lambda: sampler, AnswerCache(tmp_path / "a.sqlite"))([("c", "i", "a")])
+    assert set(rated.unread) == set(PROMPTS) and rated.score is None
+
+
 def test_a_local_model_judges_in_words(tmp_path):
     recipe = recipe_in(tmp_path, judge="local", judge_model="embedded")
     (rated,) = rating_judge(recipe, tmp_path)([("of tea", "What is tea like?", "Tea is warm.")])

@@ -12,9 +12,12 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from peft_psr import PSRConfig
+from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.cli import _cut_settings, app
 from peft_psr.evaluation.chat import base_model_of, load_with_adapters, template_args_for
+from peft_psr.evaluation.given_adapters import check_adapter
+from peft_psr.evaluation.persona_benchmark import PersonaRecipe
+from peft_psr.evaluation.recipe import load_evaluate_recipe
 from peft_psr.facts import AdapterFacts
 from peft_psr.loading import ModelName, load_model, load_tokenizer, tokenizer_of
 from peft_psr.model_card import write_model_card
@@ -181,3 +184,18 @@ def test_an_adapters_configuration_that_can_not_be_read(tmp_path):
         asked = ["evaluate", "persona", "persona-embedded", "--methods", "none", "--output", str(tmp_path / "out")]
         said = CliRunner().invoke(app, [*asked, "--adapters", json.dumps({"f": base}), "--dry-run"])
         assert said.exit_code == 2 and "'f' is not to be had from" in " ".join(said.output.split()), said.output
+
+
+def test_an_adapter_measured_with_other_template_arguments_is_warned_of(tmp_path, caplog):
+    where = adapter(tmp_path / "formal", base=tiny_chat_path())
+    given = {"source": "embedded", "models": "embedded", "judge": "grammar", "adapters": {"mine": where}}
+
+    def said(**more):
+        caplog.clear()
+        check_adapter("mine", where, load_evaluate_recipe(PersonaRecipe, None, given | more))
+        return caplog.text
+
+    assert not said(template_args={"enable_thinking": False})  # it does not say what it was trained with
+    AdapterFacts(template_args={"enable_thinking": False}).save(where)
+    assert 'Adapter mine was trained with other arguments of the chat template ({"enable_thinking": false})' in said()
+    assert not said(template_args={"enable_thinking": False})

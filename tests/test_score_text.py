@@ -82,10 +82,12 @@ SCORES = {
     "85\n\nThe answer has 3 errors": 85, "85 (very formal)": 85, "I would give it 85.": 85, "The score is 85": 85,
     "Score: **85**/100": 85, "得分：85分": 85, "85 - very formal": 85, "Formality: 85": 85, "７０": 70, "- 85": 85,
     "I'd rate this a 90 out of 100.": 90, "5": 5, "5\n\nbecause it is rude": 5, "[[5]]": 5, '{"score": 5}': 5,
+    "It is not bad. I'd give it 85": 85,
     "<think> it is 8/10 </think>\n85": 85, "[THINK]maybe 70[/THINK]Score: 85": 85,
     "<|channel|>analysis<|message|>7/10<|end|><|start|>assistant<|channel|>final<|message|>85": 85,
 }  # fmt: skip
 NO_SCORES = [
+    "4 ★", "Rating: 4⭐", "I can't give a score above 50", "I would not say 85", "It scores less than 50",
     "8/10", "8 / 10", "8 out of 10", "4/5", "Score: 8/10", "9 out of ten", "8.5/10", "50/50", "1/2", "8½",  # scales
     "4 stars", "Rating: 4 stars", "0.85", "1.0", "Score: 0.85", "8/", "1e2",
     "1. The answer is", "1) The answer", "(1) The answer", "[1] The answer", "1: The answer", "1. 85", "#1",  # lists

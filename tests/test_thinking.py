@@ -18,7 +18,7 @@ from peft_psr.cli import app
 from peft_psr.evaluation.chat_session import ChatSession
 from peft_psr.evaluation.scoring import judged_answers
 from peft_psr.judging import JudgeScores
-from peft_psr.training import generate_triplets, read_triplets
+from peft_psr.training import generate_triplets, read_triplets, sample_completions
 from peft_psr.training.draws import PromptPair, Sample
 from peft_psr.training.filtering import NO_ANSWER
 from peft_psr.training.recipe import load_recipe
@@ -59,6 +59,15 @@ def test_what_is_judged_and_what_is_kept(monkeypatch, said, shown):
     sampling = {"max_new_tokens": 60, "temperature": 0.0}
     (answers,) = judged_answers(model, tokenizer, [USER], [USER], [0], judge, sampling)
     assert judge.shown == shown * 2 and answers.texts == [said] and len(answers.scores) == 1
+
+
+@pytest.mark.parametrize(("said", "answer"), [("so</think>tea", "tea"), ("so", None)])
+def test_reasoning_that_a_prompt_has_begun_is_not_judged(monkeypatch, said, answer):
+    tokenizer, model = byte_tokenizer(THINKING.replace(".split('</think>')[-1]", "")), byte_model()
+    script(monkeypatch, model, tokenizer(said + "<|im_end|>")["input_ids"])
+    begun = [*USER, {"role": "assistant", "content": "<think>\nOkay,"}]
+    (drawn,) = sample_completions(model, tokenizer, [begun], 60, temperature=0.0)
+    assert drawn.text == said and drawn.opened and drawn.answer == answer
 
 
 def test_a_run_judges_answers_and_says_what_had_none(tmp_path):

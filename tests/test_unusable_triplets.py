@@ -19,7 +19,7 @@ from peft_psr.training import (
     LocalSampler,
     PSRTrainer,
     PSRTrainingArguments,
-    assembly,
+    TripletCollator,
     filter_triplets,
     initialize_psr_weights,
     read_triplets,
@@ -28,6 +28,7 @@ from peft_psr.training import (
 )
 from peft_psr.training.context import context_length, has_position_table
 from peft_psr.training.draws import Sample
+from peft_psr.training.estimate import estimate
 from peft_psr.training.filtering import TOO_LONG, UNFIT, Fits
 from peft_psr.training.journal import Journal
 from peft_psr.training.run import COMPLETIONS, REPORT, TRIPLETS, TripletRun
@@ -157,6 +158,47 @@ def test_a_file_that_is_mostly_bad_is_refused(tmp_path, made, good, bad):
         TrainRun(tmp_path / "out", make_recipe(made, triplets=str(tmp_path / "t.jsonl"), eval_share=0))
 
 
+def test_bad_lines_count_for_their_own_file_and_trait_alone(tmp_path, made):
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files" / "brief.jsonl", *rows("brief")[:4])
+    several = "".join(json.dumps(row) + "\n" for row in [*rows("kind")[:4], *rows("brief")[:3]])
+    (tmp_path / "files" / "more.jsonl").write_text(several + "{\n" * 5)
+    settings = {"triplets": str(tmp_path / "files"), "eval_share": 0}
+    plans = {plan.trait: plan for plan in TrainRun(tmp_path / "out", make_recipe(made, **settings)).check()}
+    assert {name: (plan.train, len(plan.left_out)) for name, plan in plans.items()} == {
+        "brief": (7, 5),
+        "kind": (4, 5),
+    }
+    write(tmp_path / "files" / "more.jsonl", *rows("kind")[:4])
+    with (tmp_path / "files" / "more.jsonl").open("a") as file:
+        file.write("{\n" * 4)
+    plans = {plan.trait: plan for plan in TrainRun(tmp_path / "out", make_recipe(made, **settings)).check()}
+    assert not plans["brief"].left_out and len(plans["kind"].left_out) == 4
+    (tmp_path / "files" / "more.jsonl").write_text(several + "{\n" * 8)
+    with pytest.raises(ValueError, match="more.jsonl: 8 of 15 lines can't be used.*line 8 is not JSON"):
+        TrainRun(tmp_path / "out", make_recipe(made, **settings))
+
+
+@pytest.mark.parametrize("written", ["po\u00e9sie", "poe\u0301sie"])
+def test_a_traits_name_is_found_in_either_unicode_form(tmp_path, made, written):
+    write(tmp_path / "t.jsonl", *[{**row, "trait": written} for row in rows("kind")])
+    bare = [{name: value for name, value in row.items() if name != "trait"} for row in rows("kind")]
+    write(tmp_path / f"{written}.jsonl", *bare)
+    for file in ("t", written):
+        for asked in ("po\u00e9sie", "poe\u0301sie"):
+            used = make_recipe(made, triplets=str(tmp_path / f"{file}.jsonl"), traits=asked)
+            assert list(TrainRun(tmp_path / "out", used).triplets) == ["po\u00e9sie"]
+
+
+@pytest.mark.parametrize("ids", ["abc", 5, True, {"a": 1}, [1.5], ["a"], [[1]], [-1], [10**30]])
+def test_completion_ids_that_are_no_tokens_are_named(tmp_path, ids):
+    row = {**rows("kind")[0], "completion_ids": ids}
+    with pytest.raises(ValueError, match=r"x: completion_ids must be a list of token ids or null, got"):
+        TripletCollator(tiny_tokenizer()).encode(row, "x")
+    with pytest.raises(ValueError, match="line 1: completion_ids must be"):
+        read_triplets(write(tmp_path / "t.jsonl", row))
+
+
 # ---------------------------------------------------------------- the context
 
 
@@ -214,7 +256,7 @@ def test_a_dry_run_names_a_prompt_that_leaves_no_room(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     chosen = recipe(model=str(tmp_path), sampler="local", max_new_tokens=120)
     with pytest.raises(ValueError, match="120 new ones do not fit into the model's 128 positions"):
-        assembly.estimate(chosen, pairs(1))
+        estimate(chosen, pairs(1))
 
 
 # ---------------------------------------------------------------- drawn

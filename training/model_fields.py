@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from peft_psr.chat_template import check_template_args
+from peft_psr.chat_template import check_template_args, read_chat_template
 
+from .draws import template_hash
 from .recipe_fields import FREE, Place, RecipeFields
 
 
@@ -29,6 +30,16 @@ class ModelFields(RecipeFields):
     def _can_be_arguments(cls, template_args: dict[str, Any] | None) -> dict[str, Any] | None:
         check_template_args(template_args or {})
         return template_args or None
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields that decide the result; of the chat template's file its hash: the file may move, and may change.
+
+        Raises:
+            OSError, ValueError: as `peft_psr.chat_template.read_chat_template`.
+        """
+        if self.chat_template is None:
+            return super().fixed()
+        return super().fixed() | {"chat_template": template_hash(read_chat_template(self.chat_template))}
 
     @property
     def tokenizer_settings(self) -> dict[str, Any]:

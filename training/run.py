@@ -38,6 +38,8 @@ ORIGIN = ("model", "revision", "template_hash", "template_args")
 """What each record says of where it comes from, as the sampler describes itself."""
 TOKENS = ("completion_ids", "reasoning_opened")
 """What a sampler that draws here says of the tokens themselves."""
+OF_DRAW = ("completion", "truncated", "seed", *ORIGIN, *TOKENS, "unusable")
+"""What a row of the results takes from a draw's record, as far as it is there: older runs said less."""
 JUDGE_ORIGIN = (*ORIGIN, "weights_sample", "trait_prompt", "coherence_prompt")
 """What a judge that describes itself must not say otherwise when a run goes on."""
 REASONED = (
@@ -271,10 +273,8 @@ class TripletRun:
                 "prompt": pair.prompt,
                 "steered_prompt": pair.steered_prompt,
                 "negative": pair.negative,
-                **{name: drawn[draw.id].get(name) for name in ("completion", "truncated", "seed", *ORIGIN)},
-                **{name: drawn[draw.id][name] for name in TOKENS if name in drawn[draw.id]},
+                **{name: drawn[draw.id][name] for name in OF_DRAW if name in drawn[draw.id]},
                 **{name: judged.get(draw.id, {}).get(name) for name in ("trait_score", "coherence_score")},
-                **{name: drawn[draw.id][name] for name in ("unusable",) if name in drawn[draw.id]},
             }
             for pair in self.pairs
             for draw in self.draws[pair.id]

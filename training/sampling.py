@@ -15,8 +15,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
-from peft_psr.chat import Prompt, decode_completion, encode_prompt, pad_id, render_prompt
+from peft_psr.chat import Prompt, begins_answer, decode_completion, encode_prompt, pad_id, render_prompt
 from peft_psr.chat_template import template_args_of
+from peft_psr.judging import content_text
 from peft_psr.positions import chat_mask, pad_rows
 from peft_psr.reasoning import opens_reasoning, split_reasoning
 
@@ -296,9 +297,15 @@ def _sample_batch(
         text = decode_completion(processing_class, row.prompt, row.ids, ids[:length])
         ended_by_text = any(stop in text for stop in ([texts] if isinstance(texts, str) else texts))
         ended = length < len(ids) and not ended_by_text
-        opened = opens_reasoning(render_prompt(processing_class, row.prompt))
+        opened = _ends_inside_reasoning(processing_class, row.prompt)
         completions.append(Completion(text, not (ended or ended_by_text), tuple(ids[: length + ended]), opened))
     return completions
+
+
+def _ends_inside_reasoning(processing_class, prompt: Prompt) -> bool:
+    """Whether the template has opened reasoning, or the beginning of the answer that the prompt holds has."""
+    begun = content_text(prompt[-1]) if begins_answer(prompt) else ""  # type: ignore[arg-type]
+    return opens_reasoning(render_prompt(processing_class, prompt)) or split_reasoning(begun).answer is None
 
 
 @contextmanager

@@ -28,7 +28,7 @@ _NOT_BEFORE = re.compile(
 )
 _NOT_AFTER = re.compile(
     r"[/⁄:.,'’][0-9]"  # a date, a time, a version, thousands, a decimal comma
-    r"|\s*[/⁄?+]"  # a fraction that breaks off; a doubt; a bound
+    r"|\s*[/⁄?+★☆⭐]"  # a fraction that breaks off; a doubt; a bound; stars
     r"|\s*(?:[-–—−~]|to\b|through\b|or\b|and\b)\s*[0-9]"  # a range, alternatives
     r"|[\s,;&|]+[0-9]"  # numbers in a row
     r"|[-–—]?\w|[^\S\n]+(?!(?:because|since|as|for|due|given|based|overall)\b)\w",  # a count, an ordinal, a unit
@@ -38,9 +38,11 @@ _LIST_NUMBER = re.compile(r"[0-9][.):\]](?:[^\S\n]*[^\s0-9\])}\"']|[^\S\n]+[0-9]
 _LABEL = re.compile(r"(?:[:=]|\s[-–—])[\s\"'({\[]*$")
 _CUE = re.compile(
     r"\b(?:scor(?:e|es|ed|ing)|rat(?:e|es|ed|ing)|grad(?:e|es|ed|ing)|mark|give|gave|assign|evaluat\w+|estimate|"
-    r"judge|say|go with|answer is|number is|it at)\b[^.!?\n]*$",
+    r"judge|say|go with|answer is|number is|it at)\b",
     re.IGNORECASE,
 )  # fmt: skip
+_BOUND = re.compile(r"\b(?:not|never|above|below|over|under|more|less|than|least|most)\b|n['’]t\b", re.IGNORECASE)
+"""In the sentence of a number: it says what the score is not."""
 
 
 class _Mention(NamedTuple):
@@ -91,4 +93,5 @@ def _mention(text: str, match: re.Match[str]) -> _Mention:
 
 
 def _is_labelled(before: str) -> bool:
-    return bool(_LABEL.search(before) or _CUE.search(before))
+    sentence = re.split(r"[.!?\n]", before)[-1]
+    return bool(_LABEL.search(before) or (_CUE.search(sentence) and not _BOUND.search(sentence)))

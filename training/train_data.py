@@ -55,7 +55,7 @@ class TraitFiles:
     Attributes:
         traits: {trait: triplets}.
         places: {trait: file and line of each triplet}.
-        left_out: {trait: lines that are no triplets}.
+        left_out: {trait: lines that are no triplets, of the files that hold the trait}.
     """
 
     traits: Traits
@@ -66,7 +66,8 @@ class TraitFiles:
 def read_traits(source: str | Path, names: Sequence[str] = ()) -> Traits:
     """Reads triplets and sorts them by trait, in the order in which traits first occur.
 
-    A triplet's trait is its field `trait`, which `psr triplets` writes; without one, the name of its file.
+    A triplet's trait is its field `trait`, which `psr triplets` writes; without one, the name of its file; either in
+    Unicode's composed form (NFC).
 
     Args:
         source: The folder of a finished run of `psr triplets`, a JSONL file, or a folder of JSONL files.
@@ -89,13 +90,14 @@ def scan_traits(source: str | Path, names: Sequence[str] = ()) -> TraitFiles:
 
     Raises:
         FileNotFoundError: as `read_traits`.
-        ValueError: as `read_traits`, but for lines that are no triplets; or there is nothing else in a file.
+        ValueError: as `read_traits`, but for lines that are no triplets; or there is nothing else in a file, or, where
+            nobody can tell whose they are, not as many good ones.
     """
     known: Traits = {}
     places: dict[str, list[str]] = {}
-    bad: list[LeftOut] = []
+    bad: dict[str, list[LeftOut]] = {}
     for path in _files(Path(source)):
-        of_file: list[Triplet] = []
+        of_file: dict[str, list[Triplet]] = {}
         wrong: list[tuple[str, ValueError]] = []
         for number, found in scan_triplets(path):
             where = f"{path.name}, line {number}"
@@ -103,17 +105,20 @@ def scan_traits(source: str | Path, names: Sequence[str] = ()) -> TraitFiles:
                 wrong.append((where, found))
                 continue
             trait = found.get("trait")
-            name = path.stem if trait is None else str(trait)
-            known.setdefault(name, []).append(found)
+            name = composed(path.stem if trait is None else str(trait))
+            of_file.setdefault(name, []).append(found)
             places.setdefault(name, []).append(where)
-            of_file.append(found)
-        if not of_file:
+        good = [triplet for triplets in of_file.values() for triplet in triplets]
+        if not good:
             why = f" {wrong[0][1]}" if wrong else " Write some with `psr triplets`."
             raise ValueError(f"{path} holds no triplets that can be used.{why}")
-        check_scale(of_file, str(path))
-        traits = {path.stem if (trait := triplet.get("trait")) is None else str(trait) for triplet in of_file}
-        owner = next(iter(traits)) if len(traits) == 1 else None
-        bad += [LeftOut(owner, where, NO_TRIPLET, str(error)) for where, error in wrong]
+        check_scale(good, str(path))
+        if len(of_file) > 1 and len(wrong) > len(good):
+            raise ValueError(f"{path}: {len(wrong)} of {len(wrong) + len(good)} lines can't be used. {wrong[0][1]}")
+        owner = next(iter(of_file)) if len(of_file) == 1 else None
+        for name, triplets in of_file.items():
+            known.setdefault(name, []).extend(triplets)
+            bad.setdefault(name, []).extend(LeftOut(owner, where, NO_TRIPLET, str(error)) for where, error in wrong)
     missing = [name for name in names if name not in known]
     if missing:
         raise ValueError(
@@ -125,8 +130,7 @@ def scan_traits(source: str | Path, names: Sequence[str] = ()) -> TraitFiles:
         other = folders.setdefault(folder_name(name), name)
         if other != name:
             raise ValueError(f"traits: {other!r} and {name!r} would share the folder {folder_name(name)}; rename one.")
-    left_out = {name: [line for line in bad if line.trait in (name, None)] for name in chosen}
-    return TraitFiles(chosen, {name: places[name] for name in chosen}, left_out)
+    return TraitFiles(chosen, {name: places[name] for name in chosen}, {name: bad[name] for name in chosen})
 
 
 def usable(
@@ -159,10 +163,13 @@ def usable(
 
 
 def check_share(trait: str, kept: int, left_out: Sequence[LeftOut]) -> None:
-    """Raise `ValueError` if nothing of a trait is left, or less than was left out: then it is not a line or two."""
-    if not kept or len(left_out) > kept:
-        raise ValueError(f"triplets: {len(left_out)} of {kept + len(left_out)} of {trait!r} can't be used. "
-                         f"{in_words(left_out)}")  # fmt: skip
+    """Raise `ValueError` if nothing of a trait is left, or less than was left out: then it is not a line or two.
+
+    Lines that may be another trait's don't count.
+    """
+    own = [line for line in left_out if line.trait is not None]
+    if not kept or len(own) > kept:
+        raise ValueError(f"triplets: {len(own)} of {kept + len(own)} of {trait!r} can't be used. {in_words(own)}")
 
 
 def in_words(left_out: Sequence[LeftOut]) -> str:

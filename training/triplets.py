@@ -9,6 +9,7 @@ import codecs
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -223,12 +224,22 @@ def check_fields(triplet: object, where: str) -> None:
             raise ValueError(f"{where}: {name} must be text or messages with role and content, got {messages!r}.")
         for message in () if isinstance(messages, str) else messages:
             _check_message(message, f"{where}: {name}")
+    ids = triplet.get("completion_ids")
+    if ids is not None and not _are_token_ids(ids):
+        raise ValueError(f"{where}: completion_ids must be a list of token ids or null, got {ids!r:.100}.")
     for name in SCORES:
         score = triplet.get(name)
         if score is not None and not (
             isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 100
         ):
             raise ValueError(f"{where}: {name} must be 0-100 or null, got {score!r}.")
+
+
+def _are_token_ids(ids: Any) -> bool:
+    try:
+        return not isinstance(ids, str | Mapping) and all(0 <= index(token) < 2**31 for token in ids)
+    except TypeError:
+        return False
 
 
 def _check_message(message: Message, where: str) -> None:
