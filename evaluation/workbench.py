@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peft_psr.facts import package_versions
 from peft_psr.files import write_whole
 from peft_psr.judging import Judge
-from peft_psr.loading import model_path
+from peft_psr.loading import load_config
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, write_triplets
 from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
 from peft_psr.training.folder_lock import locked
@@ -35,9 +35,10 @@ from peft_psr.training.placement import check_placement
 from peft_psr.training.progress import Progress
 from peft_psr.training.run import TripletRun
 from peft_psr.training.run_folder import check_run_folder, check_same_recipe
-from peft_psr.training.train_data import check_origin, folder_name, read_traits
+from peft_psr.training.train_data import folder_name, read_traits, scan_traits
 
 from .given_adapters import check_adapter
+from .given_triplets import read_given
 from .held_out import draw_held_out
 from .keeping import as_json, digest, keep_adapter, kept_adapter, kept_result
 from .method import Fitted
@@ -88,14 +89,12 @@ class Workbench:
         self._judges("test")
         for model in self.recipe.models:
             processing_class = load_tokenizer(model, self.recipe)
-            config = AutoConfig.from_pretrained(
-                model_path(model), revision=self.recipe.revision, trust_remote_code=self.recipe.trust_remote_code
-            )
+            config = load_config(model, self.recipe.revision, self.recipe.trust_remote_code)
             self.recipe.fit_settings(config.get_text_config().num_hidden_layers, 0)
             if self.recipe.source != "ifeval":  # its prompts hold their instructions
                 check_placement(processing_class, self.recipe.placement)
             if self.recipe.triplets:
-                check_origin(read_traits(self.recipe.triplets, self.traits), model, None, processing_class)
+                read_given(self.recipe, model, self.traits)
         for name, source in self.recipe.adapters.items():
             for place in dict.fromkeys(source.format(trait=folder_name(trait)) for trait in self.traits):
                 check_adapter(name, place, self.recipe)
@@ -202,9 +201,7 @@ class Workbench:
         """
         if (model, trait) not in self._triplets:
             if self.recipe.triplets:
-                rows = read_traits(self.recipe.triplets, [trait])
-                check_origin(rows, model, None, load_tokenizer(model, self.recipe))
-                self._triplets[model, trait] = rows[trait]
+                self._triplets[model, trait] = read_given(self.recipe, model, [trait])[trait]
             else:
                 self._triplets[model, trait] = self._draw(model, self.pairs("train")[trait])
         return self._triplets[model, trait]
@@ -366,7 +363,7 @@ class Workbench:
     @cached_property
     def _given_triplets(self) -> str | None:
         """What the recipe's triplets hash to, if it has any."""
-        return digest(read_traits(self.recipe.triplets)) if self.recipe.triplets else None
+        return digest(scan_traits(self.recipe.triplets).traits) if self.recipe.triplets else None
 
     def _say(self, what: str) -> None:
         if self._progress:

@@ -26,6 +26,8 @@ SMALL = {
 PIRATE = ("matey", "timbers", "Ahoy", "Yo ho", "plank", "sails", "Fair winds", "rum", "aye", "thunder", "hearty")
 IDS = torch.arange(5, 17)[None]
 
+USER = [{"role": "user", "content": "Is tea good?"}]
+
 
 def bench_in(folder, **options):
     return Workbench(load_evaluate_recipe(PersonaRecipe, None, SMALL | options), folder, "persona")
@@ -125,6 +127,21 @@ def test_nothing_held_out_is_trained_on(tmp_path):
         for field in ("prompt", "steered_prompt"):
             assert not {str(row[field]) for row in train} & {str(row[field]) for row in held_out}
         assert {str(row["prompt"]) for row in held_out} == {str(pair.prompt) for pair in bench.pairs("test")["pirate"]}
+
+
+def test_given_triplets_that_can_not_be_used_are_left_out(tmp_path, caplog):
+    steered = [{"role": "system", "content": "be a pirate"}, *USER]
+    good = {"prompt": USER, "steered_prompt": steered, "completion": "arr", "trait_score": 90.0, "trait": "pirate"}
+    lines = [*[json.dumps(good)] * 3, "{", json.dumps(good | {"prompt": [{"role": "user", "content": None}]})]
+    file = tmp_path / "given.jsonl"
+    file.write_text("\n".join(lines))
+    bench = bench_in(tmp_path / "out", triplets=str(file), traits="pirate")
+    bench.check()
+    assert bench.triplets("embedded", "pirate") == [good] * 3
+    assert "2 of 'pirate' are left out" in caplog.text and "line 4" in caplog.text
+    file.write_text("\n".join(lines[2:]))
+    with pytest.raises(ValueError, match="can't be used"):
+        bench_in(tmp_path / "out2", triplets=str(file), traits="pirate").check()
 
 
 def test_triplets_given(tmp_path):
