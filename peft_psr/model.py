@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .beside import check_no_shared_modules, freeze_others, others_left_alone, saved_modules
+from . import beside
 from .composition import check_combination, check_weights, combine_units, combined_config, edit_factors
 from .config import PSRConfig, check_strength
 from .decoder import layer_index, output_width
@@ -40,6 +40,15 @@ class PSRModel(BaseTuner):
 
     prefix = "psr_"
     tuner_layer_cls = PSRLayer
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        """As `BaseTuner`; configurations of another type's adapters beneath stay as they are."""
+        theirs = beside.configs_beneath(model, peft_config)
+        if theirs:
+            self.peft_config = {}
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        if theirs:
+            model.peft_config = theirs  # type: ignore[assignment]
 
     # PEFT declares `PeftConfig` for every tuner, and gives each one its own kind of configuration
     def _prepare_adapter_config(  # type: ignore[override]
@@ -101,11 +110,11 @@ class PSRModel(BaseTuner):
             # PEFT cuts a key before ".psr_" to find the layer's name; our child module stands between the two
             state_dict = {key.replace(".psr.psr_", ".psr_"): value for key, value in state_dict.items()}
         present = [config for name, config in self._configs().items() if name != adapter_name]
-        check_no_shared_modules(model, adapter_name, cast(PSRConfig, self.peft_config[adapter_name]), present)
+        beside.check_no_shared_modules(model, adapter_name, cast(PSRConfig, self.peft_config[adapter_name]), present)
         first = not self.psr_layers()
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, **kwargs)
         if first:  # PEFT freezes the model beneath a first adapter, but for other adapters on it
-            freeze_others(model, self._own_modules())
+            beside.freeze_others(model, self._own_modules())
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
@@ -158,31 +167,22 @@ class PSRModel(BaseTuner):
         with self._others_left_alone():
             super()._enable_adapter_layers(enabled)
 
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
+    def unedited(self) -> AbstractContextManager[None]:
         """Inside, the model runs as without PSR: no edit and none of its `modules_to_save`.
 
         Unlike PEFT's `disable_adapter` it leaves on what else is on the model, a LoRA for one, and all weights as
         trainable as they are.
         """
-        modules: list[Any] = self._own_modules()
-        before = [module._disable_adapters for module in modules]
-        for module in modules:
-            module._disable_adapters = True
-        try:
-            yield
-        finally:
-            for module, disabled in zip(modules, before, strict=True):
-                module._disable_adapters = disabled
+        return beside.switched_off(self._own_modules())
 
     def _saved_modules(self) -> dict[str, AuxiliaryTrainingWrapper]:
-        return saved_modules(self.model, list(self._configs().values()))
+        return beside.saved_modules(self.model, list(self._configs().values()))
 
     def _own_modules(self) -> list[nn.Module]:
         return [*self.psr_layers().values(), *self._saved_modules().values()]
 
     def _others_left_alone(self) -> AbstractContextManager[None]:
-        return others_left_alone(self.model, list(self._saved_modules().values()))
+        return beside.others_left_alone(self.model, list(self._saved_modules().values()))
 
     def unmerge_adapter(self) -> None:
         """Refused like merging, with `ValueError`."""
@@ -211,7 +211,7 @@ class PSRModel(BaseTuner):
             parent = self.model.get_submodule(name.rpartition(".")[0])
             trained = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
             setattr(parent, name.rpartition(".")[2], trained)
-        if hasattr(self.model, "peft_config"):
+        if vars(self.model).get("peft_config") is self.peft_config:  # not those of another type beneath
             del self.model.peft_config
         return self.model
 

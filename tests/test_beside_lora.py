@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from test_adapter import steered
 from test_modes import generate, logits
 from tiny_models import tiny_model
@@ -64,6 +64,23 @@ def test_over_an_unmerged_lora(adapter_name, tmp_path):
     with model.disable_adapter():  # the base without any adapter, as everywhere in PEFT
         assert torch.equal(logits(model), logits(tiny_model()))
     assert torch.equal(logits(model.unload()), lora_logits)
+
+
+@pytest.mark.parametrize("over", ["the PeftModel", "its base model"])
+def test_what_lies_beneath_keeps_its_configuration(over, tmp_path):
+    """PSR over a live LoRA, both called "default": the LoRA's `PeftModel` saves and loads as before, also after."""
+    beneath = lora(tiny_model())
+    expected = logits(beneath)
+    model = steered(beneath if over == "the PeftModel" else beneath.get_base_model())
+    assert isinstance(beneath.peft_config["default"], LoraConfig) and list(model.peft_config) == ["default"]
+    model.save_pretrained(tmp_path / "psr")
+    assert isinstance(PeftConfig.from_pretrained(tmp_path / "psr"), PSRConfig)
+    beneath.save_pretrained(tmp_path / "with psr")
+    model.unload()
+    assert isinstance(beneath.peft_config["default"], LoraConfig) and torch.equal(logits(beneath), expected)
+    beneath.save_pretrained(tmp_path / "alone")
+    for folder in ("with psr", "alone"):
+        assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / folder).eval()), expected)
 
 
 def test_under_a_lora():
