@@ -37,7 +37,8 @@ def home(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     name, equals, where = value.partition("=")
-    return f"{name}={os.path.expanduser(where)}" if equals else os.path.expanduser(value)
+    own = value.startswith("~")  # a folder's name may hold "=" too
+    return f"{name}={os.path.expanduser(where)}" if equals and not own else os.path.expanduser(value)
 
 
 REVISION = typer.Option("", help="Branch, tag or commit of the base model; the adapters' own by default.")

@@ -96,6 +96,7 @@ def test_names_that_are_no_text_can_be_printed(piped, folder):
 def test_home():
     user = str(Path.home())
     assert home(Path("~/a b")) == Path(user, "a b") and home("~/x") == f"{user}/x" and home("n=~/x") == f"n={user}/x"
+    assert home("~/runs/lr=1e-3/x") == f"{user}/runs/lr=1e-3/x" and home("n=~/lr=1") == f"n={user}/lr=1"
     assert home(["~/x", "me/x"]) == [f"{user}/x", "me/x"]
     assert home("~nobody-of-that-name/x") == "~nobody-of-that-name/x" and home(None) is None and home("") == ""
 
