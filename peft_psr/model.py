@@ -17,7 +17,7 @@ from .composition import check_combination, check_weights, combine_units, combin
 from .config import PSRConfig, check_strength
 from .decoder import layer_index, output_width
 from .doors import attach_state, detach_state, prompt_of
-from .fit import KEY_OF_UNIT, check_fit
+from .fit import KEY_OF_UNIT, check_fit, place_weights, saved_key
 from .layer import PSRLayer, check_weights_at_hand, edit_output
 from .rank_cut import cut_adapter
 from .rows import check_names, rows_named
@@ -122,11 +122,12 @@ class PSRModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT looks for tuner layers among the modules; under FSDP's activation checkpointing these have other names
         # than the keys, and another tuner's adapter of the same name may sit among them
-        return {key: value for key, value in state_dict.items() if KEY_OF_UNIT in key}
+        return {saved_key(key): value for key, value in state_dict.items() if KEY_OF_UNIT in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, **given: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         # where PEFT loads weights, whichever way they come; it drops without a word what finds no place
+        given["state_dict"] = place_weights(given["model"], given["state_dict"])
         state_dict = super()._remap_adapter_state_dict_for_load(**given)
         check_fit(given["model"], given["adapter_name"], state_dict)
         return state_dict
