@@ -141,6 +141,16 @@ def test_options_files_are_refused_in_words(folder, tmp_path, content, message):
     assert done.exit_code == 2 and message in " ".join(done.output.replace("│", "").split())
 
 
+def test_an_options_file_gives_objects_as_yaml_has_them(folder, tmp_path):
+    options = tmp_path / "options.yaml"
+    options.write_text("template_args: {enable_thinking: false, budget: null}\ndry_run: true\nprompt: w1\n")
+    done = psr("show", folder / "formal", "--config", options)
+    assert done.exit_code == 0, done.output
+    options.write_text("template_args: {messages: 1}\ndry_run: true\nprompt: w1\n")
+    refused = psr("show", folder / "formal", "--config", options)
+    assert refused.exit_code == 2 and "'messages' can't be an argument of a chat template" in refused.output
+
+
 def test_options_file_at_home(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     (folder / "x.yaml").write_text("adapters: [~/formal]\nprompt: w1\nmodel: ~/base\ndry-run: true\n")
