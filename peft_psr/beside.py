@@ -6,8 +6,9 @@ names alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -15,6 +16,20 @@ from torch import nn
 
 from .config import PSRConfig
 from .layer import PSRLayer
+
+
+def configs_beneath(model: nn.Module, given: Any) -> dict[str, Any]:
+    """The configurations that a model has, of other types than PSR, as a `PeftModel` is put over it; else none.
+
+    PEFT would enter PSR's among them, over one of the same name: what the other `PeftModel` saved would be PSR's.
+
+    Args:
+        model: The model.
+        given: What a tuner is given: a `PeftModel` names configurations, a bare model, of one table, gives one alone.
+    """
+    theirs = getattr(model, "peft_config", None) or {}
+    ours = any(isinstance(config, PSRConfig) for config in theirs.values())
+    return theirs if isinstance(given, Mapping) and not ours else {}
 
 
 def saved_modules(model: nn.Module, configs: Sequence[PSRConfig]) -> dict[str, AuxiliaryTrainingWrapper]:
@@ -61,6 +76,19 @@ def freeze_others(model: nn.Module, own: Sequence[nn.Module]) -> None:
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
+
+
+@contextmanager
+def switched_off(modules: Sequence[Any]) -> Iterator[None]:
+    """Inside, none of these modules of PEFT's does anything; they do afterwards if they did before."""
+    before = [module._disable_adapters for module in modules]
+    for module in modules:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module, disabled in zip(modules, before, strict=True):
+            module._disable_adapters = disabled
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from .text import read_text
 
 
 _FIRST_LINE = re.compile(r"\{#- peft-psr (\{.*?\}) #\}.*?\n")
-_TAKEN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize"}
+_TAKEN = {"messages", "add_generation_prompt", "continue_final_message", "tokenize", "true", "false", "none"}
 
 
 def set_chat_template(
@@ -30,7 +30,7 @@ def set_chat_template(
     Args:
         processing_class: A tokenizer.
         chat_template: A Jinja template; `None` keeps the tokenizer's own.
-        template_args: {name: JSON value}, in place of any that were set so before; `None` keeps those.
+        template_args: {name: JSON value}, in place of any that were set so before; `None` keeps the template's.
 
     Raises:
         TypeError: a value is not JSON.
@@ -60,7 +60,7 @@ def check_template_args(template_args: Mapping[str, Any]) -> None:
 
     Raises:
         TypeError: a value is not JSON.
-        ValueError: a name is no name, or one that rendering sets by itself.
+        ValueError: a name is no name, or one that rendering sets by itself, or a constant of Jinja's.
     """
     for name in template_args:
         if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:

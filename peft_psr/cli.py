@@ -157,7 +157,7 @@ def compose(
         numbers = _numbers(weights)
         combined = compose_adapters(adapters, numbers, output, base_model=base_model or None, dry_run=True)
         if not dry_run:
-            cut = {} if triplets is None else _cut_settings(combined, rank, triplets)
+            cut = {} if triplets is None else _cut_settings(combined, adapters, rank, triplets, console)
             combined = compose_adapters(adapters, numbers, output, base_model=base_model or None, **cut)
         layers = combined.layers_to_transform or combined.target_modules or "all"
         kept = combined.r if rank is None else min(rank, combined.r)
@@ -167,19 +167,35 @@ def compose(
             console.print(f"layer {layer}: {100 * error:.1f} % of the edit is missing (RMS, held-out tokens)")
 
 
-def _cut_settings(config: PSRConfig, rank: int | None, triplets: Path) -> dict[str, Any]:
+def _cut_settings(
+    config: PSRConfig, adapters: list[str], rank: int | None, path: Path, console: Console
+) -> dict[str, Any]:
     """What a rank cut takes besides the adapters: the base model, and samples from triplets."""
+    from peft_psr.facts import shared_template_args
     from peft_psr.loading import load_model, load_tokenizer
-    from peft_psr.training import TripletCollator, read_triplets
+    from peft_psr.saved_adapters import read_facts
+    from peft_psr.training import TripletCollator
+    from peft_psr.training.context import context_length
+    from peft_psr.training.train_data import check_share, drawn_template_args, in_words, scan_traits, usable
 
-    examples = read_triplets(triplets)
     base = config.base_model_name_or_path
     if base is None:
         raise ValueError("The adapters do not say which model they are for; name it with --base-model.")
-    args: Any = next((example.get("template_args") for example in examples), None)
+    found = scan_traits(path)
+    args = drawn_template_args(found.traits)
+    if args is None:
+        args = shared_template_args([read_facts(source) for source in adapters])
+    model = load_model(base, config.revision)
     collator = TripletCollator(load_tokenizer(base, config.revision, template_args=args), config.positions, alpha=1.0)
-    samples = collator.steering_batches(examples)
-    return {"svd_rank": rank, "model": load_model(base, config.revision), "samples": samples}
+    examples: list[Any] = []
+    for trait, triplets in found.traits.items():
+        fine, left_out = usable(trait, triplets, found.places[trait], collator, context_length(model.config))
+        left_out = [*found.left_out[trait], *left_out]
+        check_share(trait, sum(fine), left_out)
+        if left_out:
+            console.print(f"{trait}: {len(left_out)} triplets left out. {in_words(left_out)}")
+        examples += [triplet for triplet, there in zip(triplets, fine, strict=True) if there]
+    return {"svd_rank": rank, "model": model, "samples": collator.steering_batches(examples)}
 
 
 @app.command()

@@ -37,7 +37,8 @@ def home(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     name, equals, where = value.partition("=")
-    return f"{name}={os.path.expanduser(where)}" if equals else os.path.expanduser(value)
+    own = value.startswith("~")  # a folder's name may hold "=" too
+    return f"{name}={os.path.expanduser(where)}" if equals and not own else os.path.expanduser(value)
 
 
 REVISION = typer.Option("", help="Branch, tag or commit of the base model; the adapters' own by default.")
@@ -60,8 +61,9 @@ def tokenizer_settings(
         trust_remote_code: As given.
 
     Raises:
-        ValueError: `template_args` is no JSON object, or the adapters were trained with different ones.
+        ValueError: `template_args` is no JSON object of arguments, or the adapters were trained with different ones.
     """
+    from peft_psr.chat_template import check_template_args
     from peft_psr.evaluation.chat import template_args_for
 
     given: Any = None
@@ -75,6 +77,7 @@ def tokenizer_settings(
                 "--template-args must be a JSON object such as '{\"enable_thinking\": false}', "
                 f"got {template_args!r}."
             )
+        check_template_args(given)
     return {
         "chat_template": None if chat_template is None else str(chat_template),
         "template_args": template_args_for(adapters, given),
@@ -99,7 +102,7 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         name = str(written).replace("-", "_")
         if name in options:
             raise typer.BadParameter(f"{path} gives {name} twice, written in two ways; leave one out.")
-        options[name] = value
+        options[name] = json.dumps(value, default=str) if isinstance(value, dict) else value  # as on the command line
     unknown = sorted(set(options) - known)
     if unknown:
         raise typer.BadParameter(f"{path} has unknown options {unknown}; there are {sorted(known)}.")

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -149,7 +149,9 @@ def end_steered_call(model: nn.Module, args: tuple, output: Any) -> None:
     state: SteeringState = model._psr_state  # type: ignore[assignment]
     state.begun = False
     if state.prompt_ends and isinstance(output, Mapping):
-        mark_prompt_end(cache_of(output))
+        cache = cache_of(output)
+        if cache is not None and any(_acting(model)):
+            mark_prompt_end(cache)
         _look_for_lost_labels(model, state, next(iter(output.values())))
     state.prompt_ends = False
 
@@ -182,14 +184,18 @@ def _look_for_lost_labels(model: nn.Module, state: SteeringState, output: Any) -
     output.register_hook(look)
 
 
+def _acting(model: nn.Module) -> Iterator[tuple[PSRLayer, str]]:
+    """The layers that edit and the names of the adapters that are active there."""
+    for layer in model.modules():
+        if isinstance(layer, PSRLayer) and not layer.disable_adapters:
+            yield from ((layer, name) for name in layer.active_adapters if name in layer.psr_unit)
+
+
 def _trains_response(model: nn.Module) -> bool:
     """Whether an active adapter with positions "response" asks for a gradient."""
     return any(
         layer.config[name].positions == "response" and any(w.requires_grad for w in layer.unit(name).parameters())
-        for layer in model.modules()
-        if isinstance(layer, PSRLayer) and not layer.disable_adapters
-        for name in layer.active_adapters
-        if name in layer.psr_unit
+        for layer, name in _acting(model)
     )
 
 

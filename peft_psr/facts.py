@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ._version import __version__
-from .config import check_strength
+from .config import PSRWarning, check_strength
 from .files import write_whole
 
 
@@ -183,6 +184,24 @@ class AdapterFacts:
             known["weights_sha256"] = _sha256(weights)
         text = json.dumps(known, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_whole(Path(folder) / FACTS_NAME, text)
+
+
+def shared_template_args(facts: Iterable[AdapterFacts | None]) -> dict[str, Any]:
+    """The arguments of the chat template that all adapters were trained with of which anything is known.
+
+    Where they were trained with different ones, there are none, with a `PSRWarning`.
+    """
+    known = [each.template_args for each in facts if each is not None and each != AdapterFacts()]
+    if any(args != known[0] for args in known):
+        listed = ", ".join(sorted({json.dumps(args, sort_keys=True) for args in known}))
+        warnings.warn(
+            f"The adapters were trained with different arguments of the chat template ({listed}); none are noted for "
+            "their combination. Give them where you use it (--template-args).",
+            PSRWarning,
+            stacklevel=3,
+        )
+        return {}
+    return known[0] if known else {}
 
 
 def _sha256(path: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peft import PeftConfig
@@ -45,6 +45,26 @@ class CheckedLoad:
                 loaded=[key for key in self.model.state_dict() if marker in key and key not in result[0].missing_keys],
             )
         return result
+
+
+def saved_key(key: str) -> str:
+    """The name that a weight has in an adapter's file: without the prefix of another `PeftModel` beneath."""
+    return f"{KEY_PREFIX}{_bare(key)}" if key.startswith(KEY_PREFIX) else key
+
+
+def place_weights(model: nn.Module, weights: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's weights by the names of their places in the model, where another `PeftModel` may lie beneath."""
+    place = next((key for key in model.state_dict() if KEY_OF_UNIT in key), "")
+    prefix = place.removesuffix(_bare(place))
+    if not prefix:
+        return dict(weights)
+    return {prefix + _bare(key) if KEY_OF_UNIT in key else key: weight for key, weight in weights.items()}
+
+
+def _bare(key: str) -> str:
+    while key.startswith(KEY_PREFIX):
+        key = key.removeprefix(KEY_PREFIX)
+    return key
 
 
 def check_fit(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:

@@ -12,12 +12,12 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .beside import check_no_shared_modules, freeze_others, others_left_alone, saved_modules
+from . import beside
 from .composition import check_combination, check_weights, combine_units, combined_config, edit_factors
 from .config import PSRConfig, check_strength
 from .decoder import layer_index, output_width
 from .doors import attach_state, detach_state, prompt_of
-from .fit import KEY_OF_UNIT, check_fit
+from .fit import KEY_OF_UNIT, check_fit, place_weights, saved_key
 from .layer import PSRLayer, check_weights_at_hand, edit_output
 from .rank_cut import cut_adapter
 from .rows import check_names, rows_named
@@ -40,6 +40,15 @@ class PSRModel(BaseTuner):
 
     prefix = "psr_"
     tuner_layer_cls = PSRLayer
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        """As `BaseTuner`; configurations of another type's adapters beneath stay as they are."""
+        theirs = beside.configs_beneath(model, peft_config)
+        if theirs:
+            self.peft_config = {}
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        if theirs:
+            model.peft_config = theirs  # type: ignore[assignment]
 
     # PEFT declares `PeftConfig` for every tuner, and gives each one its own kind of configuration
     def _prepare_adapter_config(  # type: ignore[override]
@@ -101,11 +110,11 @@ class PSRModel(BaseTuner):
             # PEFT cuts a key before ".psr_" to find the layer's name; our child module stands between the two
             state_dict = {key.replace(".psr.psr_", ".psr_"): value for key, value in state_dict.items()}
         present = [config for name, config in self._configs().items() if name != adapter_name]
-        check_no_shared_modules(model, adapter_name, cast(PSRConfig, self.peft_config[adapter_name]), present)
+        beside.check_no_shared_modules(model, adapter_name, cast(PSRConfig, self.peft_config[adapter_name]), present)
         first = not self.psr_layers()
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, **kwargs)
         if first:  # PEFT freezes the model beneath a first adapter, but for other adapters on it
-            freeze_others(model, self._own_modules())
+            beside.freeze_others(model, self._own_modules())
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
@@ -113,11 +122,12 @@ class PSRModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         # PEFT looks for tuner layers among the modules; under FSDP's activation checkpointing these have other names
         # than the keys, and another tuner's adapter of the same name may sit among them
-        return {key: value for key, value in state_dict.items() if KEY_OF_UNIT in key}
+        return {saved_key(key): value for key, value in state_dict.items() if KEY_OF_UNIT in key}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, **given: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         # where PEFT loads weights, whichever way they come; it drops without a word what finds no place
+        given["state_dict"] = place_weights(given["model"], given["state_dict"])
         state_dict = super()._remap_adapter_state_dict_for_load(**given)
         check_fit(given["model"], given["adapter_name"], state_dict)
         return state_dict
@@ -158,31 +168,22 @@ class PSRModel(BaseTuner):
         with self._others_left_alone():
             super()._enable_adapter_layers(enabled)
 
-    @contextmanager
-    def unedited(self) -> Iterator[None]:
+    def unedited(self) -> AbstractContextManager[None]:
         """Inside, the model runs as without PSR: no edit and none of its `modules_to_save`.
 
         Unlike PEFT's `disable_adapter` it leaves on what else is on the model, a LoRA for one, and all weights as
         trainable as they are.
         """
-        modules: list[Any] = self._own_modules()
-        before = [module._disable_adapters for module in modules]
-        for module in modules:
-            module._disable_adapters = True
-        try:
-            yield
-        finally:
-            for module, disabled in zip(modules, before, strict=True):
-                module._disable_adapters = disabled
+        return beside.switched_off(self._own_modules())
 
     def _saved_modules(self) -> dict[str, AuxiliaryTrainingWrapper]:
-        return saved_modules(self.model, list(self._configs().values()))
+        return beside.saved_modules(self.model, list(self._configs().values()))
 
     def _own_modules(self) -> list[nn.Module]:
         return [*self.psr_layers().values(), *self._saved_modules().values()]
 
     def _others_left_alone(self) -> AbstractContextManager[None]:
-        return others_left_alone(self.model, list(self._saved_modules().values()))
+        return beside.others_left_alone(self.model, list(self._saved_modules().values()))
 
     def unmerge_adapter(self) -> None:
         """Refused like merging, with `ValueError`."""
@@ -211,7 +212,7 @@ class PSRModel(BaseTuner):
             parent = self.model.get_submodule(name.rpartition(".")[0])
             trained = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
             setattr(parent, name.rpartition(".")[2], trained)
-        if hasattr(self.model, "peft_config"):
+        if vars(self.model).get("peft_config") is self.peft_config:  # not those of another type beneath
             del self.model.peft_config
         return self.model
 

@@ -22,7 +22,7 @@ from .config import POSITIONS
 from .judging import Message, content_text
 
 
-# Stands for a system turn's text when looking for its end; no template's default system turn ends in it.
+# Stands for a turn's text when looking for where it ends or begins; no template's default system turn ends in it.
 _SENTINEL = "zq"
 _MARK = re.compile(r"\w*<\|\w+\|>")
 # Most of them that a model writes before its answer: <|channel|>final<|message|>.
@@ -152,9 +152,13 @@ def _start_of_turn(processing_class, earlier: Sequence[Message], text: str, cont
         text: The conversation.
         content: The turn's.
     """
-    opened = render_turns(processing_class, earlier, add_generation_prompt=True)
+    if earlier:
+        opened = render_turns(processing_class, earlier, add_generation_prompt=True)
+    else:  # transformers renders no conversation without turns
+        greeting = render_turns(processing_class, [{"role": "assistant", "content": _SENTINEL}])
+        opened = greeting.rpartition(_SENTINEL)[0]
     start = least = len(os.path.commonprefix([text, opened]))
-    if start < len(opened):
+    if start < len(opened) and earlier:
         # Templates of models that think leave out of an earlier turn what begins or ends its reasoning in the prompt:
         # the two part in the assistant's header, or behind first letters of the content that happen to be alike.
         least = len(render_turns(processing_class, earlier))

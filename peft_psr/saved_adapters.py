@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from .composition import check_weights, combine_units, combined_config, edit_factors
 from .config import PSRConfig
 from .decoder import layer_index
-from .facts import FACTS_NAME, AdapterFacts, Part, package_versions
+from .facts import FACTS_NAME, AdapterFacts, Part, package_versions, shared_template_args
 from .fit import KEY_OF_UNIT, KEY_PREFIX
 from .layer import PSRUnit
 from .model_card import is_hub_name, write_model_card
@@ -208,7 +208,13 @@ def compose_adapters(
         errors: dict[str, float] = {}
         if svd_rank is not None:
             folder, config, errors = _cut(folder, model, svd_rank, samples, Path(scratch, "cut"))
-        write_model_card(folder, AdapterFacts(parts=parts, rank_cut=errors, versions=package_versions()))
+        facts = AdapterFacts(
+            parts=parts,
+            rank_cut=errors,
+            versions=package_versions(),
+            template_args=shared_template_args(adapter.facts for adapter in adapters),
+        )
+        write_model_card(folder, facts)
         folder.replace(output)
     return config
 
@@ -242,7 +248,7 @@ def combine_adapters(
     """
     configs = [adapter.config for adapter in adapters]
     factors = edit_factors(configs, check_weights(configs, weights))
-    bases = [(config.base_model_name_or_path, config.revision) for config in configs]
+    bases = [(config.base_model_name_or_path, config.revision or "main") for config in configs]
     if base_model is None and len(set(bases)) > 1:
         listed = "; ".join(
             f"{adapter.name}: {base}, revision {revision}"
@@ -272,7 +278,11 @@ def combine_adapters(
     config = combined_config(configs, ranks, layers, modules)
     config.inference_mode = True
     if base_model is not None:
-        config.base_model_name_or_path, config.revision = base_model, None
+        revisions = {
+            base_config.revision for base_config in configs if base_config.base_model_name_or_path == base_model
+        }
+        config.base_model_name_or_path = base_model
+        config.revision = revisions.pop() if len(revisions) == 1 else None
     combined = {}
     for module in modules:
         there = [

@@ -122,6 +122,7 @@ class SteeringState:
         if steering_mask is not None:
             mask = check_mask(steering_mask, batch, length).to(tokens.device)
             self.masks = dict.fromkeys(self.positions, mask)
+            self._check_prefix(arguments, mask[:, 0])
         elif encoder_decoder:
             return
         elif length > 1:  # a single token is the last of its prompt, or was generated
@@ -134,6 +135,8 @@ class SteeringState:
             self.masks = {kind: default_mask(kind, attention_mask, labels) for kind in self.positions}
             if arguments.get("labels") is None and "response" in self.positions:
                 self._take_for_prompt(arguments)
+            elif labels is not None:
+                self._check_prefix(arguments, labels[:, 0] != -100)
         elif (
             "response" in self.positions
             and arguments.get("use_cache") is not False
@@ -146,7 +149,13 @@ class SteeringState:
         if torch.compiler.is_compiling() or self.scale == 0 or (isinstance(self.alpha, float) and self.alpha == 0):
             return
         self.prompt_ends = True
-        if ends_in_prompt(cache_of(arguments)):
+        self._check_prefix(arguments)
+
+    def _check_prefix(self, arguments: dict[str, Any], goes_on: torch.Tensor | None = None) -> None:
+        """Warn of a cache that ends in an edited token if the response does not follow it in each row: `goes_on`."""
+        if torch.compiler.is_compiling() or not ends_in_prompt(cache_of(arguments)):
+            return
+        if goes_on is None or not goes_on.all():
             self.warn_once(
                 "The text of this call goes on from a cache whose last token was edited as the end of a prompt. If "
                 "both are parts of one prompt, run all but the last part with `alpha=0.0`, or give each its "

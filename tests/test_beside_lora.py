@@ -6,15 +6,17 @@ Docstrings are lines of the table of modes in `docs/layouts.md`.
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from test_adapter import steered
 from test_modes import generate, logits
 from tiny_models import tiny_model
 
-from peft_psr import PSRConfig
+from peft_psr import PSRConfig, PSRWarning
+from peft_psr.saved_adapters import read_adapter
 
 
 def lora(base, seed=2, adapter_name="default"):
@@ -64,6 +66,44 @@ def test_over_an_unmerged_lora(adapter_name, tmp_path):
     with model.disable_adapter():  # the base without any adapter, as everywhere in PEFT
         assert torch.equal(logits(model), logits(tiny_model()))
     assert torch.equal(logits(model.unload()), lora_logits)
+
+
+@pytest.mark.parametrize("over", ["the PeftModel", "its base model"])
+def test_what_lies_beneath_keeps_its_configuration(over, tmp_path):
+    """PSR over a live LoRA, both called "default": the LoRA's `PeftModel` saves and loads as before, also after."""
+    beneath = lora(tiny_model())
+    expected = logits(beneath)
+    model = steered(beneath if over == "the PeftModel" else beneath.get_base_model())
+    assert isinstance(beneath.peft_config["default"], LoraConfig) and list(model.peft_config) == ["default"]
+    model.save_pretrained(tmp_path / "psr")
+    assert isinstance(PeftConfig.from_pretrained(tmp_path / "psr"), PSRConfig)
+    beneath.save_pretrained(tmp_path / "with psr")
+    model.unload()
+    assert isinstance(beneath.peft_config["default"], LoraConfig) and torch.equal(logits(beneath), expected)
+    beneath.save_pretrained(tmp_path / "alone")
+    for folder in ("with psr", "alone"):
+        assert torch.equal(logits(PeftModel.from_pretrained(tiny_model(), tmp_path / folder).eval()), expected)
+
+
+@pytest.mark.parametrize("saved_over", ["the PeftModel", "its base model"])
+@pytest.mark.parametrize("loaded_over", ["the PeftModel", "its base model", "the merged model"])
+def test_an_adapter_fits_with_a_lora_beneath_however_it_is_called(saved_over, loaded_over, tmp_path):
+    """Saved over a LoRA's `PeftModel` or over the model in it, loaded over either or over the merged model: equal."""
+    under = {
+        "the PeftModel": lambda model: model,
+        "its base model": lambda model: model.get_base_model(),
+        "the merged model": lambda model: model.merge_and_unload(),
+    }
+    model = steered(under[saved_over](lora(tiny_model())))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PSRWarning)
+        again = PeftModel.from_pretrained(under[loaded_over](lora(tiny_model())), tmp_path).eval()
+        again.load_adapter(tmp_path, adapter_name="second")
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-3, rtol=1e-3)
+    again.set_adapter("second")
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-3, rtol=1e-3)
+    assert list(read_adapter(tmp_path).units) == [f"model.layers.{layer}" for layer in range(4)]
 
 
 def test_under_a_lora():

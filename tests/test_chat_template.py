@@ -54,7 +54,7 @@ def test_every_named_template_has_them():
     assert all("enable_thinking = False" in text for text in tokenizer.chat_template.values())
 
 
-@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "two words", ""])
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "two words", "", "true", "none"])
 def test_names_that_can_be_none(name):
     with pytest.raises(ValueError, match="can't be an argument of a chat template"):
         set_chat_template(byte_tokenizer(), template_args={name: 1})

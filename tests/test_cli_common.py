@@ -96,6 +96,7 @@ def test_names_that_are_no_text_can_be_printed(piped, folder):
 def test_home():
     user = str(Path.home())
     assert home(Path("~/a b")) == Path(user, "a b") and home("~/x") == f"{user}/x" and home("n=~/x") == f"n={user}/x"
+    assert home("~/runs/lr=1e-3/x") == f"{user}/runs/lr=1e-3/x" and home("n=~/lr=1") == f"n={user}/lr=1"
     assert home(["~/x", "me/x"]) == [f"{user}/x", "me/x"]
     assert home("~nobody-of-that-name/x") == "~nobody-of-that-name/x" and home(None) is None and home("") == ""
 
@@ -138,6 +139,16 @@ def test_options_files_are_refused_in_words(folder, tmp_path, content, message):
     (tmp_path / "x.yaml").write_bytes(content)
     done = psr("show", folder / "formal", "--config", tmp_path / "x.yaml")
     assert done.exit_code == 2 and message in " ".join(done.output.replace("│", "").split())
+
+
+def test_an_options_file_gives_objects_as_yaml_has_them(folder, tmp_path):
+    options = tmp_path / "options.yaml"
+    options.write_text("template_args: {enable_thinking: false, budget: null}\ndry_run: true\nprompt: w1\n")
+    done = psr("show", folder / "formal", "--config", options)
+    assert done.exit_code == 0, done.output
+    options.write_text("template_args: {messages: 1}\ndry_run: true\nprompt: w1\n")
+    refused = psr("show", folder / "formal", "--config", options)
+    assert refused.exit_code == 2 and "'messages' can't be an argument of a chat template" in refused.output
 
 
 def test_options_file_at_home(folder, monkeypatch):

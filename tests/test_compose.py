@@ -13,8 +13,9 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from peft_psr import PSRConfig, tiny_chat_path
+from peft_psr import PSRConfig, PSRWarning, tiny_chat_path
 from peft_psr.cli import app
+from peft_psr.loading import load_tokenizer
 from peft_psr.saved_adapters import compose_adapters
 from peft_psr.tiny_chat import prompt_messages, questions
 from peft_psr.training import AdapterFacts, Part, write_triplets
@@ -139,6 +140,39 @@ def test_same_folder_names_and_one_model_under_two_names(tmp_path):
     assert config.base_model_name_or_path == "me/base" and config.r == 2
 
 
+def test_the_revision_that_the_adapters_name(tmp_path):
+    for name, settings, base in [("a", {"revision": None}, BASE), ("main", {"revision": "main"}, BASE),
+                                 ("v2", {"revision": "v2"}, BASE), ("copy", {}, "/models/base")]:  # fmt: skip
+        many(configs={name: settings}, base=base).save_pretrained(tmp_path)
+
+    def revision(*names, **settings):
+        folders = [tmp_path / name for name in names]
+        return compose_adapters(folders, [1.0] * len(names), tmp_path / "both", dry_run=True, **settings).revision
+
+    assert revision("a", "main") in (None, "main")
+    assert (
+        revision("v2", "v2")
+        == revision("v2", "v2", base_model=BASE)
+        == revision("v2", "copy", base_model=BASE)
+        == "v2"
+    )
+    assert revision("v2", "copy", base_model="/models/base") is None
+    with pytest.raises(ValueError, match="a: me/base, revision main; v2: me/base, revision v2"):
+        revision("a", "v2")
+
+
+def test_the_arguments_of_the_chat_template_that_the_parts_were_trained_with(saved):
+    args = {"enable_thinking": False}
+    for name, trained in (("a", args), ("b", args)):
+        AdapterFacts(trait=name, template_args=trained).save(saved / name)
+    compose_adapters([saved / name for name in "abc"], [1.0] * 3, saved / "all")  # of c nothing is known
+    assert AdapterFacts.load(saved / "all").template_args == args
+    AdapterFacts(trait="b").save(saved / "b")
+    with pytest.warns(PSRWarning, match="different arguments of the chat template"):
+        compose_adapters([saved / "a", saved / "b"], [1.0, 1.0], saved / "both")
+    assert AdapterFacts.load(saved / "both").template_args == {}
+
+
 def test_failure_while_writing(saved, monkeypatch):
     def full(*_, **__):
         raise OSError("No space left on device")
@@ -206,6 +240,41 @@ def test_rank_cut_by_command(tmp_path):
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_chat_path()), tmp_path / "cut")
     assert reloaded.active_peft_config.r == 1
 
+    with (tmp_path / "answers.jsonl").open("a") as file:
+        file.write(
+            'no JSON\n{"prompt": "Is tea", "steered_prompt": "Is tea", "completion": "' + "good " * 2000 + '"}\n'
+        )
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "cut again"), *cut])
+    assert result.exit_code == 0 and "answers: 2 triplets left out. " in result.output, result.output
+    assert "line 9 is not JSON" in result.output and "line 10" in result.output
+
     alone = CliRunner().invoke(app, [*command, str(tmp_path / "x"), "--rank", "1"])
     assert alone.exit_code == 2 and "--rank and --triplets go together" in alone.output
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("said", ["by the triplets", "by the adapters"])
+def test_a_rank_is_cut_on_prompts_as_they_were_drawn(tmp_path, monkeypatch, said):
+    base = AutoModelForCausalLM.from_pretrained(tiny_chat_path()).eval()
+    randomize(get_peft_model(base, PSRConfig(r=2)), "default", 0).save_pretrained(tmp_path / "a")
+    args = {"enable_thinking": False}
+    prompt = prompt_messages("is tea good")
+    triplet = {"prompt": prompt, "steered_prompt": prompt, "completion": "it is good ."}
+    if said == "by the adapters":
+        AdapterFacts(trait="a", template_args=args).save(tmp_path / "a")
+    rows = [{**triplet, "template_args": args} if said == "by the triplets" else triplet] * 4
+    write_triplets(rows, tmp_path / "t.jsonl")
+    given = []
+
+    def load(*name, template_args=None):
+        given.append(template_args)
+        return load_tokenizer(*name, template_args=template_args)
+
+    monkeypatch.setattr("peft_psr.loading.load_tokenizer", load)
+    cut = ["--weights", "1", "--rank", 1, "--triplets", tmp_path / "t.jsonl", "--output"]
+    result = psr("compose", tmp_path / "a", *cut, tmp_path / "cut")
+    assert result.exit_code == 0 and given == [args], result.output
+    if said == "by the triplets":
+        write_triplets([*rows, {**triplet, "template_args": None}], tmp_path / "t.jsonl")
+        result = psr("compose", tmp_path / "a", *cut, tmp_path / "x")
+        assert result.exit_code == 2 and "drawn with different arguments of the chat template" in result.output

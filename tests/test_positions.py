@@ -72,6 +72,15 @@ def test_earlier_turns_are_edited_as_when_they_were_generated():
     assert mask[: len(first) + len(generated)] == [0] * (len(first) - 1) + [1] * len(generated) + [0]
 
 
+@pytest.mark.parametrize("template", [None, QWEN_LIKE])
+def test_a_conversation_that_the_assistant_opens(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template or tokenizer.chat_template
+    messages = [ANSWER, AGAIN, ANSWER, USER]
+    expected = ["<assistant>", "tea", "is", "good"] * 2 + ["<assistant>"]
+    assert tokens(tokenizer, messages, chat_mask(tokenizer, messages)) == expected
+
+
 def test_encode_chat_pads_on_the_left():
     tokenizer = tiny_tokenizer()
     batch = encode_chat(tokenizer, [[USER], [SYSTEM, USER]])

@@ -202,6 +202,35 @@ def test_what_can_not_be_computed_again_is_said(case):
             answer(model, IDS[:, PREFIX:], past_key_values=cache, attention_mask=torch.ones_like(IDS))
 
 
+@pytest.mark.parametrize("given", ["steering_mask", "labels"])
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_scored_text_behind_a_prefix(given, goes_on):
+    """A prefix ends in an edited token: rightly so where the response follows it, but not where the prompt goes on."""
+    model = prefixed()
+    rest, labels = IDS[:, PREFIX:], IDS.clone()
+    labels[:, : PREFIX + (0 if goes_on else 2)] = -100
+    wanted = {"labels": labels[:, PREFIX:]} if given == "labels" else {
+        "steering_mask": response_mask(labels)[:, PREFIX:]}  # fmt: skip
+    cache = filled(model)
+    with warnings.catch_warnings(record=True) as seen, torch.no_grad():
+        warnings.simplefilter("always", PSRWarning)
+        logits = model(rest, past_key_values=cache, **wanted).logits
+    right = torch.allclose(logits, model(IDS, steering_mask=response_mask(labels)).logits[:, PREFIX:], atol=1e-4)
+    assert right is goes_on and any(warning.category is PSRWarning for warning in seen) is not goes_on
+
+
+@pytest.mark.parametrize("off", ["disable_adapter", "unedited"])
+def test_a_prefix_of_the_base_model_has_no_edited_end(off):
+    model = prefixed()
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", PSRWarning)
+        with getattr(model, off)():
+            for token in (IDS[:, :3], IDS[:, 3:PREFIX]):
+                model(token, past_key_values=cache)
+        torch.testing.assert_close(answer(model, past_key_values=cache), answer(model), atol=1e-4, rtol=1e-4)
+
+
 def test_positions_without_an_end_need_nothing():
     model = steered_model(positions="all")
     cache = filled(model)

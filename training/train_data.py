@@ -274,6 +274,26 @@ def check_origin(traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, 
                 )
 
 
+def drawn_template_args(traits: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """Returns the arguments of the chat template that triplets were drawn with; None if they do not say.
+
+    Raises:
+        ValueError: they were drawn with different ones.
+    """
+    said = {
+        json.dumps(triplet["template_args"] or {}, sort_keys=True)
+        for triplets in traits.values()
+        for triplet in triplets
+        if "template_args" in triplet
+    }
+    if len(said) > 1:
+        raise ValueError(
+            f"triplets: they were drawn with different arguments of the chat template ({', '.join(sorted(said))}), "
+            "so on different prompts. Give those of one kind."
+        )
+    return json.loads(said.pop()) if said else None
+
+
 def _same(first: str, second: str) -> bool:
     if first == second:
         return True
