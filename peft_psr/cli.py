@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +158,7 @@ def compose(
         numbers = _numbers(weights)
         combined = compose_adapters(adapters, numbers, output, base_model=base_model or None, dry_run=True)
         if not dry_run:
-            cut = {} if triplets is None else _cut_settings(combined, adapters, rank, triplets, console)
+            cut = {} if triplets is None else _cut_settings(combined, rank, triplets, adapters, console)
             combined = compose_adapters(adapters, numbers, output, base_model=base_model or None, **cut)
         layers = combined.layers_to_transform or combined.target_modules or "all"
         kept = combined.r if rank is None else min(rank, combined.r)
@@ -168,9 +169,13 @@ def compose(
 
 
 def _cut_settings(
-    config: PSRConfig, adapters: list[str], rank: int | None, path: Path, console: Console
+    config: PSRConfig, rank: int | None, path: Path, adapters: Sequence[str] = (), console: Console | None = None
 ) -> dict[str, Any]:
-    """What a rank cut takes besides the adapters: the base model, and samples from triplets."""
+    """What a rank cut takes besides the adapters: the base model, and samples from triplets.
+
+    Triplets that do not say with which arguments of the chat template they were drawn are taken as drawn with those
+    that the adapters were trained with.
+    """
     from peft_psr.facts import shared_template_args
     from peft_psr.loading import load_model, load_tokenizer
     from peft_psr.saved_adapters import read_facts
@@ -192,7 +197,7 @@ def _cut_settings(
         fine, left_out = usable(trait, triplets, found.places[trait], collator, context_length(model.config))
         left_out = [*found.left_out[trait], *left_out]
         check_share(trait, sum(fine), left_out)
-        if left_out:
+        if left_out and console is not None:
             console.print(f"{trait}: {len(left_out)} triplets left out. {in_words(left_out)}")
         examples += [triplet for triplet, there in zip(triplets, fine, strict=True) if there]
     return {"svd_rank": rank, "model": model, "samples": collator.steering_batches(examples)}

@@ -8,7 +8,6 @@ import pytest
 import torch
 from byte_tokenizer import CHATML, byte_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from rich.console import Console
 from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -86,7 +85,7 @@ def test_every_door_loads_the_adapters_revision(hub):
         {"prompt": user, "steered_prompt": [{"role": "system", "content": "be formal"}, *user], "completion": "ok"}
     ]
     write_triplets(rows, hub / "rows.jsonl")
-    settings = _cut_settings(model.peft_config["f"], [where], 1, hub / "rows.jsonl", Console())
+    settings = _cut_settings(model.peft_config["f"], 1, hub / "rows.jsonl")
     assert torch.equal(weight(settings["model"]), expected)
     write_model_card(where, AdapterFacts(template_args={"enable_thinking": False}))
     card = (hub / "formal" / "README.md").read_text(encoding="utf-8")
