@@ -6,14 +6,13 @@ negatives, of the concept's own genre, that no adapter of the concept is trained
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_psr.text import check_unicode, read_text
+from peft_psr.files import digest
+from peft_psr.text import check_unicode, parse_json, read_text, text_lines
 from peft_psr.training.axbench import Concept, Question
 
 
@@ -34,7 +33,7 @@ class Trial:
     @property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that stand for the instructions."""
-        return hashlib.sha256(json.dumps([self.choosing, self.scoring]).encode()).hexdigest()[:16]
+        return digest([self.choosing, self.scoring], 16)
 
 
 def read_instructions(path: str | Path) -> list[Question]:
@@ -51,16 +50,15 @@ def read_instructions(path: str | Path) -> list[Question]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"questions_data: no file {str(path)!r}.")
-    text = read_text(path)
     entries: list[tuple[str, object]]
     if path.suffix == ".json":
-        content = _json(text, str(path))
+        content = parse_json(read_text(path), str(path))
         if not isinstance(content, list):
             raise ValueError(f"{path} must hold a list of instructions, got {type(content).__name__}.")
         entries = [(f"{path}, entry {number}", entry) for number, entry in enumerate(content)]
     else:
-        lines = [(f"{path}, line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        entries = [(where, _json(line, where) if path.suffix == ".jsonl" else line) for where, line in lines]
+        lines = [(f"{path}, line {number}", line) for number, line in text_lines(path)]
+        entries = [(where, parse_json(line, where) if path.suffix == ".jsonl" else line) for where, line in lines]
     found: dict[str, Question] = {}
     for where, entry in entries:
         asked = entry.get("instruction") if isinstance(entry, dict) else entry
@@ -68,13 +66,6 @@ def read_instructions(path: str | Path) -> list[Question]:
             raise ValueError(f"{where} must be a text or an object with `instruction`, got {str(entry)[:100]!r}.")
         found.setdefault(asked.strip(), Question(check_unicode(asked, where).strip()))
     return list(found.values())
-
-
-def _json(text: str, where: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
 
 
 def make_trial(concept: Concept, questions: Sequence[Question], count: int, seed: int) -> Trial:

@@ -20,12 +20,12 @@ from safetensors import SafetensorError
 
 from peft_psr import PSRModel
 from peft_psr.chat import render_prompt
+from peft_psr.files import write_json
 from peft_psr.loading import ModelName, load_model, load_tokenizer, same_revision
 from peft_psr.saved_adapters import read_adapter_config, read_facts
 from peft_psr.text import check_unicode, composed
 
 from .chat_session import BASE, ChatSession
-from .experiment import write_json
 
 
 def name_adapters(arguments: Sequence[str]) -> dict[str, str]:
@@ -241,7 +241,7 @@ class Chat:
         turn = {"system": session.system, "user": question, "assistant": answer.text, "alphas": answer.alphas}
         self.turns.append(turn | {"cut": answer.cut})
         if self.transcript is not None:
-            write_json({"schema": 1, "seed": session.seed, "turns": self.turns}, self.transcript)
+            write_json(self.transcript, {"schema": 1, "seed": session.seed, "turns": self.turns})
 
     def _traits(self, rest: str) -> None:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

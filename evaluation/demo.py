@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr.facts import AdapterFacts, Score, package_versions
+from peft_psr.files import check_new_folder, write_json
 from peft_psr.model_card import write_model_card
 from peft_psr.positions import encode_chat
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
@@ -21,7 +22,7 @@ from peft_psr.training import add_instruction, sample_completions
 from peft_psr.training.branches import unedited
 from peft_psr.training.progress import Progress
 
-from .experiment import Experiment, Outcome, Sizes, Task, as_row, write_json
+from .experiment import Experiment, Outcome, Sizes, Task, as_row
 from .faithfulness import intervention_strength, relative_rmse
 from .methods import DEMO, METHODS
 from .plots import rmse_by_layer, strength_by_token, trait_against_coherence
@@ -75,14 +76,14 @@ def run_demo(
         {trait: what its `results.json` holds}.
 
     Raises:
-        FileExistsError: `output` is not empty.
+        FileExistsError, NotADirectoryError: `output` is not empty, or a file.
         ValueError: an unknown trait, or a model that does not know the grammar's words.
     """
     console = console or Console()
     for trait in traits:
         if trait not in TRAITS:
             raise ValueError(f"No trait {trait!r}; there are: {', '.join(TRAITS)}, or 'all'.")
-    check_output(output)
+    check_new_folder(output)
     processing_class = AutoTokenizer.from_pretrained(model_path)
     check_vocabulary(processing_class, model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path).eval()
@@ -96,14 +97,6 @@ def run_demo(
     if quick:
         console.print("[yellow]--quick: few samples, so these numbers are rough (several points either way).[/]")
     return results
-
-
-def check_output(output: Path) -> None:
-    """Raise `FileExistsError` if there is something in the folder already, or `NotADirectoryError` if it is none."""
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"--output {output} is a file; name a folder.")
-    if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"--output {output} is not empty; name another folder or empty it.")
 
 
 def check_vocabulary(processing_class, model_path: str) -> None:
@@ -171,7 +164,7 @@ def _run_trait(trait: str, model, processing_class, model_path: str, folder: Pat
         "best": best.method,
         "rows": [as_row(outcome) for outcome in outcomes],
     }  # fmt: skip
-    write_json(result, folder / "results.json")
+    write_json(folder / "results.json", result)
     console.print(_how_to_load(folder, model_path, best), soft_wrap=True)
     console.print(f"{trait}: {time.perf_counter() - start:.0f} s; results and figures in {folder}")
     return result

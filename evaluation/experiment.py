@@ -5,7 +5,6 @@ Training sees the training instructions, topics and question forms; every score 
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from peft_psr.files import write_whole
 from peft_psr.judging import Judge, Message
 from peft_psr.training import Triplet, add_instruction, filter_triplets, generate_triplets
 
@@ -237,8 +235,3 @@ def as_row(outcome: Outcome) -> dict[str, Any]:
         "curve": [[point.alpha, round(point.trait, 3), round(point.coherence, 3)] for point in outcome.curve],
     }
     return {**row, "why": why} if why else row
-
-
-def write_json(data: Any, path: Path) -> None:
-    """Write JSON; the file is whole or as it was before."""
-    write_whole(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -13,8 +13,6 @@ arXiv 2605.03907 for the protocol: strength 1, no search.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -22,6 +20,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from peft_psr.files import digest
 from peft_psr.judging import JudgeScores, judge_answers
 from peft_psr.training import PromptPair, Triplet
 from peft_psr.training.assembly import prompt_pairs
@@ -130,7 +129,7 @@ def run_ifeval(bench: Workbench) -> Report:
         known = {"model": cell["model"], "trait": cell["trait"], "seed": cell["seed"], "fold": fold.name}
         known["alpha"] = cell["alpha"]
         source = recipe.adapters.get(cell["method"])
-        content = _digest([[asdict(pair) for pair in fold.tested], fold.triplets, source])
+        content = digest([[asdict(pair) for pair in fold.tested], fold.triplets, source], 16)
         parameters = {name: value for name, value in cell.items() if value is not None}
         result = bench.cell(
             {**parameters, "fold": fold.name, "content": content}, partial(_measure, bench, checkers, fold, **cell)
@@ -313,7 +312,3 @@ def _answers(
             asked, completions, checkers.followed(pairs, [answer or "" for answer in answers]), scores, strict=True
         )
     ]
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,23 +11,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from peft_psr.files import write_whole
+from peft_psr.files import read_json, write_json
 
 from .method import Fitted
 
 
 FIT = "fit.json"
 _KNOWN = ("dead_gates", "notes", "seconds", "bytes")
-
-
-def digest(data: Any) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of some JSON."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def as_json(data: Any) -> str:
-    """JSON as files hold it; raises `ValueError` for a number that is not finite."""
-    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def kept_result(path: Path, key: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -45,15 +33,15 @@ def kept_result(path: Path, key: Mapping[str, Any], compute: Callable[[], dict[s
     """
     if not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, as_json({**key, "result": compute()}))
-    return json.loads(path.read_text(encoding="utf-8"))["result"]
+        write_json(path, {**key, "result": compute()}, allow_nan=False)
+    return read_json(path)["result"]
 
 
 def kept_adapter(folder: Path, base: PreTrainedModel) -> Fitted | None:
     """The adapter that `keep_adapter` left in a folder, on its base model; `None` if there is none."""
     if not (folder / FIT).is_file():
         return None
-    known = json.loads((folder / FIT).read_text(encoding="utf-8"))
+    known = read_json(folder / FIT)
     return Fitted(PeftModel.from_pretrained(base, folder).eval(), **{name: known[name] for name in _KNOWN})
 
 
@@ -70,5 +58,5 @@ def keep_adapter(folder: Path, fitted: Fitted, parameters: Mapping[str, Any]) ->
     fitted.model.save_pretrained(str(partial))
     fitted.bytes = (partial / "adapter_model.safetensors").stat().st_size
     known = {name: getattr(fitted, name) for name in _KNOWN}
-    write_whole(partial / FIT, as_json({**known, "parameters": dict(parameters)}))
+    write_json(partial / FIT, {**known, "parameters": dict(parameters)}, allow_nan=False)
     os.replace(partial, folder)

@@ -8,13 +8,13 @@ its texts plain answers outside a conversation, and unsafe requests it has none.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from peft_psr.chat import Prompt
+from peft_psr.files import read_json
 from peft_psr.judging import Message, content_text
 from peft_psr.tiny_chat import prompt_messages, questions, sample_answer
 from peft_psr.tiny_chat.traits import DROP_REQUESTS
@@ -49,7 +49,7 @@ def shipped_data() -> NeutralData:
     """What ships with the package."""
 
     def read(name: str) -> list[str]:
-        return json.loads((Path(__file__).parent / "neutral_data" / f"{name}.json").read_text(encoding="utf-8"))
+        return read_json(Path(__file__).parent / "neutral_data" / f"{name}.json")
 
     return NeutralData(
         prompts=[prompt_messages(text) for text in read("prompts")],

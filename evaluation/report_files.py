@@ -8,7 +8,6 @@ report.html     all of it on a page that needs no other file, no network and no 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from base64 import b64encode
@@ -22,7 +21,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from peft_psr.facts import package_versions
-from peft_psr.files import write_whole
+from peft_psr.files import as_json, read_json, write_whole
 
 from .method import PLAIN, PROMPT
 from .pages import render_page
@@ -58,7 +57,7 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
     images = {f"{name}.png": _png(figure) for name, (figure, _) in report.figures.items()}
     tables = [_cells(table) for table in report.tables]
     files: dict[str, str | bytes] = {
-        RESULTS: json.dumps(_as_json(report, run), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        RESULTS: as_json(_as_data(report, run), allow_nan=False),
         TABLES: _markdown(report, tables),
         **images,
         PAGE: _page(report, tables, run, images),
@@ -84,7 +83,7 @@ def _check(report: Report) -> None:
 
 def _run_of(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / RUN).read_text(encoding="utf-8"))
+        return read_json(folder / RUN)
     except FileNotFoundError:
         return {"versions": package_versions()}
 
@@ -169,7 +168,7 @@ def _md(text: str) -> str:
 # ---------------------------------------------------------------- JSON
 
 
-def _as_json(report: Report, run: Mapping[str, Any]) -> dict[str, Any]:
+def _as_data(report: Report, run: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "schema": 1,
         "title": report.title,

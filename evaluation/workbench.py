@@ -10,8 +10,6 @@ A hash is over all that the thing depends on: the recipe without its lists, the 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +23,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from peft_psr.facts import package_versions
-from peft_psr.files import write_whole
+from peft_psr.files import digest, sha256, write_json
 from peft_psr.judging import Judge
 from peft_psr.loading import load_config
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, write_triplets
@@ -34,13 +32,13 @@ from peft_psr.training.folder_lock import locked
 from peft_psr.training.placement import check_placement
 from peft_psr.training.progress import Progress
 from peft_psr.training.run import TripletRun
-from peft_psr.training.run_folder import check_run_folder, check_same_recipe
+from peft_psr.training.run_folder import begun_run, check_same_recipe
 from peft_psr.training.train_data import folder_name, read_traits, scan_traits
 
 from .given_adapters import check_adapter
 from .given_triplets import read_given
 from .held_out import draw_held_out
-from .keeping import as_json, digest, keep_adapter, kept_adapter, kept_result
+from .keeping import keep_adapter, kept_adapter, kept_result
 from .method import Fitted
 from .methods import METHODS
 from .recipe import EvaluateRecipe
@@ -100,9 +98,7 @@ class Workbench:
                 check_adapter(name, place, self.recipe)
 
     def _check_folder(self) -> None:
-        check_run_folder(self.folder, STATE, "run of psr evaluate")
-        if (self.folder / STATE).is_file():
-            begun = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+        if begun := begun_run(self.folder, STATE, "run of psr evaluate"):
             now = {"benchmark": self.benchmark, **_filter_of(self.recipe.model_dump()), **self.recipe.fixed()}
             before = {
                 "benchmark": begun.get("benchmark"), **_filter_of(begun.get("recipe", {})), **begun.get("fixed", {}),
@@ -126,7 +122,7 @@ class Workbench:
                 "recipe": self.recipe.model_dump(mode="json"),
                 "versions": package_versions(),
             }
-            write_whole(self.folder / STATE, as_json(state))
+            write_json(self.folder / STATE, state, allow_nan=False)
             with Progress(self.benchmark, None, unit="cells", shown=not self.console.quiet) as self._progress:
                 yield
             self._progress = None
@@ -230,7 +226,7 @@ class Workbench:
             raise ValueError(f"source: {self.recipe.source} has no test split of its own.")
         if (model, trait) not in self._held_out:
             pairs = self.pairs("test")[trait]
-            drawn_on = digest([[pair.prompt, pair.steered_prompt] for pair in pairs])
+            drawn_on = digest([[pair.prompt, pair.steered_prompt] for pair in pairs], 16)
             path = self.folder / HELD_OUT / folder_name(model) / f"{folder_name(trait)}-{drawn_on}.jsonl"
             self._held_out[model, trait] = self._draw_held_out(model, pairs, path)
         return self._held_out[model, trait]
@@ -292,10 +288,10 @@ class Workbench:
         described = {name: value for name, value in vars(settings).items() if name != "on_step"}
         parameters = {
             "model": model, "revision": self.recipe.revision, "dtype": self.recipe.dtype, "trait": trait,
-            "method": method, "part": part, "settings": described, "triplets": digest(rows),
+            "method": method, "part": part, "settings": described, "triplets": digest(rows, 16),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
-        folder = self.folder / ADAPTERS / digest(parameters)
+        folder = self.folder / ADAPTERS / digest(parameters, 16)
         known = kept_adapter(folder, base)
         if known is not None:
             return known
@@ -331,7 +327,7 @@ class Workbench:
             "asked": self._asked(parameters.get("trait", "")),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
-        path = self.folder / CELLS / f"{digest(full)}.json"
+        path = self.folder / CELLS / f"{digest(full, 16)}.json"
 
         made = []
 
@@ -351,19 +347,19 @@ class Workbench:
         if source is None:
             return None
         files = sorted(Path(source.format(trait=folder_name(trait))).glob("adapter_*"))
-        return [source, {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}]
+        return [source, {file.name: sha256(file.read_bytes()) for file in files}]
 
     def _asked(self, trait: str) -> str:
         """What a trait's prompts and its judge's hash to: the files that they come from may change."""
         recipe = self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, "test")
         pairs = [asdict(pair) for split in SPLITS for pair in self.pairs(split).get(trait, ())]
         own, coherence = judge_prompts(recipe, self.pairs("test").get(trait, ())) if recipe.model_judge else ({}, "")
-        return digest([pairs, own.get(trait), coherence])
+        return digest([pairs, own.get(trait), coherence], 16)
 
     @cached_property
     def _given_triplets(self) -> str | None:
         """What the recipe's triplets hash to, if it has any."""
-        return digest(scan_traits(self.recipe.triplets).traits) if self.recipe.triplets else None
+        return digest(scan_traits(self.recipe.triplets).traits, 16) if self.recipe.triplets else None
 
     def _say(self, what: str) -> None:
         if self._progress:

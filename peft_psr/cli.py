@@ -74,8 +74,9 @@ def demo(
     from transformers.utils import logging
 
     from peft_psr import tiny_chat_path
-    from peft_psr.evaluation.demo import check_output, run_demo
+    from peft_psr.evaluation.demo import run_demo
     from peft_psr.evaluation.methods import DEMO
+    from peft_psr.files import check_new_folder
     from peft_psr.tiny_chat import TRAITS
 
     logging.disable_progress_bar()
@@ -85,7 +86,7 @@ def demo(
         for name in traits:
             if name not in TRAITS:
                 raise ValueError(f"No trait {name!r}; there are: {', '.join(TRAITS)}, or 'all'.")
-        check_output(output)
+        check_new_folder(output)
         if model and not (Path(model) / "config.json").is_file():
             raise FileNotFoundError(f"--model {model} is no model folder (it has no config.json).")
         if dry_run:

@@ -5,7 +5,6 @@ Saved beside the adapter as `psr_facts.json`; the model card is written from it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -19,7 +18,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ._version import __version__
 from .config import PSRWarning, check_strength
-from .files import write_whole
+from .files import read_json, sha256, write_json
 
 
 FACTS_NAME = "psr_facts.json"
@@ -164,13 +163,13 @@ class AdapterFacts:
         if not path.is_file():
             return None
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             described = values.pop("weights_sha256", None)
             facts = cls.from_dict(values)
         except (AttributeError, ValueError, TypeError) as error:
             raise ValueError(f"{path} does not hold an adapter's facts: {error}") from error
         weights = path.with_name(SAFETENSORS_WEIGHTS_NAME)
-        if described is not None and weights.is_file() and described != _sha256(weights):
+        if described is not None and weights.is_file() and described != sha256(weights.read_bytes()):
             raise ValueError(
                 f"{path} was written for other weights than those beside it. Write the facts of these, or remove it."
             )
@@ -181,9 +180,8 @@ class AdapterFacts:
         known: dict[str, Any] = {name: value for name, value in asdict(self).items() if value not in (None, (), {})}
         weights = Path(folder) / SAFETENSORS_WEIGHTS_NAME
         if weights.is_file():
-            known["weights_sha256"] = _sha256(weights)
-        text = json.dumps(known, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_whole(Path(folder) / FACTS_NAME, text)
+            known["weights_sha256"] = sha256(weights.read_bytes())
+        write_json(Path(folder) / FACTS_NAME, known, allow_nan=False)
 
 
 def shared_template_args(facts: Iterable[AdapterFacts | None]) -> dict[str, Any]:
@@ -202,10 +200,6 @@ def shared_template_args(facts: Iterable[AdapterFacts | None]) -> dict[str, Any]
         )
         return {}
     return known[0] if known else {}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def package_versions() -> dict[str, str]:

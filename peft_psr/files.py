@@ -1,10 +1,14 @@
-"""Files that are whole or as they were before."""
+"""Files that are whole or as they were before; JSON in them, and what data hashes to."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -27,6 +31,61 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise not_written(error, path) from error
+
+
+def check_folder(path: str | os.PathLike) -> None:
+    """Raise `NotADirectoryError` if there is a file where a folder is to be."""
+    if Path(path).exists() and not Path(path).is_dir():
+        raise NotADirectoryError(f"{path} is a file; name a folder.")
+
+
+def check_new_folder(path: str | os.PathLike) -> None:
+    """Raise `FileExistsError` unless a folder is empty or to be made; `NotADirectoryError` if it is a file."""
+    check_folder(path)
+    if Path(path).exists() and any(Path(path).iterdir()):
+        raise FileExistsError(f"{path} is not empty; name another folder or empty it.")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file of ours holds.
+
+    Raises:
+        OSError: it is not there, or can't be read.
+        ValueError: it is no JSON in UTF-8.
+    """
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def write_json(path: str | os.PathLike, data: Any, allow_nan: bool = True) -> None:
+    """Write JSON as `as_json` lays it out, with `write_whole`."""
+    write_whole(path, as_json(data, allow_nan))
+
+
+def as_json(data: Any, allow_nan: bool = True) -> str:
+    """JSON as files hold it.
+
+    Raises:
+        ValueError: without `allow_nan`, a number is not finite.
+    """
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
+
+
+def as_json_lines(rows: Iterable[Any]) -> str:
+    """JSONL: each row on a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def digest(data: Any, digits: int = 64) -> str:
+    """The first hexadecimal digits of the SHA-256 of some JSON, in whatever order its keys come.
+
+    Runs that were begun before are known by it: it must not change.
+    """
+    return sha256(json.dumps(data, sort_keys=True))[:digits]
+
+
+def sha256(content: str | bytes) -> str:
+    """The SHA-256 of bytes, or of a text in UTF-8, in hexadecimal digits."""
+    return hashlib.sha256(encode(content) if isinstance(content, str) else content).hexdigest()
 
 
 def encode(text: str) -> bytes:

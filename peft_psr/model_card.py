@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from peft.utils import CONFIG_NAME
 
 from .config import PSRConfig
 from .facts import AdapterFacts
-from .files import write_whole
+from .files import read_json, sha256, write_whole
 
 
 CARD_NAME = "README.md"
@@ -84,7 +83,7 @@ def read_config(folder: Path) -> PSRConfig:
             "adapters with a name of their own are in a subfolder of that name."
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("peft_type")
+        found = read_json(path).get("peft_type")
     except AttributeError as error:
         raise ValueError(f"{path} holds no object, so no adapter's configuration.") from error
     except ValueError as error:
@@ -178,7 +177,7 @@ def render(config: PSRConfig, facts: AdapterFacts, name: str, figure: str | None
 def _digest(card: ModelCard) -> str:
     """Of all that PEFT leaves alone when it saves an adapter into a folder with a card."""
     ours = {name: value for name, value in card.data.to_dict().items() if name not in SET_BY_PEFT}
-    return hashlib.sha256(json.dumps([ours, card.text.strip()]).encode("utf-8")).hexdigest()[:16]
+    return sha256(json.dumps([ours, card.text.strip()]))[:16]
 
 
 def _on_one_line(value: Any) -> Any:

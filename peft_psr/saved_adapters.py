@@ -23,6 +23,7 @@ from .composition import check_weights, combine_units, combined_config, edit_fac
 from .config import PSRConfig
 from .decoder import layer_index
 from .facts import FACTS_NAME, AdapterFacts, Part, package_versions, shared_template_args
+from .files import check_new_folder
 from .fit import KEY_OF_UNIT, KEY_PREFIX
 from .layer import PSRUnit
 from .model_card import is_hub_name, write_model_card
@@ -175,7 +176,7 @@ def compose_adapters(
         The combination's configuration.
 
     Raises:
-        FileExistsError: there is something at `output`.
+        FileExistsError, NotADirectoryError: there is something at `output`.
         OSError: the Hub can't be reached.
         ValueError: weights and adapters do not match, an adapter is none or of another kind, or they can't be one:
             different base models, positions or widths, weights beside the edits; or `svd_rank` without model or
@@ -184,8 +185,7 @@ def compose_adapters(
     output = Path(output)
     if svd_rank is not None and (model is None or not samples):
         raise ValueError("svd_rank needs the base model and samples: a rank is cut by a fit to what the edit does.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and is not an empty folder; choose another name for the combination.")
+    check_new_folder(output)
     weights = check_weights(sources, weights)
     adapters = [read_adapter(source) for source in sources]
     config, units = combine_adapters(adapters, weights, base_model)

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from .config import PSRConfig
 from .facts import FACTS_NAME, AdapterFacts
+from .files import read_json
 from .model_card import CARD_NAME, FIGURE_NAME, is_hub_name, is_own_card, read_config, write_model_card
 
 
@@ -177,7 +178,7 @@ def _stage(
     for name in FILES:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, staged / name)
-    settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) | {"base_model_name_or_path": base_model}
+    settings = read_json(folder / CONFIG_NAME) | {"base_model_name_or_path": base_model}
     (staged / CONFIG_NAME).write_text(json.dumps(settings, indent=2, sort_keys=True), encoding="utf-8")
     if facts is not None:
         facts.save(staged)
@@ -212,7 +213,7 @@ def _check_repository(
             f"{repo_id} exists and holds no adapter ({', '.join(sorted(present)[:5])}). Choose another name."
         )
     path = api.hf_hub_download(repo_id, CONFIG_NAME, revision=info.sha)
-    there = json.loads(Path(path).read_text(encoding="utf-8"))
+    there = read_json(path)
     if there.get("peft_type") != "PSR" or there.get("base_model_name_or_path") != base_model:
         raise ValueError(
             f"{repo_id} holds a {there.get('peft_type')} adapter of {there.get('base_model_name_or_path')!r}, and "

@@ -1,11 +1,14 @@
-"""Text as users bring it: UTF-8, whatever the locale, or refused in words; names in one Unicode form."""
+"""Text and JSON as users bring them: UTF-8, whatever the locale, or refused in words; names in one Unicode form."""
 
 from __future__ import annotations
 
 import codecs
+import json
 import os
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def read_text(path: str | os.PathLike) -> str:
@@ -26,6 +29,21 @@ def read_text(path: str | os.PathLike) -> str:
             f"{path}, line {line} is not UTF-8: it holds the byte 0x{content[error.start]:02x}, as a file saved as "
             "Latin-1 or Windows-1252 does. Save it as UTF-8."
         ) from error
+
+
+def text_lines(path: str | os.PathLike) -> Iterator[tuple[int, str]]:
+    """Yields a file's lines that are not blank, each with its number; raises as `read_text`."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            yield number, line
+
+
+def parse_json(text: str, where: str) -> Any:
+    """What JSON says; raises `ValueError`, naming `where`, if it is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
 
 
 def check_unicode(text: str, where: str) -> str:

@@ -194,7 +194,7 @@ def test_adapters_that_are_none(folder, tmp_path, file, content, message):
 
 def test_a_draft_is_not_asked_for_where_it_can_not_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="file is a file; name the folder"):
+    with pytest.raises(NotADirectoryError, match="file is a file; name a folder"):
         draft_trait("grim", "Grim.", lambda messages: pytest.fail("asked"), tmp_path / "file")
 
 

@@ -124,7 +124,7 @@ def test_mistakes_leave_nothing_behind(saved, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             compose_adapters([saved / name for name in names], weights, saved / "both")
-    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+    with pytest.raises(FileExistsError, match="is not empty; name another folder"):
         compose_adapters([saved / "b"], [1], saved / "a")
     assert sorted(saved.rglob("*")) == before
 
@@ -197,7 +197,7 @@ def test_command_line(saved):
     assert done.exit_code == 0 and "rank 4, layers [0, 1, 3]" in done.output
     assert [part.weight for part in AdapterFacts.load(saved / "both").parts] == [-1.0, 0.5]
     again = psr("compose", "--config", options)
-    assert again.exit_code == 2 and "error:" in again.output and "not an empty folder" in again.output
+    assert again.exit_code == 2 and "error:" in again.output and "is not empty" in again.output
     wrong = psr("compose", saved / "a", "--weights", "much", "--output", saved / "x")
     assert wrong.exit_code == 2 and "must be numbers" in wrong.output
 

@@ -5,7 +5,6 @@ One SQLite file. Several processes may use it at once; a kill leaves either all 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -14,7 +13,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft_psr.files import encode
+from peft_psr.files import encode, sha256
 
 
 KEYS_A_QUERY = 500
@@ -23,8 +22,7 @@ KEYS_A_QUERY = 500
 
 def answer_key(model: Mapping[str, Any], prompt: Any, parameters: Mapping[str, Any]) -> str:
     """SHA-256 of what was asked: of whom, what, and how, all JSON. API keys have no place in it."""
-    content = json.dumps([model, prompt, parameters], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(encode(content)).hexdigest()
+    return sha256(json.dumps([model, prompt, parameters], sort_keys=True, ensure_ascii=False))
 
 
 class AnswerCache:

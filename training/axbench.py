@@ -6,13 +6,12 @@ A folder of it holds `metadata.jsonl` (`concept_id`, `concept`, `concept_genres_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_psr.text import check_unicode, read_text
+from peft_psr.text import check_unicode, parse_json, text_lines
 
 from .draws import PromptPair
 from .placement import Placement, add_instruction
@@ -193,16 +192,12 @@ def _only(paths: list[Path], folder: Path, pattern: str) -> Path:
 def _read_metadata(path: Path) -> dict[int, tuple[str, tuple[str, ...]]]:
     """{concept id: (description, genres)}."""
     described = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in text_lines(path):
         where = f"{path}, line {number}"
+        row = parse_json(line, where)
         try:
-            row = json.loads(line)
             concept_id, concept = row["concept_id"], row["concept"]
             genres = row.get("concept_genres_map", {}).get(concept, [])
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where} must be an object with concept_id and concept, got {line[:100]!r}.") from error
         if not isinstance(concept_id, int) or not isinstance(concept, str) or not concept.strip():

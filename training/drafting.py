@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft_psr.files import write_whole
+from peft_psr.files import check_folder, write_json
 from peft_psr.judging import Message
 
 from .judge_prompts import TRAIT_PROMPT
@@ -56,7 +56,8 @@ def draft_trait(name: str, description: str, chat: Chat, folder: str | Path, att
         The file of each split; `read_trait(folder, split, name)` reads it.
 
     Raises:
-        FileExistsError: there is a trait of that name in the folder, which may be no folder.
+        FileExistsError: there is a trait of that name in the folder.
+        NotADirectoryError: `folder` is a file.
         ValueError: a malformed name, an empty description, `attempts` below 1, or no usable answer; the message holds
             what was wrong with the last one and how it began.
     """
@@ -66,8 +67,7 @@ def draft_trait(name: str, description: str, chat: Chat, folder: str | Path, att
         raise ValueError(f"description must say in a sentence what the trait {name!r} is, got an empty one.")
     if attempts < 1:
         raise ValueError(f"attempts must be at least 1, got {attempts}.")
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise FileExistsError(f"{folder} is a file; name the folder that the trait's files go to.")
+    check_folder(folder)
     paths = {split: Path(folder) / part / f"{name}.json" for split, part in SPLIT_FOLDERS.items()}
     for path in paths.values():
         if path.exists():
@@ -75,7 +75,7 @@ def draft_trait(name: str, description: str, chat: Chat, folder: str | Path, att
     drafted = _ask(name, description.strip(), chat, attempts)
     for split, path in paths.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(drafted[split], indent=2, ensure_ascii=False) + "\n")
+        write_json(path, drafted[split])
     return paths
 
 

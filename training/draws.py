@@ -4,13 +4,13 @@ A source of traits yields `PromptPair`s; a run numbers several `Draw`s on each; 
 or `Failure`s. Nothing here loads a model or opens a connection.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from peft_psr.chat import Prompt
+from peft_psr.files import sha256
 from peft_psr.reasoning import split_reasoning
 
 
@@ -103,8 +103,7 @@ class Sampler(Protocol):
 
 def draw_seed(run_seed: int, draw_id: str) -> int:
     """Returns the draw's seed, 31 bits of SHA-256 of both: the same in any order, batch or restart."""
-    digest = hashlib.sha256(f"{run_seed}/{draw_id}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+    return int(sha256(f"{run_seed}/{draw_id}")[:8], 16) >> 1
 
 
 def draws_on(pair: PromptPair, count: int, run_seed: int) -> list[Draw]:
@@ -122,4 +121,4 @@ def template_hash(template: Any) -> str | None:
     if not template:
         return None
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256(text)[:16]

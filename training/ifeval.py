@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 from peft_psr.judging import Judge, JudgeScores, Message
-from peft_psr.text import check_unicode, read_text
+from peft_psr.text import check_unicode, parse_json, text_lines
 
 from .draws import PromptPair
 
@@ -75,7 +75,8 @@ def read_ifeval(path: str | Path, instruction_ids: Collection[str] | None = None
     occurrences: Counter[tuple[str, str]] = Counter()
     found = set()
     for file in files:
-        for number, row in _rows(file):
+        for number, line in text_lines(file):
+            row = _checked_row(line, f"{file}, line {number}")
             trait, key = " + ".join(row["instruction_id_list"]), str(row.get("key", number))
             found.add(trait)
             occurrence = occurrences[trait, key]
@@ -195,18 +196,8 @@ class IFEvalJudge:
         )
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a file with their line numbers."""
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if line.strip():
-            yield number, _checked_row(line, f"{file}, line {number}")
-
-
 def _checked_row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+    row = parse_json(line, where)
     if not isinstance(row, dict):
         raise ValueError(f"{where}: an IFEval prompt is an object, got {type(row).__name__}.")
     for name in ("prompt", "prompt_without_instruction"):

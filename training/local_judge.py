@@ -16,7 +16,6 @@ would follow the less likely numbers is not looked at.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import json
 from collections.abc import Generator
@@ -28,6 +27,7 @@ from transformers import PreTrainedModel
 
 from peft_psr.caches import cache_name, cache_of
 from peft_psr.chat import encode_prompt, encode_text, pad_id, render_prompt, render_turns
+from peft_psr.files import sha256
 from peft_psr.positions import pad_rows
 
 from .answer_cache import AnswerCache
@@ -243,16 +243,16 @@ def _single(numbers: dict[int, Tokens]) -> bool:
 
 def _identity(model, processing_class) -> dict[str, Any]:
     """Name, revision, weights and template: two models of one name are told apart by some of their weights."""
-    digest = hashlib.sha256()
+    sample = []
     for name, parameter in model.named_parameters():
-        digest.update(json.dumps([name, list(parameter.shape), str(parameter.dtype)]).encode())
+        sample.append(json.dumps([name, list(parameter.shape), str(parameter.dtype)]))
         if not parameter.is_meta:
             flat = parameter.detach().flatten()
             some = flat[:: max(1, flat.numel() // 16)][:32]
-            digest.update(json.dumps(some.float().tolist()).encode())
+            sample.append(json.dumps(some.float().tolist()))
     return {
         "model": model.config.name_or_path,
         "revision": getattr(model.config, "_commit_hash", None),
-        "weights_sample": digest.hexdigest(),
+        "weights_sample": sha256("".join(sample)),
         "template_hash": template_hash(processing_class.chat_template),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 import types
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from peft_psr.files import digest
 from peft_psr.text import composed
 
 from .yaml_reading import parse_yaml, read_yaml
@@ -66,7 +66,7 @@ class RecipeFields(BaseModel):
 
     def fixed_hash(self) -> str:
         """SHA-256 of `fixed()`."""
-        return hashlib.sha256(json.dumps(self.fixed(), sort_keys=True).encode()).hexdigest()
+        return digest(self.fixed())
 
 
 def _from_text(name: str, value: Any, kinds: Sequence[Any]) -> Any:

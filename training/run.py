@@ -6,15 +6,13 @@ the end, in the order of the plan, so they do not depend on when the run was sto
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft_psr.facts import package_versions
-from peft_psr.files import encode, write_whole
+from peft_psr.files import as_json_lines, digest, sha256, write_json, write_whole
 from peft_psr.judging import Judge
 
 from .context import context_length
@@ -25,7 +23,7 @@ from .journal import Journal
 from .progress import Progress
 from .recipe import Recipe
 from .report import Counts, histograms, report
-from .run_folder import check_run_folder, check_same_recipe
+from .run_folder import begun_run, check_same_recipe
 from .sampling import LocalSampler
 
 
@@ -113,7 +111,6 @@ class TripletRun:
 
     def check(self) -> None:
         """Raises what `run` would raise at its start for the folder; writes nothing."""
-        check_run_folder(self.folder, STATE, "run")
         self._begun()
 
     @contextmanager
@@ -122,12 +119,11 @@ class TripletRun:
         with locked(self.folder):
             yield
 
-    def _begun(self) -> dict[str, Any] | None:
-        """The state of the run that was begun here, if there is one and it is this one."""
-        path = self.folder / STATE
-        if not path.exists():
-            return None
-        state = json.loads(path.read_text(encoding="utf-8"))
+    def _begun(self) -> dict[str, Any]:
+        """The state of the run that was begun here, which must be this one; empty if there is none."""
+        state = begun_run(self.folder, STATE, "run")
+        if not state:
+            return {}
         check_same_recipe(self.folder, state["fixed"], self.recipe.fixed())
         _name_as_now(state)
         if state["plan_hash"] != self._plan_hash():
@@ -138,10 +134,10 @@ class TripletRun:
         return state
 
     def _plan_hash(self) -> str:
-        return _hash([[p.id, p.trait, p.prompt, p.steered_prompt, p.negative] for p in self.pairs])
+        return digest([[p.id, p.trait, p.prompt, p.steered_prompt, p.negative] for p in self.pairs])
 
     def _save_state(self) -> None:
-        write_whole(self.folder / STATE, _as_json(self._state))
+        write_json(self.folder / STATE, self._state)
 
     def _draw(self, completions: Journal) -> None:
         done = _successes(completions.records)
@@ -296,9 +292,9 @@ class TripletRun:
             ]
         hashes = {}
         for name, kept in files.items():
-            content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            content = as_json_lines(kept)
             write_whole(self.folder / name, content)
-            hashes[name] = {"rows": len(kept), "sha256": hashlib.sha256(encode(content)).hexdigest()}
+            hashes[name] = {"rows": len(kept), "sha256": sha256(content)}
         write_whole(self.folder / FIGURE, histograms(rows, reasons, self.recipe.filter))
         write_whole(self.folder / REPORT, report(rows, reasons, counts, self.recipe, FIGURE))
         manifest = {
@@ -309,7 +305,7 @@ class TripletRun:
             "files": hashes,
             "versions": package_versions(),
         }
-        write_whole(self.folder / MANIFEST, _as_json(manifest))
+        write_json(self.folder / MANIFEST, manifest)
         if not files[TRIPLETS]:
             raise NothingKeptError(
                 f"None of {counts.drawn} completions was kept ({counts.why()}). See {self.folder / REPORT}: "
@@ -335,11 +331,3 @@ def _successes(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _needs_judge(record: dict[str, Any]) -> bool:
     return has_answer(record) and "unusable" not in record
-
-
-def _hash(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def _as_json(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
+
+from peft_psr.files import check_folder, read_json
 
 from .folder_lock import LOCK
 
 
-def check_run_folder(folder: Path, state: str, run: str) -> None:
-    """Raise unless the folder is new, empty, or holds a run.
+def begun_run(folder: Path, state: str, run: str, fields: Collection[str] = ()) -> dict[str, Any]:
+    """What the run that was begun in a folder has written down; empty if the folder is new or empty.
 
     Args:
         folder: The run's.
-        state: The file that every run writes there first.
+        state: The JSON file that every run writes there first.
         run: What a run is called.
+        fields: What the file holds, by which it is known from that of another kind of run.
 
     Raises:
-        FileExistsError: it holds something else.
+        FileExistsError: the folder holds something else.
         NotADirectoryError: it is a file.
     """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; name a folder.")
+    check_folder(folder)
     names = {path.name for path in folder.glob("*")} - {LOCK, state + ".partial"}
-    if names and state not in names:
+    begun = read_json(folder / state) if state in names else {}
+    if names and not (state in names and set(fields) <= set(begun)):
         raise FileExistsError(f"{folder} is not empty and holds no {run} ({state}); name another folder.")
+    return begun
 
 
 def check_same_recipe(folder: Path, begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from transformers.integrations import TensorBoardCallback
 
 from peft_psr import loading
 from peft_psr.config import PSRConfig
+from peft_psr.files import read_json
 
 from .arguments import PSRTrainingArguments
 from .initialization import initialize_psr_weights
@@ -242,7 +242,7 @@ def last_checkpoint(folder: Path, patience: int | None) -> Path | None:
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
     for path in found:
         try:  # the last file that is written
-            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            state = read_json(path / "trainer_state.json")
         except (OSError, ValueError):
             state = None
         if state is not None and not _has_ended(state, patience):

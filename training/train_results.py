@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from peft_psr.facts import AdapterFacts
-from peft_psr.files import write_whole
+from peft_psr.files import write_json, write_whole
 from peft_psr.judging import content_text
 from peft_psr.loading import EMBEDDED
 from peft_psr.model_card import write_model_card
@@ -62,7 +61,7 @@ def write_adapter_folder(
     if trainer.eval_dataset is not None:
         losses["eval_loss"] = _eval_loss(trainer, f"eval_loss/{adapter}" if trainer.several else "eval_loss")
     summary = {"trait": trait, "triplets": len(triplets), **more, **losses, **trainer.summary.to_json()}
-    write_whole(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / SUMMARY, summary)
 
 
 def _facts(trainer: PSRTrainer, recipe: TrainRecipe, trait: str, triplets: Sequence[Triplet]) -> AdapterFacts:

@@ -7,8 +7,6 @@ was never stopped, up to rounding.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -23,12 +21,12 @@ from typing import Any
 
 from accelerate import PartialState
 
-from peft_psr.files import write_whole
+from peft_psr.files import digest, read_json, write_json
 
 from .collator import TripletCollator
 from .context import context_length
-from .folder_lock import LOCK, locked
-from .run_folder import check_same_recipe
+from .folder_lock import locked
+from .run_folder import begun_run, check_same_recipe
 from .train_assembly import (
     add_adapters,
     last_checkpoint,
@@ -53,7 +51,6 @@ from .train_data import (
 )
 from .train_recipe import TrainRecipe
 from .train_results import SUMMARY, write_adapter_folder
-from .triplets import Triplet
 
 
 logger = logging.getLogger(__name__)
@@ -168,12 +165,7 @@ class TrainRun:
             self.left_out = {**self.left_out, name: left_out}
 
     def _check_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"{self.folder} is a file; name a folder.")
-        names = {path.name for path in self.folder.glob("*")} - {LOCK, STATE + ".partial"}
         state = self._state()
-        if names and not {"fixed", "triplets", "together"} <= set(state):
-            raise FileExistsError(f"{self.folder} is not empty and holds no run of psr train; name another folder.")
         if state:
             self._compare(state)
         for name in self.triplets:
@@ -186,7 +178,7 @@ class TrainRun:
         """Raise `ValueError` unless this run is the one that was begun."""
         check_same_recipe(self.folder, state["fixed"], self.recipe.fixed())
         for name, rows in self.triplets.items():
-            if state["triplets"].get(name, _digest(rows)) != _digest(rows):
+            if state["triplets"].get(name, digest(rows)) != digest(rows):
                 raise ValueError(
                     f"The triplets of {name!r} are not those that the run in {self.folder} was begun with. Put them "
                     "back to go on with it, or name another folder."
@@ -199,13 +191,12 @@ class TrainRun:
             )
 
     def _state(self) -> dict[str, Any]:
-        path = self.folder / STATE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return begun_run(self.folder, STATE, "run of psr train", ("fixed", "triplets", "together"))
 
     def _write_state(self, together: Sequence[str] | None) -> None:
-        triplets = self._state().get("triplets", {}) | {name: _digest(rows) for name, rows in self.triplets.items()}
+        triplets = self._state().get("triplets", {}) | {name: digest(rows) for name, rows in self.triplets.items()}
         state = {"fixed": self.recipe.fixed(), "triplets": triplets, "together": together}
-        write_whole(self.folder / STATE, json.dumps(state, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.folder / STATE, state)
 
     def folder_of(self, trait: str) -> Path:
         """Where a trait's adapter is, or will be."""
@@ -248,9 +239,7 @@ class TrainRun:
                 self._write_state(None)
                 if not self.recipe.keep_checkpoints:
                     shutil.rmtree(self.folder / CHECKPOINTS, ignore_errors=True)
-        return {
-            name: json.loads((self.folder_of(name) / SUMMARY).read_text(encoding="utf-8")) for name in self.triplets
-        }
+        return {name: read_json(self.folder_of(name) / SUMMARY) for name in self.triplets}
 
     @property
     def writes(self) -> bool:
@@ -315,7 +304,3 @@ class TrainRun:
         """Move finished adapter folders to where they belong."""
         for folder in sorted(self.folder.glob(f"{CHECKPOINTS}/*/{FINISHED}/*")):
             os.replace(folder, self.folder / folder.name)
-
-
-def _digest(triplets: Sequence[Triplet]) -> str:
-    return hashlib.sha256(json.dumps(triplets, sort_keys=True).encode()).hexdigest()

@@ -7,7 +7,6 @@ to test on, each with `instruction` (`{"pos", "neg"}` pairs), `questions` and `e
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -18,7 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from peft_psr.text import check_unicode, composed, read_text
+from peft_psr.text import check_unicode, composed, parse_json, read_text
 
 from .draws import PromptPair
 from .placement import Placement, add_instruction
@@ -247,12 +246,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 
 def _read_file(path: Path, name: str, split: Split) -> Trait:
-    text = read_text(path)
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    return parse_trait(data, name, split, str(path))
+    return parse_trait(parse_json(read_text(path), str(path)), name, split, str(path))
 
 
 def _list(data: dict[str, Any], field: str, where: str) -> list[Any]:

@@ -17,8 +17,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_psr.chat import Prompt
-from peft_psr.files import has_half_pair, write_whole
+from peft_psr.files import as_json_lines, has_half_pair, write_whole
 from peft_psr.judging import Judge, Message, content_text, judge_answers
+from peft_psr.text import parse_json
 
 from .placement import add_instruction
 from .sampling import Completion, sample_completions
@@ -129,7 +130,7 @@ def drawn_triplet(prompt: Prompt, steered_prompt: Prompt, drawn: Completion) -> 
 
 def write_triplets(triplets: Iterable[Triplet], path: str | os.PathLike) -> None:
     """Write triplets as JSONL; the file is whole or as it was before."""
-    write_whole(path, "".join(json.dumps(triplet, ensure_ascii=False) + "\n" for triplet in triplets))
+    write_whole(path, as_json_lines(triplets))
 
 
 def read_triplets(path: str | os.PathLike) -> list[Triplet]:
@@ -166,7 +167,7 @@ def scan_triplets(path: str | os.PathLike) -> Iterator[tuple[int, Triplet | Valu
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    triplet = json.loads(text)
+                    triplet = parse_json(text, where)
                     check_fields(triplet, where)
                     yield number, triplet
             except UnicodeDecodeError as error:
@@ -177,8 +178,6 @@ def scan_triplets(path: str | os.PathLike) -> Iterator[tuple[int, Triplet | Valu
                         f"Latin-1: iconv -f LATIN1 -t UTF-8 {path} > new.jsonl"
                     ),
                 )
-            except json.JSONDecodeError as error:
-                yield number, ValueError(f"{where} is not JSON: {error}")
             except ValueError as error:
                 yield number, error
 
