@@ -24,6 +24,8 @@ from timing import Interval, Task, count_operations, empty_cache, median_interva
 from transformers import PreTrainedModel
 from variants import SHAPES, VARIANTS, Variant, build_model, edit_error
 
+from peft_psr.files import write_json
+
 
 BUILDERS = {**VARIANTS, **PEERS}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -201,13 +203,6 @@ def floor_lines(section: dict[str, Any]) -> list[str]:
         share = work["edit_bytes"] / bandwidth / seconds[phase]
         lines.append(f"- {phase}: {work['operations']:.3%} in operations, {share:.3%} in time to move its bytes")
     return lines
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write the file whole, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel
 
 from peft_psr.evaluation.demo import tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
 from peft_psr.training import PSRTrainer, PSRTrainingArguments
+from peft_psr.training.step_progress import silence
 
 
 def trainer_of(model: PeftModel, train: Any, held_out: Any, tokenizer, folder: str, **settings: Any) -> PSRTrainer:
@@ -21,8 +22,7 @@ def trainer_of(model: PeftModel, train: Any, held_out: Any, tokenizer, folder: s
     made = PSRTrainer(
         model, PSRTrainingArguments(output_dir=folder, **settings), train, held_out, processing_class=tokenizer
     )
-    made.remove_callback(PrinterCallback)
-    made.remove_callback(ProgressCallback)
+    silence(made)
     return made
 
 

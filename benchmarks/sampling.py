@@ -10,7 +10,6 @@ compared too: in float32 they are the same.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import tiny_chat_path
+from peft_psr.files import write_json
 from peft_psr.training import LocalSampler
 from peft_psr.training.assembly import prompt_pairs
 from peft_psr.training.draws import Draw, Sample, draws_on
@@ -84,7 +84,7 @@ def main() -> None:
         print(f"| {row['batch_size']} | {row['completions_per_second']:.2f} | {row['times_one_at_a_time']:.1f} | "
               f"{row['same_texts']:.0%} |")  # fmt: skip
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from transformers import (
 
 from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.evaluation.experiment import Experiment
-from peft_psr.files import write_whole
+from peft_psr.files import write_json
 from peft_psr.training import PSRTrainer, Triplet, TripletCollator, initialize_psr_weights
 
 
@@ -278,7 +278,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_path())
     result = parts[options.part](options, base, tokenizer)
     if options.output:
-        write_whole(options.output, json.dumps({**result, "settings": str(vars(options)), "load": load}) + "\n")
+        write_json(options.output, {**result, "settings": str(vars(options)), "load": load})
 
 
 if __name__ == "__main__":

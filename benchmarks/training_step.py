@@ -13,7 +13,6 @@ round. The first epoch fills the cache and compiles. Texts are the embedded mode
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import random
@@ -33,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from variants import SHAPES, build_model
 
 from peft_psr import PSRConfig, tiny_chat_path
-from peft_psr.files import write_whole
+from peft_psr.files import write_json
 from peft_psr.training import Triplet, TripletCollator
 
 
@@ -192,7 +191,7 @@ def main() -> None:
     print(table(times, tokens))
     if options.output:
         result = {"settings": str(vars(options)), "load": load, "tokens": tokens, "times": times}
-        write_whole(options.output, json.dumps(result) + "\n")
+        write_json(options.output, result)
 
 
 if __name__ == "__main__":

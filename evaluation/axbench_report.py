@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from .axbench_judge import PROMPTS
 from .bootstrap import value_of
 from .method import PLAIN, PROMPT
-from .plots import styles
+from .plots import legend_beside, styles, titled_axes
 from .recipe import EvaluateRecipe
 from .report import Column, Report, Sample, Table, Value
 
@@ -151,10 +151,7 @@ def score_by_factor(methods: Mapping[str, Sequence[Cell]], title: str) -> Figure
         title: Of the figure.
     """
     steered = {name: cells for name, cells in methods.items() if any(cell["curve"] for cell in cells)}
-    figure = Figure(figsize=(8.2, max(4.8, 0.2 * len(methods) + 1)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11).set_parse_math(False)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, axes = titled_axes(title, (8.2, max(4.8, 0.2 * len(methods) + 1)))
     style = styles(steered)
     for name, cells in steered.items():
         curve = mean_curve(cells)
@@ -165,9 +162,7 @@ def score_by_factor(methods: Mapping[str, Sequence[Cell]], title: str) -> Figure
         if score is not None:
             axes.axhline(score, color="#777777", linewidth=1, linestyle=line, zorder=0, label=name)
     axes.set(xlabel="factor (strength alpha)", ylabel="score (0-2)", ylim=(-0.02, None))
-    legend = axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    legend_beside(axes)
     return figure
 
 

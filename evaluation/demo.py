@@ -14,7 +14,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr.facts import AdapterFacts, Score, package_versions
-from peft_psr.files import check_new_folder, write_json
+from peft_psr.files import as_png, check_new_folder, write_json, write_whole
 from peft_psr.model_card import write_model_card
 from peft_psr.positions import encode_chat
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
@@ -301,7 +301,7 @@ def _draw(experiment: Experiment, steered: PeftModel, outcomes: list[Outcome], b
     )
     figures["strength_by_token.png"] = strength_by_token(tokens, by_prompt, by_adapter, best.method)
     for name, figure in figures.items():
-        figure.savefig(folder / name, dpi=130)
+        write_whole(folder / name, as_png(figure))
 
 
 def _how_to_load(folder: Path, model_path: str, best: Outcome) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .plots import styles
+from .plots import legend_beside, styles, titled_axes
 
 
 REFERENCES = {
@@ -24,10 +24,8 @@ def strength_by_place(strengths: Mapping[str, Sequence[float]], trait: str) -> F
         strengths: {name: |change of the stream| / |stream| by place, from the last prompt token on}.
         trait: For the title.
     """
-    figure = Figure(figsize=(8.2, max(4.8, 0.2 * len(strengths) + 1)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(f"Change of the residual stream by place: {trait}", loc="left", fontsize=11, parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    size = (8.2, max(4.8, 0.2 * len(strengths) + 1))
+    figure, axes = titled_axes(f"Change of the residual stream by place: {trait}", size)
     others = styles([name for name in strengths if name not in REFERENCES])
     for name, values in strengths.items():
         # a method may leave a token alone, which a log scale can't show
@@ -36,7 +34,5 @@ def strength_by_place(strengths: Mapping[str, Sequence[float]], trait: str) -> F
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="token of the response (0: the last prompt token)", ylabel="|change| / |stream|, mean of layers")
-    legend = axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    legend_beside(axes)
     return figure

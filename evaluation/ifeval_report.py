@@ -13,6 +13,7 @@ from peft_psr.training.train_data import folder_name
 
 from .ifeval_scoring import ScoredAnswer, accuracy, by_condition, coherence, family
 from .method import PLAIN, PROMPT
+from .plots import panel_grid
 from .report import Column, Report, Sample, Table
 
 
@@ -243,9 +244,8 @@ def accuracy_by_type(answers: Sequence[ScoredAnswer], model: str) -> Figure:
     columns = min(PANELS_A_ROW, len(names))
     lines = -(-len(names) // columns)
     size = (2.6 + 1.9 * columns, 0.6 + lines * (0.65 + 0.19 * len(conditions)))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
-    for axes, (trait, name) in zip(panels, names.items(), strict=False):
+    figure, panels = panel_grid(len(names), columns, size)
+    for axes, (trait, name) in zip(panels, names.items(), strict=True):
         values = [accuracy([a for a in some if a.trait == trait], "strict") for some in conditions.values()]
         bars = axes.barh(
             list(conditions),
@@ -261,10 +261,7 @@ def accuracy_by_type(answers: Sequence[ScoredAnswer], model: str) -> Figure:
                 axes.plot([value.low, value.high], [place, place], color="#999999", linewidth=1)
         axes.set_title(name, loc="left", fontsize=9)
         axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.set(xlim=(0, 102), xticks=(0, 50, 100))
-    for axes in panels[len(names) :]:
-        axes.set_visible(False)
     figure.axes[0].invert_yaxis()
     figure.suptitle(f"Prompts whose instruction is followed (%, strict): {model}", fontsize=11)
     return figure

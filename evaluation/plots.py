@@ -83,7 +83,7 @@ def trait_against_coherence(
     lines = {method: [plain, *curve] for method, curve in curves.items()}
     if len(curves) > _MANY:
         return _panels(lines, plain, prompted, title)
-    figure, axes = _axes(title)
+    figure, axes = titled_axes(title)
     style = styles(curves)
     for method, points in lines.items():
         axes.plot(*_coordinates(points), label=method, markersize=4, **style[method])
@@ -92,9 +92,7 @@ def trait_against_coherence(
     axes.axvline(80, color="#bbbbbb", linewidth=1, zorder=0)
     axes.text(80.5, 2, "C80", color="#888888", fontsize=9)
     axes.set(xlabel="coherence (0-100)", ylabel="trait (0-100)", xlim=(0, 102), ylim=(-2, 102))
-    legend = axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a dollar sign in a name is no mathematics
+    legend_beside(axes)
     return figure
 
 
@@ -103,10 +101,9 @@ def _panels(
 ) -> Figure:
     columns = 5 if len(lines) > 12 else 4
     rows = math.ceil(len(lines) / columns)
-    figure = Figure(figsize=(2.3 * columns, 2.1 * rows + 0.7), layout="constrained")
+    figure, panels = panel_grid(len(lines), columns, (2.3 * columns, 2.1 * rows + 0.7))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, parse_math=False)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-    for axes, (method, points) in zip(panels, lines.items(), strict=False):
+    for axes, (method, points) in zip(panels, lines.items(), strict=True):
         for others in lines.values():
             axes.plot(*_coordinates(others), color="#d4d4d4", linewidth=0.8, zorder=1)
         axes.plot(*_coordinates(points), "o-", color="#aa3377", markersize=3, linewidth=1.8, zorder=3)
@@ -114,10 +111,7 @@ def _panels(
         axes.plot(prompted.coherence, prompted.trait, "*", color="black", markersize=10, zorder=4)
         axes.axvline(80, color="#bbbbbb", linewidth=1, zorder=0)
         axes.set(xlim=(0, 104), ylim=(-4, 104), xticks=(0, 40, 80), yticks=(0, 50, 100))
-        axes.spines[["top", "right"]].set_visible(False)
         _title(axes, method, 9)
-    for axes in panels[len(lines) :]:
-        axes.set_visible(False)
     figure.supxlabel("coherence (0-100); dot: no steering, star: the prompt, line: coherence 80", fontsize=9)
     figure.supylabel("trait (0-100)", fontsize=9)
     return figure
@@ -136,7 +130,7 @@ def rmse_by_layer(rmse: Mapping[str, Mapping[int | str, float]], trait: str) -> 
     """
     rmse = {method: values for method, values in rmse.items() if values}
     height = max(4.8, 0.2 * len(rmse) + 1)
-    figure, axes = _axes(f"Distance to the prompted residual stream: {trait}", (8.2, height))
+    figure, axes = titled_axes(f"Distance to the prompted residual stream: {trait}", (8.2, height))
     style = styles(rmse)
     for method, values in rmse.items():
         layers = [str(layer) for layer in values]
@@ -268,12 +262,31 @@ def _some(labels: Sequence[str], most: int) -> tuple[list[int], list[str]]:
     return list(places), [labels[place] for place in places]
 
 
-def _axes(title: str, size: tuple[float, float] = (7.5, 4.8)) -> tuple[Figure, Axes]:
+def titled_axes(title: str, size: tuple[float, float] = (7.5, 4.8)) -> tuple[Figure, Axes]:
+    """A figure of one pair of axes; `size` in inches."""
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
     _title(axes, title)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def panel_grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    """A figure of so many pairs of axes with shared scales, row by row; `size` in inches."""
+    figure = Figure(figsize=size, layout="constrained")
+    rows = math.ceil(count / columns)
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    return figure, panels[:count]
+
+
+def legend_beside(axes: Axes) -> None:
+    """The legend at the right of the axes; a dollar sign in a name is no mathematics."""
+    for text in axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5)).get_texts():
+        text.set_parse_math(False)
 
 
 def _title(axes: Axes, title: str, size: int = 11) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from peft_psr.training.step_progress import silence
 
 from .method import FitSettings
 
@@ -36,8 +38,7 @@ def train_quietly(trainer: Trainer, on_step: Callable[[int, int], None] | None) 
     Returns:
         The mean training loss.
     """
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
+    silence(trainer)
     if on_step is not None:
         trainer.add_callback(StepCallback(on_step))
     return trainer.train().training_loss

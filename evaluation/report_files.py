@@ -13,7 +13,6 @@ import re
 from base64 import b64encode
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from peft_psr.facts import package_versions
-from peft_psr.files import as_json, read_json, write_whole
+from peft_psr.files import as_json, as_png, read_json, write_whole
 
 from .method import PLAIN, PROMPT
 from .pages import render_page
@@ -54,7 +53,7 @@ def write_report(folder: str | Path, report: Report) -> list[Path]:
     folder = Path(folder)
     _check(report)
     run = _run_of(folder)
-    images = {f"{name}.png": _png(figure) for name, (figure, _) in report.figures.items()}
+    images = {f"{name}.png": as_png(figure) for name, (figure, _) in report.figures.items()}
     tables = [_cells(table) for table in report.tables]
     files: dict[str, str | bytes] = {
         RESULTS: as_json(_as_data(report, run), allow_nan=False),
@@ -86,12 +85,6 @@ def _run_of(folder: Path) -> dict[str, Any]:
         return read_json(folder / RUN)
     except FileNotFoundError:
         return {"versions": package_versions()}
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
 
 
 # ---------------------------------------------------------------- tables

@@ -1,8 +1,9 @@
-"""Text with each token shaded: an answer by how far an adapter's gates were open where the token was chosen."""
+"""How far an adapter's gates are open at each token of a text, and the text with each token shaded by it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -14,31 +15,44 @@ NEWLINE = "↵"
 """Stands for a line end that is a token by itself, as ChatML's last prompt token is."""
 
 
-def gate_openness(
-    model: PeftModel, prompt: Mapping[str, torch.Tensor], answer_ids: torch.Tensor, adapter_name: str | None = None
-) -> torch.Tensor:
-    """How open an active adapter's gates were at each token of an answer, 1 where they were widest.
-
-    Gate values are summed over ranks, divided by the layer's largest in this answer and averaged over layers, so that
-    layers count alike whatever the size of their gates.
+def token_gates(
+    model: PeftModel,
+    input_ids: torch.Tensor,
+    steering_mask: torch.Tensor,
+    tokens: torch.Tensor,
+    adapter_name: str | None = None,
+    at: Literal["edited", "chosen"] = "edited",
+) -> dict[int | str, torch.Tensor]:
+    """An active adapter's gate values for some tokens of one text.
 
     Args:
         model: A model with PSR adapters.
-        prompt: One conversation as `peft_psr.positions.encode_chat` gives it, on the model's device.
-        answer_ids: (1, answer) int64, at least one token.
+        input_ids: (1, seq) int64, on the model's device.
+        steering_mask: (1, seq), which tokens are edited.
+        tokens: (seq,) bool, of which to tell; the first one never, if `at` is "chosen".
         adapter_name: The adapter; may be left out while just one is active.
+        at: "edited": the gates at the token itself; "chosen": where the model chose it, at the token before.
 
     Returns:
-        (answer,) float32 between 0 and 1, on the CPU.
+        {layer: gate values summed over ranks, (tokens,) float32, 0 or more, on the CPU}, in model order.
     """
-    ids = torch.cat([prompt["input_ids"], answer_ids], dim=1)
-    mask = torch.cat([prompt["steering_mask"], torch.ones_like(answer_ids)], dim=1)
-    gates = model.gate_values(ids, adapter_name=adapter_name, steering_mask=mask)
-    # the token at position i was chosen at position i - 1
-    start = prompt["input_ids"].shape[1]
-    by_layer = [values[0, start - 1 : -1].sum(dim=-1).cpu() for values in gates.values()]
-    openness = torch.stack([values / values.max().clamp(min=1e-9) for values in by_layer]).mean(dim=0)
-    return openness / openness.max().clamp(min=1e-9)
+    where = tokens if at == "edited" else tokens.roll(-1)
+    gates = model.gate_values(input_ids, adapter_name, steering_mask=steering_mask)
+    return {layer: values[0, where.to(values.device)].sum(dim=-1).cpu() for layer, values in gates.items()}
+
+
+def openness(gates: Mapping[int | str, torch.Tensor]) -> torch.Tensor:
+    """How far gates are open at each token, (tokens,) between 0 and 1; 1 where they are widest.
+
+    Gate values are divided by the layer's largest here and summed over layers, so that layers count alike whatever the
+    size of their gates.
+    """
+    return relative(torch.stack([relative(values) for values in gates.values()]).sum(dim=0))
+
+
+def relative(values: torch.Tensor) -> torch.Tensor:
+    """Values as shares of the largest; 0 where all are."""
+    return values / values.max().clamp(min=1e-9)
 
 
 def shaded_answer(
@@ -50,19 +64,22 @@ def shaded_answer(
     digits: bool = False,
     encoding: str = "utf-8",
 ) -> Text:
-    """The answer, darker where the gates were open wider (see `gate_openness`, which takes the same arguments).
+    """The answer, darker where the gates were open wider when the token was chosen.
 
     Args:
         model: A model with PSR adapters.
         processing_class: Its tokenizer.
-        prompt: One encoded conversation.
-        answer_ids: (1, answer) int64.
+        prompt: One conversation as `peft_psr.positions.encode_chat` gives it, on the model's device.
+        answer_ids: (1, answer) int64, at least one token.
         adapter_name: The adapter; may be left out while just one is active.
         digits: As in `shade`.
         encoding: As in `shade`.
     """
-    openness = gate_openness(model, prompt, answer_ids, adapter_name).tolist()
-    return shade(token_texts(processing_class, answer_ids[0].tolist()), openness, digits, encoding)
+    ids = torch.cat([prompt["input_ids"], answer_ids], dim=1)
+    mask = torch.cat([prompt["steering_mask"], torch.ones_like(answer_ids)], dim=1)
+    answered = torch.arange(ids.shape[1], device=ids.device) >= prompt["input_ids"].shape[1]
+    gates = token_gates(model, ids, mask, answered, adapter_name, at="chosen")
+    return shade(token_texts(processing_class, answer_ids[0].tolist()), openness(gates).tolist(), digits, encoding)
 
 
 def token_texts(processing_class, ids: Sequence[int]) -> list[str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .method import PLAIN, PROMPT
-from .plots import styles
+from .plots import legend_beside, styles, titled_axes
 from .report import Value
 
 
@@ -30,8 +29,8 @@ def trait_with_and_without(scores: Mapping[str, tuple[Value, Value]]) -> Figure:
     Args:
         scores: {method: (without the request, with it)}, 0-100.
     """
-    figure = Figure(figsize=(7.5, 1.2 + 0.34 * len(scores)), layout="constrained")
-    axes = figure.add_subplot()
+    title = "Trait without (filled) and with (hollow) a request to drop it"
+    figure, axes = titled_axes(title, (7.5, 1.2 + 0.34 * len(scores)))
     colours = _colours(list(scores))
     for row, (name, (without, with_request)) in enumerate(scores.items()):
         if without.mean is None or with_request.mean is None:
@@ -46,7 +45,6 @@ def trait_with_and_without(scores: Mapping[str, tuple[Value, Value]]) -> Figure:
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
     axes.set_ylim(len(scores) - 0.5, -0.5)
-    _finish(axes, "Trait without (filled) and with (hollow) a request to drop it")
     axes.set(xlabel="trait (0-100)", xlim=(-3, 103))
     return figure
 
@@ -57,8 +55,8 @@ def kl_against_trait(points: Mapping[str, tuple[Value, Value]]) -> Figure:
     Args:
         points: {method: (trait score 0-100, KL in nats a token)}.
     """
-    figure = Figure(figsize=(8.2, max(4.6, 0.22 * len(points) + 1)), layout="constrained")
-    axes = figure.add_subplot()
+    title = "Distance to the base model on neutral prompts, against the trait"
+    figure, axes = titled_axes(title, (8.2, max(4.6, 0.22 * len(points) + 1)))
     colours = _colours(list(points))
     markers = styles([name for name in points if name not in (PLAIN, PROMPT)])
     for name, (trait, kl) in points.items():
@@ -70,14 +68,6 @@ def kl_against_trait(points: Mapping[str, tuple[Value, Value]]) -> Figure:
             fmt="*" if star else markers[name]["marker"], markersize=14 if star else 6, capsize=2, elinewidth=0.8,
         )  # fmt: skip
     axes.set_yscale("log")
-    _finish(axes, "Distance to the base model on neutral prompts, against the trait")
     axes.set(xlabel="trait on held-out questions (0-100)", ylabel="KL(base || model), nats a token")
-    legend = axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    legend_beside(axes)
     return figure
-
-
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)

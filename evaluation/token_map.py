@@ -19,7 +19,7 @@ from peft_psr.training.triplets import drawn_triplet
 
 from .faithfulness import intervention_strength, measured_layers, triplet_batches
 from .pages import render_page
-from .shading import token_texts, visible
+from .shading import openness, relative, token_gates, token_texts, visible
 
 
 DECADES = 2
@@ -49,12 +49,8 @@ class TokenMap:
     prompt: torch.Tensor | None
 
     def openness(self) -> torch.Tensor:
-        """How far the gates are open at each token, (tokens,) between 0 and 1; 1 where they are widest.
-
-        Gate values are divided by the layer's largest here and summed over layers, so that layers count alike whatever
-        the size of their gates.
-        """
-        return _relative(torch.stack([_relative(values) for values in self.gates.values()]).sum(dim=0))
+        """How far the gates are open at each token, see `shading.openness`."""
+        return openness(self.gates)
 
     def prompt_strength(self) -> torch.Tensor:
         """How strongly the instruction moves each token, mean over layers, on a log scale; (tokens,) between 0 and 1.
@@ -67,10 +63,6 @@ class TokenMap:
         if self.prompt is None:
             raise ValueError("There was no instruction whose strength could be told; give one.")
         return _log_scale(self.prompt.mean(dim=0))
-
-
-def _relative(values: torch.Tensor) -> torch.Tensor:
-    return values / values.max().clamp(min=1e-9)
 
 
 def _log_scale(values: torch.Tensor, top: float | None = None) -> torch.Tensor:
@@ -135,13 +127,12 @@ def map_tokens(model: PeftModel, processing_class, adapter_name: str, triplet: T
     config = cast(PSRConfig, model.peft_config[adapter_name])
     (batch,) = triplet_batches(model, [triplet], processing_class, 1, config.alpha)
     edited = batch["steering_mask"][0].bool()
-    gates = model.gate_values(batch["input_ids"], adapter_name, steering_mask=batch["steering_mask"])
     _, prompt, adapter = intervention_strength(model, triplet, processing_class, config.alpha)
     return TokenMap(
         name=adapter_name,
         config=config,
         tokens=token_texts(processing_class, batch["input_ids"][0][edited].tolist()),
-        gates={layer: values[0][edited.to(values.device)].sum(dim=-1).cpu() for layer, values in gates.items()},
+        gates=token_gates(model, batch["input_ids"], batch["steering_mask"], edited, adapter_name),
         layers=[layer_index(name) for name in measured_layers(model)],
         adapter=adapter,
         prompt=None if triplet["prompt"] == triplet["steered_prompt"] else prompt,
@@ -171,7 +162,7 @@ def _for_page(token_map: TokenMap) -> dict[str, object]:
     flows = {"gates": token_map.openness()}
     tables = [
         _grid("Gate values", "Colour: share of the layer's widest gate here, which the last line names.",
-              token_map.gates, {layer: _relative(values) for layer, values in token_map.gates.items()}),
+              token_map.gates, {layer: relative(values) for layer, values in token_map.gates.items()}),
     ]  # fmt: skip
     changes = {"Change by the adapter": token_map.adapter}
     if token_map.prompt is not None:

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were before; JSON in them, and what data hashes to."""
+"""Files that are whole or as they were before; JSON and figures in them, and what data hashes to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,13 @@ def digest(data: Any, digits: int = 64) -> str:
 def sha256(content: str | bytes) -> str:
     """The SHA-256 of bytes, or of a text in UTF-8, in hexadecimal digits."""
     return hashlib.sha256(encode(content) if isinstance(content, str) else content).hexdigest()
+
+
+def as_png(figure: Any, dpi: int = 130) -> bytes:
+    """A matplotlib figure as PNG, the same bytes for the same figure."""
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=dpi, metadata={"Software": None})
+    return image.getvalue()
 
 
 def encode(text: str) -> bytes:

@@ -8,7 +8,6 @@ import re
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -18,7 +17,7 @@ from peft.utils import CONFIG_NAME
 
 from .config import PSRConfig
 from .facts import AdapterFacts
-from .files import read_json, sha256, write_whole
+from .files import as_png, read_json, sha256, write_whole
 
 
 CARD_NAME = "README.md"
@@ -244,10 +243,7 @@ def _write_figure(folder: Path, facts: AdapterFacts) -> str | None:
             stacklevel=3,
         )
         return None
-    with TemporaryDirectory(dir=folder, prefix=".") as scratch:
-        drawn = Path(scratch) / FIGURE_NAME
-        figure.savefig(drawn, dpi=120)
-        drawn.replace(path)
+    write_whole(path, as_png(figure, dpi=120))
     return FIGURE_NAME
 
 

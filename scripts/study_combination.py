@@ -10,21 +10,22 @@ distance to the exact combination is given as KL(exact || adapter) per response 
 from __future__ import annotations
 
 import argparse
-import json
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.evaluation.demo import MAX_NEW_TOKENS, tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
 from peft_psr.evaluation.scoring import score_model
+from peft_psr.files import write_json
 from peft_psr.tiny_chat import GrammarJudge
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator, initialize_psr_weights
+from peft_psr.training.step_progress import silence
 
 
 def train(model, experiment: Experiment) -> None:
@@ -42,8 +43,7 @@ def train(model, experiment: Experiment) -> None:
             logging_strategy="no",
         )
         trainer = PSRTrainer(model, arguments, experiment.triplets, processing_class=tokenizer)
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
+        silence(trainer)
         trainer.train()
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     rows = []
     for pair in options.pairs:
         rows += study(model, tokenizer, pair.split("+"), options.draws)
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        write_json(options.output, rows)
     print("| traits | adapter | first trait | second trait | coherence | distance to the exact combination |")
     print("|---|---|---|---|---|---|")
     for row in rows:

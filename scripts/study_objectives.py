@@ -30,12 +30,13 @@ from typing import Any
 import torch
 from context_triplets import ContextTask, context_task
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation import prompt_recovery
-from peft_psr.files import write_whole
+from peft_psr.files import read_json, write_json
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, initialize_psr_weights
+from peft_psr.training.step_progress import silence
 
 
 DRAWN = 1000  # training triplets of each context and seed; variants take the first of them
@@ -127,9 +128,7 @@ class Study:
     def __init__(self, model_folder: Path, contexts: list[str], seeds: list[int], output: Path) -> None:
         self.model_folder, self.contexts, self.seeds, self.output = model_folder, contexts, seeds, output
         self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
-        self.results: dict[str, dict[str, dict[str, Any]]] = (
-            json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
-        )
+        self.results: dict[str, dict[str, dict[str, Any]]] = read_json(output) if output.exists() else {}
         self.task = cache(self._task)
         self.start = cache(self._start)
 
@@ -172,7 +171,7 @@ class Study:
                 "held_out": prompt_recovery(model, task.held_out, self.tokenizer),
                 "dead": sum(gate.endswith(f" of {name}") for gate in dead),
             }
-        write_whole(self.output, json.dumps(self.results, indent=1) + "\n")
+        write_json(self.output, self.results)
         got = statistics.mean(done[name]["validation"] for name in jobs)
         print(f"{variant} {rate:g}, {len(jobs)} runs, {time.monotonic() - begin:.0f} s: {got:.3f}", flush=True)
 
@@ -209,8 +208,7 @@ class Study:
             )
             data = {name: self.task(*job).train[: variant.triplets] for name, job in jobs.items()}
             trainer = PSRTrainer(model, arguments, data, processing_class=self.tokenizer)
-            trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
+            silence(trainer)
             trainer.train()
         return trainer.dead_gates
 

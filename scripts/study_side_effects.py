@@ -20,7 +20,6 @@ What the output file holds already is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.evaluation import (
@@ -44,7 +43,8 @@ from peft_psr.evaluation import (
     text_triplets,
 )
 from peft_psr.evaluation.demo import MAX_NEW_TOKENS, tiny_task
-from peft_psr.evaluation.experiment import Experiment, Sizes, write_json
+from peft_psr.evaluation.experiment import Experiment, Sizes
+from peft_psr.files import read_json, write_json
 from peft_psr.tiny_chat import TRAITS, instructions, prompt_messages, questions, sample_answer
 from peft_psr.tiny_chat.traits import DROP_REQUESTS
 from peft_psr.training import (
@@ -56,6 +56,7 @@ from peft_psr.training import (
     initialize_psr_weights,
     sample_completions,
 )
+from peft_psr.training.step_progress import silence
 
 
 STRENGTHS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 2.0, 4.0)
@@ -236,8 +237,7 @@ class Study:
                 **settings,
             )
             trainer = PSRTrainer(model, arguments, rows, processing_class=self.tokenizer)
-            trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
+            silence(trainer)
             trainer.train()
         seconds = time.perf_counter() - begin
         if negatives:  # make the strength of full scores 1, as everywhere
@@ -366,7 +366,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_path()).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_path())
-    runs = json.loads(options.output.read_text()) if options.output.exists() else []
+    runs = read_json(options.output) if options.output.exists() else []
     done = {(run["trait"], run["seed"], run["variant"]) for run in runs}
     for seed in options.seeds:
         for trait in options.traits:
@@ -380,7 +380,7 @@ def main() -> None:
                 run = {"trait": trait, "seed": seed, "variant": name, **facts, **study.measure(steered)}
                 steered.unload()
                 runs.append(run)
-                write_json(runs, options.output)
+                write_json(options.output, runs)
                 effects = run["at_match"]
                 print(
                     f"{trait} {seed} {name}: strength {effects['alpha']}, trait {effects['steered']['trait']:.1f}; "

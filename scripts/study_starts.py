@@ -14,7 +14,6 @@ Runs that the output holds already are not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -24,14 +23,15 @@ from typing import Any
 import torch
 from context_triplets import CONTEXTS, context_task
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.evaluation import prompt_recovery, relative_rmse
 from peft_psr.evaluation.demo import tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
-from peft_psr.files import write_whole
+from peft_psr.files import read_json, write_json
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, Triplet, initialize_psr_weights
+from peft_psr.training.step_progress import silence
 
 
 STARTS = ("linear", "live", "mean_difference", "ridge")
@@ -101,8 +101,7 @@ def run(model, tokenizer, data: tuple[list[Triplet], ...], setting: dict[str, An
         )
         trainer = PSRTrainer(adapted, arguments, train, processing_class=tokenizer)
         measures = Measures(measure)
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
+        silence(trainer)
         trainer.add_callback(measures)
         trainer.train()
     adapted.unload()
@@ -153,7 +152,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tasks = options.tasks or (["sycophantic", "pirate"] if options.model is None else list(CONTEXTS)[:1])
-    runs = json.loads(options.output.read_text()) if options.output.exists() else []
+    runs = read_json(options.output) if options.output.exists() else []
     done = [{name: value for name, value in one.items() if name not in ("points", "dead")} for one in runs]
     data: dict[tuple[str, int], tuple[list[Triplet], ...]] = {}
     for setting in (
@@ -171,7 +170,7 @@ def main() -> None:
         if key not in data:
             data[key] = splits(options, *key, model, tokenizer)
         runs.append({**setting, **run(model, tokenizer, data[key], setting)})
-        write_whole(options.output, json.dumps(runs, indent=1) + "\n")
+        write_json(options.output, runs)
         print(*setting.values(), runs[-1]["points"][str(MEASURED_EPOCHS[-1])], flush=True)
     print(table(runs))
 

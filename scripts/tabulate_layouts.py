@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+
+from peft_psr.files import write_whole
 
 
 ROOT = Path(__file__).parents[1]
@@ -84,9 +85,7 @@ def main(report: Path) -> None:
     text = replace_table(DOCS.read_text(), "layouts", layouts_table(outcomes))
     for name, modules in TABLES.items():
         text = replace_table(text, name, tests_table(outcomes, modules))
-    partial = DOCS.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, DOCS)
+    write_whole(DOCS, text)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from peft_psr.chat import Prompt
+from peft_psr.files import as_png
 from peft_psr.judging import content_text
 
 from .filtering import NEAR_DUPLICATE, REASONS, FilterSettings
@@ -158,9 +158,7 @@ def histograms(rows: Sequence[Mapping[str, Any]], reasons: Sequence[str | None],
         if scores and name == "trait_score":
             axes.set_ylabel("completions")
             figure.legend(frameon=False, fontsize=9, loc="outside upper right", ncols=len(scores))
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
-    return image.getvalue()
+    return as_png(figure)
 
 
 def report(

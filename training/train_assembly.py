@@ -13,9 +13,6 @@ from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from transformers import (
     EarlyStoppingCallback,
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
     set_seed,
 )
 from transformers.integrations import TensorBoardCallback
@@ -26,7 +23,7 @@ from peft_psr.files import read_json
 
 from .arguments import PSRTrainingArguments
 from .initialization import initialize_psr_weights
-from .progress import Progress
+from .step_progress import StepProgress, silence
 from .train_recipe import TrainRecipe
 from .trainer import PSRTrainer
 from .triplets import Triplet
@@ -192,8 +189,7 @@ def make_trainer(
         None if not recipe.eval_share else held_out if recipe.parallel else held_out[name],
         processing_class=tokenizer,
     )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    silence(trainer)
     if trainer.is_world_process_zero():
         trainer.add_callback(StepProgress(title))
     if recipe.early_stopping:
@@ -202,36 +198,6 @@ def make_trainer(
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(logs)
     return trainer
-
-
-class StepProgress(TrainerCallback):
-    """Says which optimiser step a training is at; see `Progress`.
-
-    Args:
-        title: What is trained.
-    """
-
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self._progress: Any = None
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Begin where a checkpoint has ended."""
-        self._progress = Progress(self.title, state.max_steps, state.global_step, unit="steps")
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        """One more."""
-        self._progress.advance()
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Show the newest losses."""
-        for name in ("loss", "eval_loss"):
-            if name in (logs or {}):
-                self._progress.note = f"{name} {logs[name]:.4g}"
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """The last line."""
-        self._progress.close()
 
 
 def last_checkpoint(folder: Path, patience: int | None) -> Path | None:
