@@ -23,7 +23,7 @@ from peft_psr.decoder import capture_layer_outputs
 from peft_psr.model import PSRModel
 from peft_psr.training import sample_completions
 from peft_psr.training.branches import Batch, Branch, config_of, few_logits, run_branch
-from peft_psr.training.sampling import Completion
+from peft_psr.training.draws import Completion
 
 
 def has_lora(model: torch.nn.Module) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -22,34 +22,13 @@ from peft_psr.positions import chat_mask, pad_rows
 from peft_psr.reasoning import opens_reasoning, split_reasoning
 
 from .context import check_room, context_length, has_position_table
-from .draws import Draw, Failure, Sample, draw_seed, template_hash
+from .draws import Completion, Draw, Failure, draw_seed, template_hash
 from .gumbel import GumbelLogitsProcessor
 from .partial import attribute
 from .progress import Progress
 
 
 logger = logging.getLogger(__name__)
-
-
-class Completion(NamedTuple):
-    """A sampled completion.
-
-    Attributes:
-        text: Without the token that ends the turn; other special tokens are part of it.
-        truncated: Whether it was cut off at the token limit.
-        ids: The tokens drawn, with the one that ends the turn; `None` for a text that was not drawn here.
-        opened: The prompt ended inside reasoning, which the text goes on with.
-    """
-
-    text: str
-    truncated: bool
-    ids: tuple[int, ...] | None = None
-    opened: bool = False
-
-    @property
-    def answer(self) -> str | None:
-        """What there is to judge: the text without finished reasoning, `None` where the reasoning was cut off."""
-        return split_reasoning(self.text, self.opened).answer
 
 
 KEPT_SETTINGS = (
@@ -186,8 +165,8 @@ class LocalSampler:
             + ("" if self.model.dtype == torch.float32 else ", and so can another batch in low precision"),
         }
 
-    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Sample | Failure]]:
-        """Yields each draw with its sample as its batch finishes, longest prompts first.
+    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Completion | Failure]]:
+        """Yields each draw with its completion as its batch finishes, longest prompts first.
 
         Raises:
             torch.OutOfMemoryError: a single draw does not fit.
@@ -196,11 +175,10 @@ class LocalSampler:
             _Row(i, draw.prompt, encode_prompt(self.processing_class, draw.prompt), draw.seed)
             for i, draw in enumerate(draws)
         ]
-        for row, drawn in _sample(
+        for row, completion in _sample(
             self.model, self.processing_class, rows, self.max_new_tokens, self.temperature, self.batch_size
         ):
-            count = None if drawn.ids is None else len(drawn.ids)
-            yield draws[row.index], Sample(*drawn[:2], len(row.ids), count, *drawn[2:])
+            yield draws[row.index], completion
 
 
 def check_sampling(max_new_tokens: int, temperature: float, batch_size: int) -> None:
@@ -297,8 +275,17 @@ def _sample_batch(
         text = decode_completion(processing_class, row.prompt, row.ids, ids[:length])
         ended_by_text = any(stop in text for stop in ([texts] if isinstance(texts, str) else texts))
         ended = length < len(ids) and not ended_by_text
-        opened = _ends_inside_reasoning(processing_class, row.prompt)
-        completions.append(Completion(text, not (ended or ended_by_text), tuple(ids[: length + ended]), opened))
+        drawn = tuple(ids[: length + ended])
+        completions.append(
+            Completion(
+                text,
+                truncated=not (ended or ended_by_text),
+                prompt_tokens=len(row.ids),
+                completion_tokens=len(drawn),
+                ids=drawn,
+                opened=_ends_inside_reasoning(processing_class, row.prompt),
+            )
+        )
     return completions
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from peft_psr.chat import begins_answer
 
-from .draws import Draw, Failure, Sample
+from .draws import Completion, Draw, Failure
 from .server import ChatServer, Request
-from .server_replies import Answer
+from .server_replies import ServerAnswer
 
 
 CUT_OFF = ("length", "content_filter")
@@ -61,7 +61,7 @@ class ServerSampler:
             "server tells neither the revision of its model nor its chat template, and may have a top-k of its own.",
         }
 
-    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Sample | Failure]]:
+    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Completion | Failure]]:
         """Yield each draw with its outcome as it finishes; closing the iterator cancels what is in flight.
 
         Raises:
@@ -79,7 +79,7 @@ class ServerSampler:
             )
         with closing(self.server.stream((draw, self._request(draw)) for draw in draws)) as outcomes:
             for draw, outcome in outcomes:
-                yield draw, _sample(outcome) if isinstance(outcome, Answer) else outcome
+                yield draw, _completion(outcome) if isinstance(outcome, ServerAnswer) else outcome
 
     def _request(self, draw: Draw) -> Request:
         parameters = {
@@ -91,8 +91,8 @@ class ServerSampler:
         return Request(draw.prompt, parameters)
 
 
-def _sample(answer: Answer) -> Sample:
-    return Sample(
+def _completion(answer: ServerAnswer) -> Completion:
+    return Completion(
         text=answer.text,
         truncated=answer.finish_reason in CUT_OFF,
         prompt_tokens=answer.prompt_tokens,
