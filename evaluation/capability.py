@@ -20,6 +20,8 @@ from peft_psr.config import PSRConfig
 from peft_psr.positions import pad_rows
 from peft_psr.training.progress import Progress
 
+from .faithfulness import log_probs_at
+
 
 def check_capability(tasks: Sequence[str], include_path: str | None = None) -> None:
     """Raises what can be known to be wrong before any long work.
@@ -174,7 +176,9 @@ def score_continuations(
     if isinstance(config, PSRConfig):
         mask = wanted if config.positions == "response" else batch["attention_mask"]
         inputs["steering_mask"] = mask.long()
-    log_probs = model(**inputs, use_cache=False).logits.float().log_softmax(dim=-1)
-    found = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * wanted
-    likeliest = (log_probs.argmax(dim=-1) == targets) | ~wanted
+    log_probs = log_probs_at(model(**inputs, use_cache=False).logits, wanted)  # (continuation tokens, vocabulary)
+    expected = targets[wanted]
+    found, likeliest = torch.zeros(wanted.shape, device=device), torch.ones_like(wanted)
+    found[wanted] = log_probs.gather(-1, expected[:, None])[:, 0]
+    likeliest[wanted] = log_probs.argmax(dim=-1) == expected
     return list(zip(found.sum(dim=1).tolist(), likeliest.all(dim=1).tolist(), strict=True))
