@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from peft_psr.chat import pad_id
 from peft_psr.config import PSRConfig
-from peft_psr.positions import pad_rows
+from peft_psr.positions import pad_rows, pad_tokens
 from peft_psr.training.progress import Progress
 
 from .faithfulness import log_probs_at
@@ -165,10 +164,7 @@ def score_continuations(
         for row, (_, continuation) in zip(rows, pairs, strict=True)
     ]
     device = model.device
-    batch = {
-        "input_ids": pad_rows([row[:-1] for row in rows], pad_id(processing_class), device, side="right"),
-        "attention_mask": pad_rows([[1] * (len(row) - 1) for row in rows], 0, device, side="right"),
-    }
+    batch = pad_tokens(processing_class, [row[:-1] for row in rows], device, side="right")
     targets = pad_rows([row[1:] for row in labels], -100, device, side="right")
     wanted = targets != -100
     config = getattr(model, "active_peft_config", None)

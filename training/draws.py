@@ -101,6 +101,15 @@ class Sampler(Protocol):
         ...
 
 
+def check_sampling(max_new_tokens: int, temperature: float, batch_size: int = 1) -> None:
+    """Raises `ValueError` for a setting that no sampler can work with."""
+    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}.")
+
+
 def draw_seed(run_seed: int, draw_id: str) -> int:
     """Returns the draw's seed, 31 bits of SHA-256 of both: the same in any order, batch or restart."""
     digest = hashlib.sha256(f"{run_seed}/{draw_id}".encode()).digest()

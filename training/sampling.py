@@ -18,13 +18,13 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from peft_psr.chat import Prompt, begins_answer, decode_completion, encode_prompt, pad_id, render_prompt
 from peft_psr.chat_template import template_args_of
 from peft_psr.judging import content_text
-from peft_psr.positions import chat_mask, pad_rows
+from peft_psr.positions import chat_mask, pad_rows, pad_tokens
 from peft_psr.reasoning import opens_reasoning, split_reasoning
 
 from .context import check_room, context_length, has_position_table
-from .draws import Completion, Draw, Failure, draw_seed, template_hash
+from .draws import Completion, Draw, Failure, check_sampling, draw_seed, template_hash
 from .gumbel import GumbelLogitsProcessor
-from .partial import attribute
+from .partial import attribute, in_eval_mode, input_device
 from .progress import Progress
 
 
@@ -181,15 +181,6 @@ class LocalSampler:
             yield draws[row.index], completion
 
 
-def check_sampling(max_new_tokens: int, temperature: float, batch_size: int) -> None:
-    """Raises `ValueError` for a setting that no sampler can work with."""
-    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}.")
-
-
 def _sample(
     model: PreTrainedModel | PeftModel,
     processing_class,
@@ -202,9 +193,7 @@ def _sample(
     limit, ends = context_length(model.config), has_position_table(model)
     check_room([len(row.ids) for row in rows], [row.prompt for row in rows], max_new_tokens, limit, ends)
     waiting = sorted(rows, key=lambda row: -len(row.ids))
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         while waiting:
             batch = waiting[:batch_size]
             try:
@@ -223,8 +212,6 @@ def _sample(
                 continue
             waiting = waiting[len(batch) :]
             yield from zip(batch, drawn, strict=True)
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()
@@ -235,13 +222,8 @@ def _sample_batch(
     max_new_tokens: int,
     temperature: float,
 ) -> list[Completion]:
-    # weights that accelerate offloads are on no device between calls; its hooks move what is given to them
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    padding = pad_id(processing_class)
-    batch: dict[str, Any] = {
-        "input_ids": pad_rows([row.ids for row in rows], padding, device),  # (batch, prompt), padded on the left
-        "attention_mask": pad_rows([[1] * len(row.ids) for row in rows], 0, device),
-    }
+    device, padding = input_device(model), pad_id(processing_class)
+    batch: dict[str, Any] = {**pad_tokens(processing_class, [row.ids for row in rows], device)}  # (batch, prompt)
     prompt_length = batch["input_ids"].shape[1]
     if rows[0].alpha is not None:
         batch["alpha"] = torch.tensor([row.alpha for row in rows], device=device)

@@ -8,7 +8,7 @@ from typing import Any
 
 from peft_psr.chat import begins_answer
 
-from .draws import Completion, Draw, Failure
+from .draws import Completion, Draw, Failure, check_sampling
 from .server import ChatServer, Request
 from .server_replies import ServerAnswer
 
@@ -37,10 +37,7 @@ class ServerSampler:
         Raises:
             ValueError: `max_new_tokens` below 1, or temperature below 0.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-        if temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}.")
+        check_sampling(max_new_tokens, temperature)
         self.server = server
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
