@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from peers import PACKAGES, PEERS
-from timing import Interval, Task, count_operations, empty_cache, median_interval, ratio, static_cache, time_rounds
+from timing import Interval, Workload, count_operations, empty_cache, median_interval, ratio, static_cache, time_rounds
 from transformers import PreTrainedModel
 from variants import SHAPES, VARIANTS, Variant, build_model, edit_error
 
@@ -56,7 +56,7 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def floor(model: PreTrainedModel, task: Task) -> dict[str, dict[str, float]]:
+def floor(model: PreTrainedModel, task: Workload) -> dict[str, dict[str, float]]:
     """What the rank-1 edit of every layer can't do without, beside what the model does.
 
     The edit takes 4 d operations a token and layer, and must read its weights and read and write the stream once more.
@@ -94,7 +94,7 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def prepare(base: PreTrainedModel, name: str, mode: str, task: Task) -> tuple[Variant, Any, dict[str, Any]]:
+def prepare(base: PreTrainedModel, name: str, mode: str, task: Workload) -> tuple[Variant, Any, dict[str, Any]]:
     """Build a variant, warm it up, and see that it computes its edit.
 
     Returns:
@@ -133,7 +133,7 @@ def measure(base: PreTrainedModel, mode: str, batch: int, args: argparse.Namespa
     """One table: all variants at one batch size, eager or compiled."""
     torch.manual_seed(1)
     ids = torch.randint(base.config.vocab_size, (batch, args.prompt_length), device=base.device)
-    task = Task(ids, args.new_tokens, args.generate and mode == "eager")
+    task = Workload(ids, args.new_tokens, args.generate and mode == "eager")
     variants, caches, facts, skipped = {}, {}, {}, {}
     for name in args.only:
         print(f"{mode}, batch {batch}: {name}", file=sys.stderr, flush=True)

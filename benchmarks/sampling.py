@@ -21,7 +21,7 @@ from peft_psr import tiny_chat_path
 from peft_psr.files import write_json
 from peft_psr.training import LocalSampler
 from peft_psr.training.assembly import prompt_pairs
-from peft_psr.training.draws import Draw, Sample, draws_on
+from peft_psr.training.draws import Completion, Draw, draws_on
 from peft_psr.training.recipe import load_recipe
 
 
@@ -36,7 +36,7 @@ def timed(sampler: LocalSampler, batch_size: int, asked: list[Draw]) -> tuple[fl
     """Seconds, and the texts by draw."""
     sampler.batch_size = batch_size
     start = time.perf_counter()
-    texts = {draw.id: sample.text for draw, sample in sampler(asked) if isinstance(sample, Sample)}
+    texts = {draw.id: sample.text for draw, sample in sampler(asked) if isinstance(sample, Completion)}
     return time.perf_counter() - start, texts
 
 

@@ -20,7 +20,7 @@ from variants import Variant, call, token_positions
 
 
 @dataclass(frozen=True)
-class Task:
+class Workload:
     """What one timing runs: a prompt in one call, then tokens one by one, greedily.
 
     Attributes:
@@ -39,7 +39,7 @@ class Task:
         return self.input_ids.shape[1] + self.new_tokens
 
 
-def static_cache(model: PreTrainedModel, task: Task) -> StaticCache:
+def static_cache(model: PreTrainedModel, task: Workload) -> StaticCache:
     """A cache of fixed size, as compiled models need it; allocated now, since that can't be traced."""
     config = model.config
     cache = StaticCache(config=config, max_cache_len=task.length)
@@ -72,7 +72,7 @@ class Stopwatch:
 
 
 @torch.no_grad()
-def time_variant(variant: Variant, task: Task, cache: Cache) -> dict[str, float]:
+def time_variant(variant: Variant, task: Workload, cache: Cache) -> dict[str, float]:
     """Seconds for the prompt ("prefill"), for each further token ("decode"), and for "generate" as a whole."""
     ids, (batch, prompt) = task.input_ids, task.input_ids.shape
     positions = token_positions(batch, task.length, ids.device)
@@ -110,7 +110,7 @@ def no_garbage_collection() -> Iterator[None]:
 def time_rounds(
     model: PreTrainedModel,
     variants: Mapping[str, Variant],
-    task: Task,
+    task: Workload,
     rounds: int,
     caches: Mapping[str, StaticCache | None],
     order: random.Random,
@@ -167,7 +167,7 @@ class OperationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_operations(model: PreTrainedModel, variant: Variant, task: Task) -> int:
+def count_operations(model: PreTrainedModel, variant: Variant, task: Workload) -> int:
     """Tensor operations of one decoding step."""
     cache = empty_cache(model, None)
     ids, batch = task.input_ids, task.input_ids.shape[0]

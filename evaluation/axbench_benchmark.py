@@ -27,11 +27,10 @@ from peft_psr.training.axbench import (
     read_axbench,
     read_negative_questions,
 )
-from peft_psr.training.draws import draw_seed
+from peft_psr.training.draws import Completion, draw_seed
 from peft_psr.training.filtering import NO_ANSWER
 from peft_psr.training.placement import check_placement
 from peft_psr.training.recipe_fields import Place, split
-from peft_psr.training.sampling import Completion
 from peft_psr.training.train_data import folder_name
 
 from .axbench_judge import PROMPTS, RatingJudge, Ratings, rating_judge
@@ -167,7 +166,7 @@ def _first(
 
 
 @dataclass(frozen=True)
-class Task:
+class AnswerTask:
     """An answer to be given.
 
     Attributes:
@@ -183,7 +182,7 @@ class Task:
     factor: float | None
 
 
-Answer = Callable[[Sequence[Task]], list[Completion]]
+AnswerFunction = Callable[[Sequence[AnswerTask]], list[Completion]]
 
 
 def _measure(
@@ -193,7 +192,7 @@ def _measure(
     recipe = _recipe(bench)
     base, processing_class = bench.load(model)
 
-    def answer(tasks: Sequence[Task], steered: Any, **more: Any) -> list[Completion]:
+    def answer(tasks: Sequence[AnswerTask], steered: Any, **more: Any) -> list[Completion]:
         asked = [replace(task.concept, inputs=(task.instruction,)) for task in tasks]
         pairs = [axbench_pairs(concept, recipe.placement)[0] for concept in asked]
         return sample_completions(
@@ -211,11 +210,11 @@ def _measure(
     if method in (PLAIN, PROMPT):
         return tried_out(group, (), partial(answer, steered=base), judge)
 
-    def mixed(tasks: Sequence[Task], steered: PeftModel) -> list[Completion]:
+    def mixed(tasks: Sequence[AnswerTask], steered: PeftModel) -> list[Completion]:
         names = [_name(task.concept) for task in tasks]
         return answer(tasks, steered, alpha=[task.factor for task in tasks], adapter_names=names)
 
-    def one_by_one(tasks: Sequence[Task], steered: PeftModel) -> list[Completion]:
+    def one_by_one(tasks: Sequence[AnswerTask], steered: PeftModel) -> list[Completion]:
         found: list[Completion] = []
         for factor, some in groupby(tasks, lambda task: task.factor):  # tasks of a factor stand together
             with at_strength(steered, cast(float, factor)):
@@ -255,7 +254,7 @@ def _name(concept: Concept) -> str:
 
 
 def tried_out(
-    group: Sequence[Trial], factors: Sequence[float], answer: Answer, judge: RatingJudge
+    group: Sequence[Trial], factors: Sequence[float], answer: AnswerFunction, judge: RatingJudge
 ) -> dict[int, dict[str, Any]]:
     """Chooses each concept's factor on one half of its instructions, and scores the other half.
 
@@ -272,7 +271,7 @@ def tried_out(
     """
     choosing = _rated(
         [
-            Task(trial.concept, place, instruction, factor)
+            AnswerTask(trial.concept, place, instruction, factor)
             for trial in group
             for factor in factors
             for place, instruction in enumerate(trial.choosing)
@@ -298,7 +297,7 @@ def tried_out(
         if chosen is not None or not factors:
             places = range(len(trial.choosing), len(trial.choosing) + len(trial.scoring))
             tasks += [
-                Task(trial.concept, place, instruction, chosen)
+                AnswerTask(trial.concept, place, instruction, chosen)
                 for place, instruction in zip(places, trial.scoring, strict=True)
             ]
     scoring = _rated(tasks, answer, judge)
@@ -314,7 +313,7 @@ def mean_scores(rows: Sequence[dict[str, Any]], factors: Sequence[float]) -> lis
     return found
 
 
-def _rated(tasks: Sequence[Task], answer: Answer, judge: RatingJudge) -> dict[int, list[dict[str, Any]]]:
+def _rated(tasks: Sequence[AnswerTask], answer: AnswerFunction, judge: RatingJudge) -> dict[int, list[dict[str, Any]]]:
     """{concept's id: its answers with their ratings}, in the order of the tasks."""
     if not tasks:
         return {}

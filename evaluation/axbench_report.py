@@ -15,7 +15,7 @@ from .bootstrap import value_of
 from .method import PLAIN, PROMPT
 from .plots import legend_beside, styles, titled_axes
 from .recipe import EvaluateRecipe
-from .report import Column, Report, Sample, Table, Value
+from .report import Column, Report, SideBySide, Table, Value
 
 
 Cell = Mapping[str, Any]
@@ -182,7 +182,7 @@ def _kept(cell: Cell) -> dict[str, Any]:
     return {**{name: value for name, value in cell.items() if name != "choosing"}, "unread_ratings": dict(lost)}
 
 
-def _samples(cells: Sequence[Cell], seed: int) -> list[Sample]:
+def _samples(cells: Sequence[Cell], seed: int) -> list[SideBySide]:
     """The answers to the first instruction to score, of the first concepts."""
     samples = []
     for concept in list(dict.fromkeys(cell["concept"] for cell in cells))[:SAMPLED]:
@@ -191,7 +191,7 @@ def _samples(cells: Sequence[Cell], seed: int) -> list[Sample]:
         answers = {method: answer["answer"] for method, answer in first.items()}
         scores = {method: _in_words(answer) for method, answer in first.items()}
         plain = shown[PLAIN]
-        samples.append(Sample(plain["description"], plain["scoring"][0]["instruction"], answers, scores))
+        samples.append(SideBySide(plain["description"], plain["scoring"][0]["instruction"], answers, scores))
     return samples
 
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from peft_psr.chat import pad_id
 from peft_psr.config import PSRConfig
-from peft_psr.positions import pad_rows
+from peft_psr.positions import pad_rows, pad_tokens
 from peft_psr.training.progress import Progress
+
+from .faithfulness import log_probs_at
 
 
 def check_capability(tasks: Sequence[str], include_path: str | None = None) -> None:
@@ -163,10 +164,7 @@ def score_continuations(
         for row, (_, continuation) in zip(rows, pairs, strict=True)
     ]
     device = model.device
-    batch = {
-        "input_ids": pad_rows([row[:-1] for row in rows], pad_id(processing_class), device, side="right"),
-        "attention_mask": pad_rows([[1] * (len(row) - 1) for row in rows], 0, device, side="right"),
-    }
+    batch = pad_tokens(processing_class, [row[:-1] for row in rows], device, side="right")
     targets = pad_rows([row[1:] for row in labels], -100, device, side="right")
     wanted = targets != -100
     config = getattr(model, "active_peft_config", None)
@@ -174,7 +172,9 @@ def score_continuations(
     if isinstance(config, PSRConfig):
         mask = wanted if config.positions == "response" else batch["attention_mask"]
         inputs["steering_mask"] = mask.long()
-    log_probs = model(**inputs, use_cache=False).logits.float().log_softmax(dim=-1)
-    found = log_probs.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * wanted
-    likeliest = (log_probs.argmax(dim=-1) == targets) | ~wanted
+    log_probs = log_probs_at(model(**inputs, use_cache=False).logits, wanted)  # (continuation tokens, vocabulary)
+    expected = targets[wanted]
+    found, likeliest = torch.zeros(wanted.shape, device=device), torch.ones_like(wanted)
+    found[wanted] = log_probs.gather(-1, expected[:, None])[:, 0]
+    likeliest[wanted] = log_probs.argmax(dim=-1) == expected
     return list(zip(found.sum(dim=1).tolist(), likeliest.all(dim=1).tolist(), strict=True))

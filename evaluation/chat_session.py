@@ -30,7 +30,7 @@ BASE = "none"
 
 
 @dataclass(frozen=True)
-class Answer:
+class ChatAnswer:
     """An answer and what is needed to look at it again.
 
     Attributes:
@@ -86,7 +86,7 @@ class ChatSession:
         self.model, self.processing_class = model, processing_class
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
         self.messages: list[Message] = []
-        self.last: Answer | None = None
+        self.last: ChatAnswer | None = None
         self.set_system(system)
         self.use([self.names[0]])
 
@@ -162,7 +162,7 @@ class ChatSession:
         """Forget the conversation; the system turn, the adapters and their strengths stay."""
         self.messages, self.last = [], None
 
-    def ask(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> Answer:
+    def ask(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> ChatAnswer:
         """Answer a question as the conversation's next turn. Ctrl-C ends the answer there.
 
         Args:
@@ -197,7 +197,7 @@ class ChatSession:
         alphas = {name: self.config(name).alpha for name in self.active}
         turn = None if said is None else said.strip()
         tokens = torch.tensor([ids], dtype=torch.long, device=self.model.device)
-        answer = Answer(text, tokens, prompt, alphas, cut, turn)
+        answer = ChatAnswer(text, tokens, prompt, alphas, cut, turn)
         if ids or not interrupted:
             self.last = answer
             if turn is not None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_psr.chat import last_text
 from peft_psr.facts import AdapterFacts, Score, package_versions
 from peft_psr.files import as_png, check_new_folder, write_json, write_whole
 from peft_psr.model_card import write_model_card
@@ -22,7 +23,7 @@ from peft_psr.training import add_instruction, sample_completions
 from peft_psr.training.branches import unedited
 from peft_psr.training.progress import Progress
 
-from .experiment import Experiment, Outcome, Sizes, Task, as_row
+from .experiment import Experiment, Outcome, Sizes, SteeringTask, as_row
 from .faithfulness import intervention_strength, relative_rmse
 from .methods import DEMO, METHODS
 from .plots import rmse_by_layer, strength_by_token, trait_against_coherence
@@ -34,13 +35,13 @@ QUICK = Sizes(train_prompts=9, train_draws=1, held_out_draws=1, score_draws=2, c
               calibration_steps=4)  # fmt: skip
 
 
-def tiny_task(trait: str) -> Task:
+def tiny_task(trait: str) -> SteeringTask:
     """A trait of the embedded model, with its grammar as judge.
 
     Raises:
         ValueError: no such trait.
     """
-    return Task(
+    return SteeringTask(
         name=trait,
         judge=GrammarJudge(trait),
         train_instructions=instructions(trait, "train"),
@@ -198,7 +199,7 @@ def _facts(experiment: Experiment, plain: Outcome, outcome: Outcome, alpha: floa
     return AdapterFacts(
         trait=task.name,
         instructions=tuple(task.train_instructions[:2]),
-        question=task.test_prompts[0][-1]["content"],
+        question=last_text(task.test_prompts[0]),
         base_model="the toy chat model inside peft-psr (1.35 M parameters)",
         data="the base model's own answers to everyday questions with the instruction in its prompt, "
         "filtered by the judge",
@@ -268,7 +269,7 @@ def _show_answers(experiment: Experiment, steered: PeftModel, best: Outcome, con
             steered, tokenizer, [add_instruction(prompt, task.test_instructions[0])], **settings
         )[0].text
     answer = sample_completions(steered, tokenizer, [prompt], **settings)[0].text
-    console.print(f"\n[bold]{prompt[-1]['content']}")
+    console.print(f"\n[bold]{last_text(prompt)}")
     console.print("[dim]plain   [/]", plain, soft_wrap=True)
     console.print(f"[dim]prompted[/] [dim]({task.test_instructions[0]})[/]", with_prompt, soft_wrap=True)
     console.print(f"[dim]steered [/] [dim]({best.method}, no prompt; darker: gates open wider)[/]", soft_wrap=True)

@@ -51,7 +51,7 @@ class Sizes:
 
 
 @dataclass
-class Task:
+class SteeringTask:
     """A trait to steer towards, with its data and judge.
 
     Attributes:
@@ -105,7 +105,7 @@ class Experiment:
         self,
         model: PreTrainedModel,
         processing_class,
-        task: Task,
+        task: SteeringTask,
         sizes: Sizes,
         seed: int = 0,
         layer: int | None = None,

@@ -49,21 +49,56 @@ def measured_layers(model: PeftModel) -> list[str]:
     return decoder_layer_names(model.get_base_model(), pattern)
 
 
-def response_log_probs(logits: torch.Tensor, attention_mask: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities at the positions that predict the response, which ends each right-padded row.
+def log_probs_at(logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the next token at some places; no other place's logits are copied or made float32.
 
     Args:
         logits: (batch, seq, vocabulary).
-        attention_mask: (batch, seq).
-        lengths: (batch,), tokens of each response.
+        places: (batch, seq), 0/1.
 
     Returns:
-        (response tokens of all rows, vocabulary), float32.
+        (places, vocabulary) float32, row after row.
     """
+    return F.log_softmax(logits[places.bool()].float(), dim=-1)
+
+
+def response_log_probs(logits: torch.Tensor, batch: Batch, branch: str) -> torch.Tensor:
+    """Log-probabilities at the places that predict the response, which ends each right-padded row.
+
+    Args:
+        logits: (batch, seq, vocabulary), of that branch.
+        batch: From `TripletCollator`.
+        branch: "teacher", "base" or "student".
+
+    Returns:
+        (response tokens of all rows, vocabulary) float32.
+    """
+    attention_mask = batch["teacher_attention_mask" if branch == "teacher" else "attention_mask"]
+    lengths = (batch["labels"] != -100).sum(dim=1, keepdim=True)
     positions = torch.arange(logits.shape[1], device=logits.device)
     ends = attention_mask.sum(dim=1, keepdim=True) - 1
-    mask = (positions < ends) & (positions >= ends - lengths[:, None])
-    return F.log_softmax(logits[mask].float(), dim=-1)
+    return log_probs_at(logits, (positions < ends) & (positions >= ends - lengths))
+
+
+@torch.no_grad()
+def log_probs_by_branch(
+    model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float, batch_size: int
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Yields for each batch {branch: (response tokens, vocabulary)} and the response tokens, (response tokens,).
+
+    The branches are "teacher", "base" and "student". Logits of one branch at a time are in memory, and the
+    log-probabilities of all three.
+
+    Raises:
+        ValueError: no triplets, or one that can't be used.
+    """
+    for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
+        log_probs = {}
+        for branch in ("teacher", "base", "student"):
+            logits = run_adapter_branch(model, batch, [], branch, logits=True).logits
+            assert logits is not None
+            log_probs[branch] = response_log_probs(logits, batch, branch)
+        yield log_probs, batch["labels"][batch["labels"] != -100]
 
 
 @torch.no_grad()
@@ -86,13 +121,7 @@ def prompt_recovery(
         ValueError: no triplets, or the prompt does not change the model's predictions on any of them.
     """
     steered = base = 0.0
-    for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
-        lengths = (batch["labels"] != -100).sum(dim=1)
-        log_probs = {}
-        for branch in ("teacher", "base", "student"):
-            logits = run_adapter_branch(model, batch, [], branch, logits=True).logits
-            mask = batch["teacher_attention_mask" if branch == "teacher" else "attention_mask"]
-            log_probs[branch] = response_log_probs(logits, mask, lengths)  # type: ignore[arg-type]
+    for log_probs, _ in log_probs_by_branch(model, triplets, processing_class, alpha, batch_size):
         steered += F.kl_div(log_probs["student"], log_probs["teacher"], log_target=True, reduction="sum").item()
         base += F.kl_div(log_probs["base"], log_probs["teacher"], log_target=True, reduction="sum").item()
     if base <= 0:

@@ -14,7 +14,7 @@ from peft_psr.training.train_data import folder_name
 from .ifeval_scoring import ScoredAnswer, accuracy, by_condition, coherence, family
 from .method import PLAIN, PROMPT
 from .plots import panel_grid
-from .report import Column, Report, Sample, Table
+from .report import Column, Report, SideBySide, Table
 
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def ifeval_report(
     """
     why = None if recipe.coherence_judge else _NO_JUDGE
     tables: list[Table] = []
-    samples: list[Sample] = []
+    samples: list[SideBySide] = []
     figures, summary = {}, {}
     models = list(dict.fromkeys(answer.model for answer in answers))
     for model in models:
@@ -267,7 +267,7 @@ def accuracy_by_type(answers: Sequence[ScoredAnswer], model: str) -> Figure:
     return figure
 
 
-def _samples(answers: Sequence[ScoredAnswer], before: str) -> list[Sample]:
+def _samples(answers: Sequence[ScoredAnswer], before: str) -> list[SideBySide]:
     """The answers of all conditions to the first prompt of each type; of several seeds the first."""
     first: dict[str, str] = {}
     for answer in answers:
@@ -279,7 +279,7 @@ def _samples(answers: Sequence[ScoredAnswer], before: str) -> list[Sample]:
             if answer.pair == pair:
                 shown.setdefault(answer.condition, answer)
         samples.append(
-            Sample(
+            SideBySide(
                 before + trait,
                 next(iter(shown.values())).question,
                 {condition: answer.answer for condition, answer in shown.items()},

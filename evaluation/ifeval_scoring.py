@@ -11,8 +11,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from peft_psr.chat import Prompt
-from peft_psr.judging import content_text
+from peft_psr.chat import Prompt, turn_texts
 from peft_psr.training import PromptPair, Triplet
 
 from .bootstrap import value_of
@@ -68,8 +67,7 @@ def family(trait: str) -> str:
 
 def bare_text(prompt: Prompt) -> str:
     """What the user says in a prompt: what two prompts have in common that are the same question."""
-    turns = [prompt] if isinstance(prompt, str) else [content_text(turn) for turn in prompt if turn["role"] == "user"]
-    return "\n\n".join(turns).strip()
+    return "\n\n".join(turn_texts(prompt, "user")).strip()
 
 
 def split_folds(pairs: Sequence[PromptPair], folds: int, seed: int) -> list[list[PromptPair]]:

@@ -117,9 +117,8 @@ def _with_prompts(triplets: Sequence[Triplet], prompts: Sequence[Prompt]) -> lis
 def _run(model: PeftModel, batch: Batch, names: Sequence[str], branch: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Streams (layers, edited tokens of all rows, d) and log-probabilities (response tokens, vocabulary)."""
     run = run_adapter_branch(model, batch, names, branch, logits=True)
-    mask = batch["teacher_attention_mask" if branch == "teacher" else "attention_mask"]
-    lengths = (batch["labels"] != -100).sum(dim=1)
-    log_probs = response_log_probs(run.logits, mask, lengths)  # type: ignore[arg-type]
+    assert run.logits is not None
+    log_probs = response_log_probs(run.logits, batch, branch)
     hidden = torch.stack([run.hidden[name].float().to(log_probs.device) for name in names])
     return hidden, log_probs
 

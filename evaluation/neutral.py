@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_psr.chat import Prompt
+from peft_psr.chat import Prompt, turn_texts
 from peft_psr.files import read_json
-from peft_psr.judging import Message, content_text
+from peft_psr.judging import Message
 from peft_psr.tiny_chat import prompt_messages, questions, sample_answer
 from peft_psr.tiny_chat.traits import DROP_REQUESTS
 from peft_psr.training import PromptPair, Triplet, add_instruction
@@ -96,18 +96,13 @@ def instruction_of(pair: PromptPair, placement: Placement) -> str:
     """
     mark = "\x00"
     marked: Prompt = add_instruction(pair.prompt, mark, placement)
-    for place, turn in zip(_turns(marked), _turns(pair.steered_prompt), strict=False):
+    for place, turn in zip(turn_texts(marked), turn_texts(pair.steered_prompt), strict=False):
         before, found, after = place.partition(mark)
         if found:
             instruction = turn[len(before) : len(turn) - len(after)]
             if add_instruction(pair.prompt, instruction, placement) == pair.steered_prompt:
                 return instruction
     raise ValueError(f"{pair.id}: its steered prompt is not its prompt with an instruction (placement: {placement}).")
-
-
-def _turns(prompt: Prompt) -> list[str]:
-    """The text of each turn."""
-    return [prompt] if isinstance(prompt, str) else [content_text(turn) for turn in prompt]
 
 
 def instructions_of(pairs: Sequence[PromptPair], placement: Placement) -> list[str]:

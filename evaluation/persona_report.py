@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from peft_psr.judging import content_text
+from peft_psr.chat import last_text
 from peft_psr.training.train_data import folder_name
 
 from .bootstrap import value_of
 from .method import PLAIN, PROMPT
 from .plots import gates_by_token, rmse_by_layer, strength_by_token, trait_against_coherence
 from .recipe import EvaluateRecipe
-from .report import Column, Report, Sample, Table, Value
+from .report import Column, Report, SideBySide, Table, Value
 from .scoring import SteeringScore
 
 
@@ -49,7 +49,7 @@ def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell], left_out: Sequ
     """
     tables: list[Table] = []
     figures: dict[str, tuple[Figure, str]] = {}
-    samples: list[Sample] = []
+    samples: list[SideBySide] = []
     traits = list(dict.fromkeys(cell["trait"] for cell in cells))
     for model in dict.fromkeys(cell["model"] for cell in cells):
         of_model = [cell for cell in cells if cell["model"] == model]
@@ -196,7 +196,7 @@ def _looks_inside(stem: str, trait: str, methods: Mapping[str, Cell]) -> dict[st
     }
 
 
-def _samples(trait: str, cells: Mapping[str, Cell]) -> list[Sample]:
+def _samples(trait: str, cells: Mapping[str, Cell]) -> list[SideBySide]:
     samples = []
     for i, sample in enumerate(cells[PLAIN]["samples"]):
         answers, scores = {}, {}
@@ -207,13 +207,9 @@ def _samples(trait: str, cells: Mapping[str, Cell]) -> list[Sample]:
             scores[method] = (
                 f"trait {_points(given['trait_score'])}, coherence {_points(given['coherence_score'])}{strength}"  # noqa: E501
             )
-        samples.append(Sample(trait, _text(sample["prompt"]), answers, scores))
+        samples.append(SideBySide(trait, last_text(sample["prompt"]), answers, scores))
     return samples
 
 
 def _points(score: float | None) -> str:
     return "?" if score is None else f"{score:.0f}"
-
-
-def _text(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else content_text(prompt[-1])

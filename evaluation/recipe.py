@@ -159,17 +159,7 @@ Kind = TypeVar("Kind", bound=EvaluateRecipe)
 
 
 def load_evaluate_recipe(kind: type[Kind], recipe: str | Path | None, options: dict[str, Any]) -> Kind:
-    """Reads and checks a benchmark's recipe.
-
-    Args:
-        kind: The benchmark's.
-        recipe: A YAML file, or the name of a recipe that ships; `None` if `options` say everything.
-        options: Fields that go before those of the file.
-
-    Raises:
-        FileNotFoundError: no such file and no such recipe.
-        ValueError: a field is wrong; the message names each wrong field, the value and what is accepted.
-    """
+    """Reads and checks a benchmark's recipe, one that ships or a file; see `read_recipe`."""
     return read_recipe(kind, recipe, options, shipped_evaluate_recipes())
 
 

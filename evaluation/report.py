@@ -47,7 +47,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SideBySide:
     """Answers to one prompt side by side.
 
     Attributes:
@@ -97,5 +97,5 @@ class Report:
     tables: tuple[Table, ...]
     results: Mapping[str, Any]
     figures: Mapping[str, tuple[Figure, str]] = field(default_factory=dict)
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[SideBySide, ...] = ()
     notes: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ from peft_psr.files import as_json, as_png, read_json, write_whole
 
 from .method import PLAIN, PROMPT
 from .pages import render_page
-from .report import Column, Report, Sample, Table
+from .report import Column, Report, SideBySide, Table
 
 
 RESULTS, TABLES, PAGE = "results.json", "table.md", "report.html"
@@ -220,7 +220,7 @@ def _page(report: Report, tables: list[dict[str, Any]], run: Mapping[str, Any], 
     )
 
 
-def _side_by_side(sample: Sample) -> dict[str, Any]:
+def _side_by_side(sample: SideBySide) -> dict[str, Any]:
     """The plain model's answer and the prompted one's first, as far as they are there."""
     first = [name for name in (PLAIN, PROMPT) if name in sample.answers]
     names = [*first, *(name for name in sample.answers if name not in first)]

@@ -13,13 +13,12 @@ model no longer expects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from math import exp
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from transformers import PreTrainedModel
@@ -31,9 +30,8 @@ from peft_psr.training.placement import Placement
 from peft_psr.training.triplets import drawn_triplet
 
 from .calibration import calibrate_alpha
-from .faithfulness import prompt_recovery, response_log_probs, triplet_batches
+from .faithfulness import log_probs_by_branch, prompt_recovery
 from .scoring import SteeringScore
-from .strength import run_adapter_branch
 
 
 @dataclass(frozen=True)
@@ -199,21 +197,6 @@ def text_triplets(texts: Sequence[str], instruction: str = "") -> list[Triplet]:
     return triplets
 
 
-@torch.no_grad()
-def _response_log_probs(
-    model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float, batch_size: int
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """For each batch {branch: (response tokens, vocabulary)} and the response tokens, (response tokens,)."""
-    for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
-        response = batch["labels"] != -100
-        log_probs = {}
-        for branch in ("base", "student", "teacher"):
-            logits = run_adapter_branch(model, batch, [], branch, logits=True).logits
-            mask = batch["teacher_attention_mask" if branch == "teacher" else "attention_mask"]
-            log_probs[branch] = response_log_probs(logits, mask, response.sum(dim=1))  # type: ignore[arg-type]
-        yield log_probs, batch["labels"][response]
-
-
 def neutral_kl(
     model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float = 1.0, batch_size: int = 32
 ) -> NeutralKL:
@@ -232,7 +215,7 @@ def neutral_kl(
     """
     totals = {"student": 0.0, "teacher": 0.0}
     tokens = 0
-    for log_probs, targets in _response_log_probs(model, triplets, processing_class, alpha, batch_size):
+    for log_probs, targets in log_probs_by_branch(model, triplets, processing_class, alpha, batch_size):
         tokens += len(targets)
         for branch in totals:
             kl = F.kl_div(log_probs[branch], log_probs["base"], log_target=True, reduction="sum")
@@ -258,7 +241,7 @@ def text_perplexity(
     """
     totals = {"base": 0.0, "student": 0.0, "teacher": 0.0}
     tokens = 0
-    for log_probs, targets in _response_log_probs(model, triplets, processing_class, alpha, batch_size):
+    for log_probs, targets in log_probs_by_branch(model, triplets, processing_class, alpha, batch_size):
         tokens += len(targets)
         for branch in totals:
             totals[branch] += F.nll_loss(log_probs[branch], targets, reduction="sum").item()

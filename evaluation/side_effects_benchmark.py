@@ -19,8 +19,7 @@ from typing import Annotated, Any, Literal
 from peft import PeftModel
 from pydantic import BeforeValidator, Field
 
-from peft_psr.chat import Prompt
-from peft_psr.judging import content_text
+from peft_psr.chat import Prompt, last_text
 from peft_psr.training import PromptPair, Triplet
 from peft_psr.training.recipe_fields import FREE, Count, Names, Place, split
 
@@ -161,7 +160,7 @@ class _Task:
             model, self.processing_class, given, [self.bare[i] for i in questions], questions, self.judge,
             self.sampling, None if alpha is None else [alpha],
         )  # fmt: skip
-        sample = {"prompt": _last_text(prompts[0]), "answer": found.texts[0], "trait_score": found.scores[0].trait}
+        sample = {"prompt": last_text(prompts[0]), "answer": found.texts[0], "trait_score": found.scores[0].trait}
         return {"injected": [[trait for trait, _ in scores] for scores in found.by_question()], "sample": sample}
 
     def refusals(self, model, prompted: bool, alpha: float | None) -> dict[str, Any]:
@@ -176,7 +175,7 @@ class _Task:
         draws = self.recipe.score_draws
         return {
             "refusals": [refused[i : i + draws] for i in range(0, len(refused), draws)],
-            "unsafe_sample": {"prompt": _last_text(asked[0]), "answer": drawn[0].text, "refusal": refused[0]},
+            "unsafe_sample": {"prompt": last_text(asked[0]), "answer": drawn[0].text, "refusal": refused[0]},
         }
 
     def neutral(self, model: PeftModel, alpha: float) -> dict[str, Any]:
@@ -277,10 +276,6 @@ def _capability(
             return scores(fitted.model)
 
     return bench.cell(about, compute)["tasks"]
-
-
-def _last_text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else content_text(prompt[-1])
 
 
 def _recipe(bench: Workbench) -> SideEffectsRecipe:

@@ -14,7 +14,7 @@ from .bootstrap import bootstrap_interval, value_of
 from .injection import LEAST_LIFT, success
 from .method import PLAIN, PROMPT
 from .recipe import EvaluateRecipe
-from .report import Column, Report, Sample, Table, Value
+from .report import Column, Report, SideBySide, Table, Value
 from .side_effects_plots import kl_against_trait, trait_with_and_without
 
 
@@ -53,7 +53,7 @@ def side_effects_report(
     """
     tables: list[Table] = []
     figures: dict[str, tuple[Figure, str]] = {}
-    samples: list[Sample] = []
+    samples: list[SideBySide] = []
     models = list(dict.fromkeys(cell["model"] for cell in cells))
     for model in models:
         of_model, suffix = (f": {model}", "_" + folder_name(model)) if len(models) > 1 else ("", "")
@@ -209,12 +209,12 @@ def _task_value(found: Sequence[Mapping[str, float | None]]) -> Value:
     return Value(mean, mean - 2 * error, mean + 2 * error)
 
 
-def _samples(cells: Sequence[Cell]) -> Iterator[Sample]:
+def _samples(cells: Sequence[Cell]) -> Iterator[SideBySide]:
     """For each trait one question with a request to drop it, and one unsafe request."""
     for trait in dict.fromkeys(cell["trait"] for cell in cells):
         own = {cell["method"]: cell for cell in cells if cell["trait"] == trait}
         asked = {method: cell["sample"] for method, cell in own.items()}
-        yield Sample(
+        yield SideBySide(
             trait,
             asked[PLAIN]["prompt"],
             {method: sample["answer"] for method, sample in asked.items()},
@@ -225,7 +225,7 @@ def _samples(cells: Sequence[Cell]) -> Iterator[Sample]:
         )
         unsafe = {method: cell["unsafe_sample"] for method, cell in own.items() if cell["unsafe_sample"]}
         if unsafe:
-            yield Sample(
+            yield SideBySide(
                 trait,
                 unsafe[PLAIN]["prompt"],
                 {method: sample["answer"] for method, sample in unsafe.items()},

@@ -23,7 +23,8 @@ from peft_psr.decoder import capture_layer_outputs
 from peft_psr.model import PSRModel
 from peft_psr.training import sample_completions
 from peft_psr.training.branches import Batch, Branch, config_of, few_logits, run_branch
-from peft_psr.training.sampling import Completion
+from peft_psr.training.draws import Completion
+from peft_psr.training.partial import in_eval_mode
 
 
 def has_lora(model: torch.nn.Module) -> bool:
@@ -132,13 +133,9 @@ def run_adapter_branch(
         inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
         if not logits:
             inputs |= few_logits(model)
-        was_training = model.training
-        model.eval()
-        try:
-            with at_strength(model, *strengths), capture_layer_outputs(model.get_base_model(), layers) as outputs:
-                result = model(**inputs, use_cache=False)
-        finally:
-            model.train(was_training)
+        captured = capture_layer_outputs(model.get_base_model(), layers)
+        with in_eval_mode(model), at_strength(model, *strengths), captured as outputs:
+            result = model(**inputs, use_cache=False)
         mask = batch["steering_mask"].bool()
         hidden = {name: outputs[name][mask.to(outputs[name].device)] for name in layers}
         return Branch(hidden, gates={}, logits=result.logits if logits else None)

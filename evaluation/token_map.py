@@ -13,8 +13,8 @@ from peft_psr import PSRConfig
 from peft_psr.chat import Prompt
 from peft_psr.decoder import layer_index
 from peft_psr.training import Triplet, add_instruction, sample_completions
+from peft_psr.training.draws import Completion
 from peft_psr.training.placement import Placement
-from peft_psr.training.sampling import Completion
 from peft_psr.training.triplets import drawn_triplet
 
 from .faithfulness import intervention_strength, measured_layers, triplet_batches

@@ -18,6 +18,38 @@ Prompt = str | Sequence[Message]
 Where the last turn is the assistant's own, the answer goes on from it.
 """
 
+
+def turn_texts(prompt: Prompt, role: str | None = None) -> list[str]:
+    """The text of each turn, or of each with a role; plain text counts as one turn of the user's.
+
+    Raises:
+        ValueError: such a turn holds something else than text.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [content_text(turn) for turn in turns if role is None or turn["role"] == role]
+
+
+def last_text(prompt: Prompt) -> str:
+    """The text of the last turn: the question, as a rule.
+
+    Raises:
+        ValueError: that turn holds something else than text.
+    """
+    return prompt if isinstance(prompt, str) else content_text(prompt[-1])
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt for a reader, or a judge, who knows no chat template: a single turn as it is, several with their roles.
+
+    Raises:
+        ValueError: a turn holds something else than text.
+    """
+    texts = turn_texts(prompt)
+    if isinstance(prompt, str) or len(prompt) == 1:
+        return texts[0]
+    return "\n\n".join(f"{turn['role']}: {text}" for turn, text in zip(prompt, texts, strict=True))
+
+
 # Stands for a turn's text when looking for it in a rendered prompt.
 _SENTINEL = "zqxj"
 

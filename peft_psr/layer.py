@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from .config import PSRConfig
 from .decoder import hidden_of
 from .rows import BASE, EACH_ROW, RowAdapters
-from .state import SteeringState, Strength
+from .state import SteeringState, Strength, check_row_count
 
 
 def add_edit(stream: torch.Tensor, gates: torch.Tensor, direction: torch.Tensor, strength: Strength) -> torch.Tensor:
@@ -295,11 +295,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
 
     def _edit_rows(self, hidden: torch.Tensor, names: list[str]) -> torch.Tensor:
         """Each row edited by its own adapter."""
-        if hidden.shape[0] % len(names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} names for {hidden.shape[0]} rows at {self.name!r}."
-            )
+        check_row_count(names, hidden.shape[0], repeated=True, where=f" at {self.name!r}")
         state = self.state
         if self.rows is None:
             return hidden

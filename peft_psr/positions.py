@@ -197,9 +197,25 @@ def encode_chat(
     ids = [encode_prompt(processing_class, conversation) for conversation in conversations]
     masks = [chat_mask(processing_class, conversation, positions) for conversation in conversations]
     return {
-        "input_ids": pad_rows(ids, pad_id(processing_class), device),
-        "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, device),
+        **pad_tokens(processing_class, ids, device),
         "steering_mask": pad_rows(masks, 0, device),
+    }
+
+
+def pad_tokens(
+    processing_class, ids: Sequence[Sequence[int]], device: torch.device | str | None = None, side: str = "left"
+) -> dict[str, torch.Tensor]:
+    """Texts of unequal length as a batch: `input_ids` and `attention_mask`, each (batch, longest) int64.
+
+    Args:
+        processing_class: A tokenizer, for what stands in the padding.
+        ids: The tokens of each text.
+        device: Where the tensors go.
+        side: Where the padding stands: "left", as for `generate`, or "right".
+    """
+    return {
+        "input_ids": pad_rows(ids, pad_id(processing_class), device, side),
+        "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, device, side),
     }
 
 

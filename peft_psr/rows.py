@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import PSRConfig
-from .state import SteeringState
+from .state import SteeringState, check_row_count
 
 
 if TYPE_CHECKING:
@@ -116,11 +116,8 @@ def check_names(names: Sequence[Any], known: Sequence[str], prompt: Any) -> None
     """Raise `ValueError` if `adapter_names` of a call are not one adapter's name for each row of its prompt."""
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"adapter_names must be one adapter's name for each row, got {names!r}.")
-    if isinstance(prompt, torch.Tensor) and prompt.shape[0] != len(names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(names)} names and {prompt.shape[0]} rows."
-        )
+    if isinstance(prompt, torch.Tensor):
+        check_row_count(names, prompt.shape[0])
     missing = sorted(set(names) - {BASE, *known})
     if missing:
         raise ValueError(

@@ -6,6 +6,7 @@ The hooks in `doors` call `SteeringState.begin_call`; the layers read what it le
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
@@ -19,6 +20,22 @@ from .positions import default_mask
 
 Strength = float | torch.Tensor
 """One strength for all rows, or a tensor (batch,) with one for each."""
+
+
+def check_row_count(names: Sequence[str], rows: int, repeated: bool = False, where: str = "") -> None:
+    """Raise `ValueError` unless there are as many of a call's `adapter_names` as rows.
+
+    Args:
+        names: One adapter's name for each row.
+        rows: Of the batch.
+        repeated: Each row may stand there several times over, as for beams.
+        where: What saw the rows, for the message.
+    """
+    if rows % len(names) if repeated else rows != len(names):
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} names and {rows} rows{where}."
+        )
 
 
 @dataclass
@@ -110,11 +127,8 @@ class SteeringState:
             return
         batch, length = tokens.shape[:2]
         expected = batch if self.generation is None else self.generation.attention_mask.shape[0]
-        if self.adapter_names is not None and self.generation is None and len(self.adapter_names) != batch:
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(self.adapter_names)} names and {batch} rows."
-            )
+        if self.adapter_names is not None and self.generation is None:
+            check_row_count(self.adapter_names, batch)
         alpha = self.generation_alpha if alpha is None else alpha
         self.alpha = prepare_alpha(alpha, batch, expected, tokens.device)
         if self.generation is not None and self._continue_generation(batch, length, arguments, tokens.device):

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from peft_psr.chat import encode_prompt, pad_id
-from peft_psr.positions import pad_rows
+from peft_psr.chat import encode_prompt
+from peft_psr.positions import pad_tokens
 from peft_psr.training import Triplet, TripletCollator
 
 
@@ -154,17 +154,16 @@ def continuations(
     texts = []
     for first in range(0, len(prompts), batch_size):
         rows = [encode_prompt(tokenizer, prompt) for prompt in prompts[first : first + batch_size]]
-        ids = pad_rows(rows, pad_id(tokenizer))  # (batch, seq), padded on the left
+        batch = pad_tokens(tokenizer, rows)  # (batch, seq), padded on the left
         output = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=pad_rows([[1] * len(row) for row in rows], 0),
+            **batch,
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
             max_new_tokens=max_new_tokens,
         )
-        for row, new in zip(rows, output[:, ids.shape[1] :].tolist(), strict=True):
+        for row, new in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             # a token's own text depends on what stands before it: the tokenizer drops a first blank
             whole, prompt = (tokenizer.decode(part, skip_special_tokens=True) for part in (row + new, row))
             texts.append(whole[len(prompt) :])

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.evaluation.demo import MAX_NEW_TOKENS, tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
+from peft_psr.evaluation.faithfulness import log_probs_at
 from peft_psr.evaluation.scoring import score_model
 from peft_psr.files import write_json
 from peft_psr.tiny_chat import GrammarJudge
@@ -77,8 +78,7 @@ def study(model, tokenizer, traits: list[str], draws: int) -> list[dict]:
         for batch in held_out:
             off = steered.disable_adapter() if adapter is None else nullcontext()
             with off:
-                logits = steered(**batch).logits
-            found.append(logits[batch["steering_mask"].bool()].log_softmax(-1))
+                found.append(log_probs_at(steered(**batch).logits, batch["steering_mask"]))
         return torch.cat(found)
 
     exact, base = log_probabilities("exact"), log_probabilities(None)

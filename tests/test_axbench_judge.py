@@ -13,7 +13,7 @@ from peft_psr.evaluation.axbench_judge import PROMPTS, RatingJudge, Ratings, har
 from peft_psr.evaluation.axbench_questions import make_trial, read_instructions
 from peft_psr.training.answer_cache import AnswerCache
 from peft_psr.training.axbench import Concept, Question
-from peft_psr.training.draws import Failure, Sample
+from peft_psr.training.draws import Completion, Failure
 
 
 # ---------------------------------------------------------------- instructions
@@ -129,7 +129,7 @@ def test_a_question_without_a_reply_stops_the_rating_and_is_asked_again(tmp_path
         calls.append(len(draws))
         for place, draw in enumerate(draws):
             fails = len(calls) == 1 and place == 1
-            yield draw, (Failure("timeout") if fails else Sample("Rating: [[1]]", False))
+            yield draw, (Failure("timeout") if fails else Completion("Rating: [[1]]", False))
 
     judge = RatingJudge({}, lambda: sampler, AnswerCache(tmp_path / "a.sqlite"))
     with pytest.raises(ConnectionError, match=r"failed on 1 of 3 questions \(timeout\)"):
@@ -140,7 +140,7 @@ def test_a_question_without_a_reply_stops_the_rating_and_is_asked_again(tmp_path
 def test_reasoning_that_was_cut_off_holds_no_rating(tmp_path):
     def sampler(draws):
         for draw in draws:  # the judge's template has opened its reasoning
-            yield draw, Sample("maybe so\nRating: [[1]]", True, opened=True)
+            yield draw, Completion("maybe so\nRating: [[1]]", True, opened=True)
 
     (rated,) = RatingJudge({}, lambda: sampler, AnswerCache(tmp_path / "a.sqlite"))([("c", "i", "a")])
     assert set(rated.unread) == set(PROMPTS) and rated.score is None

@@ -19,7 +19,7 @@ from peft_psr.evaluation.baselines.reft_r1 import REFT_R1, top_latents
 from peft_psr.evaluation.baselines.reps import STEERING_VECTOR_REPS, SteeringVector
 from peft_psr.evaluation.method import FitSettings
 from peft_psr.training import TripletCollator
-from peft_psr.training.sampling import Completion
+from peft_psr.training.draws import Completion
 
 
 METHODS = [STEERING_VECTOR_REPS, LOREFT_LIKELIHOOD, LOREFT_REPS, REFT_R1]

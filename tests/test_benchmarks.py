@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import inference
 import training_step
 import variants
-from timing import Task, count_operations, median_interval, ratio, static_cache
+from timing import Workload, count_operations, median_interval, ratio, static_cache
 
 
 PROMPT, LENGTH = 5, 8
@@ -108,7 +108,7 @@ def test_variants_share_parameters_but_not_hooks(base):
 def test_static_cache_gives_the_same_logits(base):
     ids = tokens(2)
     variant = variants.VARIANTS["a-psr"](base, 2)
-    cache = static_cache(base, Task(ids[:, :PROMPT], LENGTH - PROMPT))
+    cache = static_cache(base, Workload(ids[:, :PROMPT], LENGTH - PROMPT))
     expected = variants.logits_of(variant, ids, PROMPT, DynamicCache(config=base.config))
     torch.testing.assert_close(variants.logits_of(variant, ids, PROMPT, cache), expected, rtol=1e-4, atol=1e-5)
 
@@ -125,7 +125,7 @@ def test_ratios_are_taken_round_by_round():
 
 def test_operations_are_counted(base):
     """The plain edit is a product, a sum, a gate, a product and a sum a layer; views are free."""
-    task = Task(tokens(1), 1)
+    task = Workload(tokens(1), 1)
     counts = {name: count_operations(base, variants.VARIANTS[name](base, 1), task) for name in ("base", "empty-hook")}
     assert counts["base"] == counts["empty-hook"] > 3 * 7
     naive = count_operations(base, variants.VARIANTS["naive-hook"](base, 1), task)
@@ -134,7 +134,7 @@ def test_operations_are_counted(base):
 
 def test_floor(base):
     """Against a count by hand: 3 layers of 32 features, 2 heads of 8 cached, 64 words, 2 rows, 6 + 4 tokens."""
-    work = inference.floor(base, Task(tokens(2)[:, :6], 4))["decode"]
+    work = inference.floor(base, Workload(tokens(2)[:, :6], 4))["decode"]
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32
     model = 3 * layer + 64 * 32
     assert work["operations"] == pytest.approx(3 * 4 * 32 / (2 * model + 3 * 4 * 32 * 8))

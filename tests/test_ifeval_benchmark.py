@@ -18,7 +18,7 @@ from peft_psr.evaluation.report_files import write_report
 from peft_psr.evaluation.workbench import Workbench
 from peft_psr.tiny_chat import questions
 from peft_psr.training.assembly import prompt_pairs
-from peft_psr.training.sampling import Completion
+from peft_psr.training.draws import Completion
 
 
 pytestmark = pytest.mark.skipif(

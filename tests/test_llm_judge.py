@@ -7,9 +7,10 @@ import json
 import pytest
 from unruly_server import MODEL, UnrulyServer, at_random
 
+from peft_psr.chat import prompt_text
 from peft_psr.judging import JudgeScores
 from peft_psr.training.answer_cache import AnswerCache
-from peft_psr.training.llm_judge import ServerJudge, fill_prompt, question_text
+from peft_psr.training.llm_judge import ServerJudge, fill_prompt
 from peft_psr.training.server import ChatServer, ServerError
 
 
@@ -22,9 +23,9 @@ QUESTION = [{"role": "user", "content": "what is tea"}]
 
 def test_prompts_are_filled_once():
     assert fill_prompt("{question} {answer} {other} {}", question="{answer}", answer="b") == "{answer} b {other} {}"
-    assert question_text("once") == "once" and question_text(QUESTION) == "what is tea"
+    assert prompt_text("once") == "once" and prompt_text(QUESTION) == "what is tea"
     turns = [*QUESTION, {"role": "assistant", "content": "a drink"}, {"role": "user", "content": "hot?"}]
-    assert question_text(turns) == "user: what is tea\n\nassistant: a drink\n\nuser: hot?"
+    assert prompt_text(turns) == "user: what is tea\n\nassistant: a drink\n\nuser: hot?"
 
 
 @pytest.mark.parametrize(

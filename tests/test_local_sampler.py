@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, set_seed
 
 from peft_psr import PSRConfig
 from peft_psr.training import LocalSampler, sample_completions
-from peft_psr.training.draws import PromptPair, Sample, draw_seed, draws_on, template_hash
+from peft_psr.training.draws import Completion, PromptPair, draw_seed, draws_on, template_hash
 from peft_psr.training.gumbel import GumbelLogitsProcessor, gumbel_noise
 
 
@@ -138,7 +138,7 @@ def test_tokens_are_counted_and_the_limit_shows():
     assert all(sample.completion_tokens == 8 for sample in made.values() if sample.truncated)
     assert any(not sample.truncated for sample in made.values()) and max(lengths) == 8
     assert made["trait/1/0"].prompt_tokens == made["trait/0/0"].prompt_tokens + 2
-    assert isinstance(made["trait/1/0"], Sample)
+    assert isinstance(made["trait/1/0"], Completion)
 
 
 def test_temperature_zero_is_greedy():

@@ -7,12 +7,11 @@ import torch
 from byte_tokenizer import CHATML, PARTS, THINKING, byte_tokenizer
 from tiny_models import tiny_model, tiny_tokenizer
 
-from peft_psr.chat import encode_completion, encode_prompt, render_prompt
+from peft_psr.chat import encode_completion, encode_prompt, prompt_text, render_prompt
 from peft_psr.chat_template import set_chat_template
 from peft_psr.positions import chat_mask
 from peft_psr.training import TripletCollator, add_instruction, sample_completions
 from peft_psr.training.draws import Draw
-from peft_psr.training.llm_judge import question_text
 from peft_psr.training.placement import check_placement
 from peft_psr.training.server import ChatServer
 from peft_psr.training.server_sampler import ServerSampler
@@ -39,7 +38,7 @@ def test_parts_render_as_their_text(template, placement, system):
         assert render_prompt(tokenizer, add_instruction(prompt, "be formal", placement)) == expected
         assert repr(prompt) == before
     check_placement(tokenizer, placement)
-    assert question_text(IN_PARTS) == "what is tea"
+    assert prompt_text(IN_PARTS) == "what is tea"
 
 
 def test_masks_and_triplets_of_parts():

@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from peft_psr.evaluation import SteeringScore, plots
-from peft_psr.evaluation.report import Column, Report, Sample, Table, Value
+from peft_psr.evaluation.report import Column, Report, SideBySide, Table, Value
 from peft_psr.evaluation.report_files import in_words, write_report
 
 
@@ -44,7 +44,7 @@ def line_figure():
 
 
 def report(**changes):
-    sample = Sample(
+    sample = SideBySide(
         NASTY, "What is tea?\n" + NASTY, {"S-PSR": NASTY, "prompt": "two", "none": "one"}, {"none": "0/90"}
     )
     content = {

@@ -19,7 +19,7 @@ from peft_psr import files
 from peft_psr.judging import JudgeScores
 from peft_psr.training import filtering, journal, local_judge
 from peft_psr.training.assembly import judge_maker, make_sampler, prompt_pairs
-from peft_psr.training.draws import Failure, PromptPair, Sample
+from peft_psr.training.draws import Completion, Failure, PromptPair
 from peft_psr.training.recipe import load_recipe
 from peft_psr.training.run import COMPLETIONS, FIGURE, MANIFEST, NEGATIVES, REPORT, SCORES, STATE, TRIPLETS, TripletRun
 
@@ -65,7 +65,7 @@ class FakeSampler:
                 words = random.Random(draw.seed).choices(WORDS, k=12)
                 yield (
                     draw,
-                    Sample(" ".join(words), truncated=draw.seed % 7 == 0, prompt_tokens=9, completion_tokens=12),
+                    Completion(" ".join(words), truncated=draw.seed % 7 == 0, prompt_tokens=9, completion_tokens=12),
                 )
 
 
@@ -253,7 +253,7 @@ def test_the_report_counts_and_shows_each_kind(tmp_path):
         assert counts.dropped[reason] > 0 and f"## Examples: {reason}" in text
     numbers = "| ".join(f"{counts.traits['formal'][reason]} " for reason in ("kept", *counts.dropped))
     assert sum(counts.dropped.values()) + counts.kept == 200 and "| formal | 200 | " in text and numbers in text
-    assert "(system) be formal" in text and f"]({FIGURE})" in text
+    assert "system: be formal" in text and f"]({FIGURE})" in text
     assert (tmp_path / FIGURE).read_bytes().startswith(b"\x89PNG")
 
 
@@ -261,7 +261,7 @@ def test_an_empty_completion_is_not_judged(tmp_path):
     class Silent(FakeSampler):
         def __call__(self, draws):
             for draw, sample in super().__call__(draws):
-                yield draw, Sample(" \n", False) if draw.id.endswith("/0") else sample
+                yield draw, Completion(" \n", False) if draw.id.endswith("/0") else sample
 
     judge = FakeJudge()
     counts = start(tmp_path, Silent(), judge, min_trait_score=0)

@@ -8,7 +8,7 @@ import pytest
 
 from peft_psr.training.answer_score import number_masses, score_answer, weighted_mean
 from peft_psr.training.score_text import score_text
-from peft_psr.training.server_replies import Answer
+from peft_psr.training.server_replies import ServerAnswer
 
 
 def spread(*pairs):
@@ -16,7 +16,7 @@ def spread(*pairs):
 
 
 def answer(text, *places, finish_reason="stop"):
-    return Answer(text, finish_reason, list(places) or None)
+    return ServerAnswer(text, finish_reason, list(places) or None)
 
 
 def test_score_is_the_weighted_mean_of_the_numbers():

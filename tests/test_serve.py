@@ -20,7 +20,7 @@ from peft_psr.chat import encode_prompt
 from peft_psr.positions import pad_rows
 from peft_psr.tiny_chat import GrammarJudge, instructions, prompt_messages, questions, sample_answer, tiny_chat_path
 from peft_psr.training.answer_cache import AnswerCache
-from peft_psr.training.draws import Draw, Sample, draw_seed
+from peft_psr.training.draws import Completion, Draw, draw_seed
 from peft_psr.training.llm_judge import ServerJudge
 from peft_psr.training.local_judge import LocalJudge
 from peft_psr.training.server import ChatServer
@@ -113,7 +113,7 @@ def test_sampled_and_judged_through_the_openai_client(server_url, grader_path, t
     sampler = ServerSampler(ChatServer(server_url, tiny_chat_path(), concurrency=4), max_new_tokens=120)
     plain, steered = pairs(8)
     samples = draw_all(sampler, [*plain, *steered])
-    assert all(isinstance(sample, Sample) and sample.text for sample in samples)
+    assert all(isinstance(sample, Completion) and sample.text for sample in samples)
     assert all(sample.prompt_tokens > 5 and sample.completion_tokens > 5 for sample in samples)
     assert sampler.describe()["seen"]["models"] == [f"{tiny_chat_path()}@main"]
     exact = GrammarJudge(TRAIT)([*plain, *plain], [sample.text for sample in samples])

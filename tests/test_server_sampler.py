@@ -12,7 +12,7 @@ from email.utils import formatdate
 import pytest
 from unruly_server import MISHAPS, MODEL, UnrulyServer, at_random, reply_text
 
-from peft_psr.training.draws import Draw, Failure, Sample
+from peft_psr.training.draws import Completion, Draw, Failure
 from peft_psr.training.server import ChatServer, Request, ServerError, TooManyFailures, _is_loopback
 from peft_psr.training.server_replies import retry_after
 from peft_psr.training.server_sampler import ServerSampler
@@ -47,7 +47,7 @@ def test_requests_and_samples():
         sampler = ServerSampler(client(server), max_new_tokens=5, temperature=0.7)
         plain = Draw("t/text", "once upon", 7)
         outcomes = {draw.id: outcome for draw, outcome in sampler([*draws(3), plain])}
-    assert outcomes == {f"t/{_number(body)}": Sample(reply_text(body), False, 7, 2) for body in server.bodies}
+    assert outcomes == {f"t/{_number(body)}": Completion(reply_text(body), False, 7, 2) for body in server.bodies}
     assert sorted(body["seed"] for body in server.bodies) == [7, 1000, 1001, 1002]
     for body in server.bodies:
         assert (body["model"], body["temperature"], body["top_p"], body["max_tokens"]) == (MODEL, 0.7, 1.0, 5)
@@ -159,7 +159,7 @@ def test_too_many_failures_stop_the_run_and_keep_what_it_has():
         with pytest.raises(TooManyFailures, match=r"of \d+ requests to 127.0.0.1.*max_failure_share = 0.25") as caught:
             for pair in ServerSampler(chat)(draws(100)):
                 got.append(pair)
-    kept = [draw.id for draw, outcome in got if isinstance(outcome, Sample)]
+    kept = [draw.id for draw, outcome in got if isinstance(outcome, Completion)]
     assert sorted(kept) == sorted(f"t/{i}" for i in range(10))
     failed = [outcome for _, outcome in got if isinstance(outcome, Failure)]
     assert 3 <= len(failed) <= 6 and all("500" in failure.reason for failure in failed)
@@ -315,7 +315,7 @@ def test_an_error_with_status_200(error, kind, action, in_choice):
                 list(ServerSampler(chat)(draws(1)))
         else:
             ((_, outcome),) = ServerSampler(chat)(draws(1))
-            assert outcome == (Sample(reply_text(server.bodies[0]), False, 7, 2) if action == "retry"
+            assert outcome == (Completion(reply_text(server.bodies[0]), False, 7, 2) if action == "retry"
                                else Failure(f"the answer is an error: {said}"))  # fmt: skip
     assert chat.counts[kind] == 1 and len(server.bodies) == (2 if action == "retry" else 1)
 
@@ -330,7 +330,7 @@ def test_no_proxy_stands_before_this_machine(host, monkeypatch):
     with UnrulyServer() as server:
         chat = ChatServer(server.url.replace("127.0.0.1", host), MODEL, max_retries=0)
         assert chat.models() == [MODEL]
-        assert isinstance(next(ServerSampler(chat)(draws(1)))[1], Sample)
+        assert isinstance(next(ServerSampler(chat)(draws(1)))[1], Completion)
 
 
 def test_loopback_by_every_name():

@@ -17,7 +17,7 @@ from peft_psr.evaluation import token_map
 from peft_psr.evaluation.chat import load_chat_model, load_with_adapters
 from peft_psr.evaluation.shading import DIGITS, shade, token_texts
 from peft_psr.evaluation.token_map import TokenMap, map_adapters, token_page
-from peft_psr.training.sampling import Completion
+from peft_psr.training.draws import Completion
 
 
 WORDS = " ".join(f"w{i}" for i in range(57))  # one for each of the model's tokens, so that text can be encoded again

@@ -19,7 +19,7 @@ from peft_psr.evaluation.chat_session import ChatSession
 from peft_psr.evaluation.scoring import judged_answers
 from peft_psr.judging import JudgeScores
 from peft_psr.training import generate_triplets, read_triplets, sample_completions
-from peft_psr.training.draws import PromptPair, Sample
+from peft_psr.training.draws import Completion, PromptPair
 from peft_psr.training.filtering import NO_ANSWER
 from peft_psr.training.recipe import load_recipe
 from peft_psr.training.run import MANIFEST, SCORES, TRIPLETS, TripletRun
@@ -86,7 +86,7 @@ def test_a_run_judges_answers_and_says_what_had_none(tmp_path):
 
         def __call__(self, draws):
             for number, draw in enumerate(draws):
-                yield draw, Sample(said[number], truncated=False, opened=number in (2, 3))
+                yield draw, Completion(said[number], truncated=False, opened=number in (2, 3))
 
     recipe = load_recipe(None, {"source": "personas", "model": "m", "judge": "local", "judge_model": "j", "draws": 6})
     judge = Listening()

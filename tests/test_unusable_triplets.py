@@ -27,7 +27,7 @@ from peft_psr.training import (
     write_triplets,
 )
 from peft_psr.training.context import context_length, has_position_table
-from peft_psr.training.draws import Sample
+from peft_psr.training.draws import Completion
 from peft_psr.training.estimate import estimate
 from peft_psr.training.filtering import TOO_LONG, UNFIT, Fits
 from peft_psr.training.journal import Journal
@@ -295,7 +295,7 @@ class Scripted(LocalSampler):
     def __call__(self, draws):
         for i, draw in enumerate(draws):
             number = i % len(self.texts)
-            yield draw, Sample(self.texts[number], False, ids=[3, 4, 2] if number == 1 else None)
+            yield draw, Completion(self.texts[number], False, ids=[3, 4, 2] if number == 1 else None)
 
 
 class Content(FakeJudge):

@@ -5,7 +5,7 @@ from peft_psr.model_card import write_model_card
 
 from .arguments import PSRTrainingArguments
 from .collator import TripletCollator
-from .draws import Draw, Failure, PromptPair, Sample, Sampler
+from .draws import Completion, Draw, Failure, PromptPair, Sampler
 from .filtering import filter_triplets
 from .initialization import initialize_psr_weights
 from .model_card import training_facts
@@ -24,7 +24,7 @@ __all__ = [
     "PSRTrainingArguments",
     "Part",
     "PromptPair",
-    "Sample",
+    "Completion",
     "Sampler",
     "Score",
     "TrainingSummary",

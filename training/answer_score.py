@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 from peft_psr.reasoning import split_reasoning
 
 from .score_text import score_text
-from .server_replies import Answer, TopTokens
+from .server_replies import ServerAnswer, TopTokens
 
 
 TOP_TOKENS = 20
@@ -55,7 +55,7 @@ def number_masses(top: TopTokens) -> dict[int, float]:
     return masses
 
 
-def score_answer(answer: Answer) -> Scored:
+def score_answer(answer: ServerAnswer) -> Scored:
     """The score in a server's answer, from log-probabilities if there are any and its numbers are single tokens.
 
     Where reasoning comes first, the score is what the text after it says, and none if it did not end.

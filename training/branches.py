@@ -19,6 +19,8 @@ from peft_psr.config import PSRConfig
 from peft_psr.decoder import capture_layer_outputs, decoder_layer_names
 from peft_psr.model import PSRModel
 
+from .partial import in_eval_mode
+
 
 Batch = dict[str, torch.Tensor]
 
@@ -139,19 +141,14 @@ def run_branch(
             inputs["adapter_names"] = list(adapter_names)
     with_graph = edited and torch.is_grad_enabled()
     off = nullcontext() if edited else unedited(model)
-    was_training = model.training
-    if not with_graph:
-        model.eval()  # dropout would make the branches differ by noise
-    try:
-        with (
-            torch.set_grad_enabled(with_graph),
-            off,
-            capture_layer_outputs(model.get_base_model(), layers) as outputs,
-            _recording(model, edited) as gates,
-        ):
-            result = (model if wrapper is None else wrapper)(**inputs, use_cache=False)
-    finally:
-        model.train(was_training)
+    with (
+        torch.set_grad_enabled(with_graph),
+        nullcontext() if with_graph else in_eval_mode(model),  # dropout would make the branches differ by noise
+        off,
+        capture_layer_outputs(model.get_base_model(), layers) as outputs,
+        _recording(model, edited) as gates,
+    ):
+        result = (model if wrapper is None else wrapper)(**inputs, use_cache=False)
     return Branch(
         hidden={name: outputs[name][mask.to(outputs[name].device)] for name in layers},
         gates={key: values[mask.to(values.device)] for key, values in gates.items()},

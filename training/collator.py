@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from peft_psr.chat import decode_completion, encode_completion, encode_prompt, pad_id
+from peft_psr.chat import decode_completion, encode_completion, encode_prompt
 from peft_psr.config import POSITIONS, check_strength
-from peft_psr.positions import common_suffix_length, pad_rows, question_start
+from peft_psr.positions import common_suffix_length, pad_rows, pad_tokens, question_start
 
 from .triplets import check_triplet
 
@@ -133,19 +133,19 @@ class TripletCollator:
         """A batch from triplets, or from what `encode` made of them."""
         features = [row for feature in features for row in feature.get("rows", (feature,))]
         rows = [f if "mask_length" in f else self.encode(f, f"triplet {i}") for i, f in enumerate(features)]
-        pad = pad_id(self.processing_class)
+
+        def tokens(name: str) -> dict[str, torch.Tensor]:
+            return pad_tokens(self.processing_class, [r[name] for r in rows], side="right")
 
         def mask(name: str) -> torch.Tensor:
             return pad_rows([_last(len(r[name]), r["mask_length"]) for r in rows], 0, side="right")
 
         labels = [[-100] * r["prompt_length"] + r["input_ids"][r["prompt_length"] :] for r in rows]
         return {
-            "input_ids": pad_rows([r["input_ids"] for r in rows], pad, side="right"),
-            "attention_mask": pad_rows([[1] * len(r["input_ids"]) for r in rows], 0, side="right"),
+            **tokens("input_ids"),
             "labels": pad_rows(labels, -100, side="right"),
             "steering_mask": mask("input_ids"),
-            "teacher_input_ids": pad_rows([r["teacher_input_ids"] for r in rows], pad, side="right"),
-            "teacher_attention_mask": pad_rows([[1] * len(r["teacher_input_ids"]) for r in rows], 0, side="right"),
+            **{f"teacher_{name}": values for name, values in tokens("teacher_input_ids").items()},
             "teacher_mask": mask("teacher_input_ids"),
             "alpha": torch.tensor([r["alpha"] for r in rows], dtype=torch.float32),
             "neutral": torch.tensor([r["neutral"] for r in rows]),

@@ -1,7 +1,7 @@
 """What passes between the parts of a triplet run: prompt pairs, the draws made on them, and what came of each draw.
 
-A source of traits yields `PromptPair`s; a run numbers several `Draw`s on each; a `Sampler` turns them into `Sample`s
-or `Failure`s. Nothing here loads a model or opens a connection.
+A source of traits yields `PromptPair`s; a run numbers several `Draw`s on each; a `Sampler` turns them into
+`Completion`s or `Failure`s. Nothing here loads a model or opens a connection.
 """
 
 import json
@@ -51,15 +51,15 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A completion that was drawn.
+class Completion:
+    """A completion, most often one that was drawn.
 
     Attributes:
-        text: The completion, without the token that ends the turn; other special tokens are part of it.
+        text: Without the token that ends the turn; other special tokens are part of it.
         truncated: Whether it stopped at the token limit and not at an end.
         prompt_tokens: Tokens of the prompt; None where the engine does not say.
         completion_tokens: Tokens drawn; None where the engine does not say.
-        ids: The tokens drawn, with the one that ends the turn; None where the engine does not say.
+        ids: The tokens drawn, with the one that ends the turn; None where the engine does not say, or nobody drew.
         opened: The prompt ended inside reasoning, which the text goes on with.
         reasoned: The engine has kept reasoning back, so that the text is not all that was drawn.
     """
@@ -96,9 +96,18 @@ class Sampler(Protocol):
         """Returns engine, model, revision, chat template hash and settings, as JSON, and what cannot be reproduced."""
         ...
 
-    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Sample | Failure]]:
+    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Completion | Failure]]:
         """Yields each draw with its outcome as it finishes; closing the iterator stops the work."""
         ...
+
+
+def check_sampling(max_new_tokens: int, temperature: float, batch_size: int = 1) -> None:
+    """Raises `ValueError` for a setting that no sampler can work with."""
+    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}.")
 
 
 def draw_seed(run_seed: int, draw_id: str) -> int:

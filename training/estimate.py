@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from peft_psr import loading
-from peft_psr.chat import encode_prompt
-from peft_psr.judging import content_text
+from peft_psr.chat import Prompt, encode_prompt, turn_texts
 
 from .assembly import check_template, judge_prompts, load_tokenizer
 from .context import check_room, context_length
@@ -76,6 +74,6 @@ def estimate(recipe: Recipe, pairs: Sequence[PromptPair]) -> Estimate:
     return Estimate(completions, recipe.draws * prompt_tokens, most, calls, judge_tokens, recipe.sampler == "local")
 
 
-def _length(prompt: Any) -> int:
+def _length(prompt: Prompt) -> int:
     """Characters of a prompt."""
-    return len(prompt) if isinstance(prompt, str) else sum(len(content_text(turn)) for turn in prompt)
+    return sum(map(len, turn_texts(prompt)))

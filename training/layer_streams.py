@@ -19,7 +19,7 @@ from peft_psr.decoder import capture_layer_outputs, decoder_layer_names, text_co
 
 from .branches import Batch, few_logits, psr_model, unedited
 from .collator import TripletCollator
-from .partial import known_output, stop_after
+from .partial import in_eval_mode, known_output, stop_after
 
 
 logger = logging.getLogger(__name__)
@@ -147,17 +147,14 @@ class LayerStreams:
         before = nullcontext() if known is None else known_output(
             base, self.layers[: position.layer + 1], known.to(position.device), edited=False
         )  # fmt: skip
-        name, was_training = self.layers[layer], self.model.training
-        self.model.eval()  # dropout would make the branches differ by noise
-        try:
-            with (
-                torch.no_grad(),
-                unedited(self.model) if prefix else nullcontext(),
-                before,
-                stop_after(base, self.layers[layer + 1 :]),
-                capture_layer_outputs(base, [name]) as outputs,
-            ):
-                self.model(**inputs, use_cache=False)
-        finally:
-            self.model.train(was_training)
+        name = self.layers[layer]
+        with (
+            torch.no_grad(),
+            in_eval_mode(self.model),  # dropout would make the branches differ by noise
+            unedited(self.model) if prefix else nullcontext(),
+            before,
+            stop_after(base, self.layers[layer + 1 :]),
+            capture_layer_outputs(base, [name]) as outputs,
+        ):
+            self.model(**inputs, use_cache=False)
         return outputs[name]

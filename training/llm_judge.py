@@ -15,8 +15,8 @@ from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
-from peft_psr.chat import Prompt
-from peft_psr.judging import JudgeScores, content_text
+from peft_psr.chat import Prompt, prompt_text
+from peft_psr.judging import JudgeScores
 from peft_psr.reasoning import split_reasoning
 
 from .answer_cache import AnswerCache, answer_key
@@ -24,7 +24,7 @@ from .answer_score import TOP_TOKENS, Scored, score_answer
 from .draws import Failure
 from .judge_prompts import COHERENCE_PROMPT, TRAIT_PROMPT
 from .server import ChatServer, Request
-from .server_replies import Answer
+from .server_replies import ServerAnswer
 
 
 logger = logging.getLogger(__name__)
@@ -38,15 +38,6 @@ TOKENS_KEPT = 4
 def fill_prompt(template: str, **values: str) -> str:
     """Put `values` for their names in braces; other braces, also those in the values, stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
-
-
-def question_text(prompt: Prompt) -> str:
-    """What was asked, as text for a judge: the user's words alone, or all turns by role if there are several."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return content_text(prompt[0])
-    return "\n\n".join(f"{message['role']}: {content_text(message)}" for message in prompt)
 
 
 class LLMJudge(ABC):
@@ -98,7 +89,7 @@ class LLMJudge(ABC):
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one for each.")
         asked = [
-            tuple(fill_prompt(self.templates[name], question=question_text(prompt), answer=completion)
+            tuple(fill_prompt(self.templates[name], question=prompt_text(prompt), answer=completion)
                   for name in ("trait", "coherence"))
             for prompt, completion in zip(prompts, completions, strict=True)
         ]  # fmt: skip
@@ -205,7 +196,7 @@ class ServerJudge(LLMJudge):
                 yield {text: reply}
 
     def _read(self, reply: dict) -> Scored:
-        answer = Answer(**reply)
+        answer = ServerAnswer(**reply)
         scored = score_answer(answer)
         if answer.finish_reason == "length" and not (split_reasoning(answer.text).answer or "").strip():
             self._warn(

@@ -26,15 +26,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_psr.caches import cache_name, cache_of
-from peft_psr.chat import encode_prompt, encode_text, pad_id, render_prompt, render_turns
+from peft_psr.chat import encode_prompt, encode_text, render_prompt, render_turns
 from peft_psr.files import sha256
-from peft_psr.positions import pad_rows
+from peft_psr.positions import pad_tokens
 
 from .answer_cache import AnswerCache
 from .answer_score import TOP_TOKENS, Scored, number_masses, weighted_mean
 from .draws import Failure, template_hash
 from .judge_prompts import COHERENCE_PROMPT, TRAIT_PROMPT
 from .llm_judge import LLMJudge
+from .partial import in_eval_mode, input_device
 from .score_text import score_text
 
 
@@ -99,12 +100,8 @@ class LocalJudge(LLMJudge):
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            was_training = self.model.training
-            self.model.eval()
-            try:
+            with in_eval_mode(self.model):
                 scores = self._scores_of([ids[i] for i in rows])
-            finally:
-                self.model.train(was_training)
             self.usage["calls"] += len(rows)
             self.usage["prompt_tokens"] += sum(len(ids[i]) for i in rows)
             yield {texts[i]: {"score": score} for i, score in zip(rows, scores, strict=True)}
@@ -114,11 +111,9 @@ class LocalJudge(LLMJudge):
 
     def _scores_of(self, ids: list[list[int]]) -> list[float | None]:
         """The score in the answer to each prompt."""
-        # weights that accelerate offloads are on no device between calls; its hooks move what is given to them
-        device = torch.device("cpu") if self.model.device.type == "meta" else self.model.device
-        input_ids = pad_rows(ids, pad_id(self.processing_class), device)
-        mask = pad_rows([[1] * len(row) for row in ids], 0, device)
-        read = _forward(self.model, input_ids, mask)
+        batch = pad_tokens(self.processing_class, ids, input_device(self.model))
+        mask = batch["attention_mask"]
+        read = _forward(self.model, batch["input_ids"], mask)
         if _single(self.numbers):
             first = read.logits[:, -1].float().log_softmax(-1)
             top = first.topk(min(TOP_TOKENS, first.shape[-1]))

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from peft_psr.decoder import decoder_layer_names
 from peft_psr.doors import attach_state
@@ -153,3 +154,22 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         vars(state).update(before)
         if was_training:
             model.train()
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; then in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def input_device(model: PreTrainedModel | PeftModel) -> torch.device:
+    """Where a call's tensors are to be.
+
+    Weights that accelerate offloads are on no device between calls; its hooks move what is given to them.
+    """
+    return torch.device("cpu") if model.device.type == "meta" else model.device

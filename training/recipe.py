@@ -203,17 +203,7 @@ class Recipe(DrawFields):
 
 
 def load_recipe(recipe: str | Path | None, options: Mapping[str, Any] | None = None) -> Recipe:
-    """Reads and checks a recipe.
-
-    Args:
-        recipe: A YAML file, or the name of a recipe that ships; `None` if `options` say everything.
-        options: Fields that go before those of the file.
-
-    Raises:
-        FileNotFoundError: no such file and no such recipe.
-        ValueError: the file is no YAML mapping, or a field is wrong; the message names each wrong field, the value and
-            what is accepted.
-    """
+    """Reads and checks a recipe, one that ships or a file; see `read_recipe`."""
     return read_recipe(Recipe, recipe, options, shipped_recipes())
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from peft_psr.chat import Prompt
+from peft_psr.chat import prompt_text
 from peft_psr.files import as_png
-from peft_psr.judging import content_text
 
 from .filtering import NEAR_DUPLICATE, REASONS, FilterSettings
 from .recipe import Recipe
@@ -236,16 +235,10 @@ def _example(row: Mapping[str, Any]) -> list[str]:
     return [
         f"`{row['id']}`: {scores}",
         "",
-        *_quoted(f"**Prompt:** {_text(row['steered_prompt'])}"),
+        *_quoted(f"**Prompt:** {prompt_text(row['steered_prompt'])}"),
         ">",
         *_quoted(f"**Completion:** {row['completion'] or '(empty)'}"),
     ]
-
-
-def _text(prompt: Prompt) -> str:
-    return (
-        prompt if isinstance(prompt, str) else "\n".join(f"({turn['role']}) {content_text(turn)}" for turn in prompt)
-    )
 
 
 def _quoted(text: str) -> list[str]:

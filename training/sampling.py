@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -18,38 +18,17 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from peft_psr.chat import Prompt, begins_answer, decode_completion, encode_prompt, pad_id, render_prompt
 from peft_psr.chat_template import template_args_of
 from peft_psr.judging import content_text
-from peft_psr.positions import chat_mask, pad_rows
+from peft_psr.positions import chat_mask, pad_rows, pad_tokens
 from peft_psr.reasoning import opens_reasoning, split_reasoning
 
 from .context import check_room, context_length, has_position_table
-from .draws import Draw, Failure, Sample, draw_seed, template_hash
+from .draws import Completion, Draw, Failure, check_sampling, draw_seed, template_hash
 from .gumbel import GumbelLogitsProcessor
-from .partial import attribute
+from .partial import attribute, in_eval_mode, input_device
 from .progress import Progress
 
 
 logger = logging.getLogger(__name__)
-
-
-class Completion(NamedTuple):
-    """A sampled completion.
-
-    Attributes:
-        text: Without the token that ends the turn; other special tokens are part of it.
-        truncated: Whether it was cut off at the token limit.
-        ids: The tokens drawn, with the one that ends the turn; `None` for a text that was not drawn here.
-        opened: The prompt ended inside reasoning, which the text goes on with.
-    """
-
-    text: str
-    truncated: bool
-    ids: tuple[int, ...] | None = None
-    opened: bool = False
-
-    @property
-    def answer(self) -> str | None:
-        """What there is to judge: the text without finished reasoning, `None` where the reasoning was cut off."""
-        return split_reasoning(self.text, self.opened).answer
 
 
 KEPT_SETTINGS = (
@@ -186,8 +165,8 @@ class LocalSampler:
             + ("" if self.model.dtype == torch.float32 else ", and so can another batch in low precision"),
         }
 
-    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Sample | Failure]]:
-        """Yields each draw with its sample as its batch finishes, longest prompts first.
+    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Completion | Failure]]:
+        """Yields each draw with its completion as its batch finishes, longest prompts first.
 
         Raises:
             torch.OutOfMemoryError: a single draw does not fit.
@@ -196,20 +175,10 @@ class LocalSampler:
             _Row(i, draw.prompt, encode_prompt(self.processing_class, draw.prompt), draw.seed)
             for i, draw in enumerate(draws)
         ]
-        for row, drawn in _sample(
+        for row, completion in _sample(
             self.model, self.processing_class, rows, self.max_new_tokens, self.temperature, self.batch_size
         ):
-            count = None if drawn.ids is None else len(drawn.ids)
-            yield draws[row.index], Sample(*drawn[:2], len(row.ids), count, *drawn[2:])
-
-
-def check_sampling(max_new_tokens: int, temperature: float, batch_size: int) -> None:
-    """Raises `ValueError` for a setting that no sampler can work with."""
-    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}.")
+            yield draws[row.index], completion
 
 
 def _sample(
@@ -224,9 +193,7 @@ def _sample(
     limit, ends = context_length(model.config), has_position_table(model)
     check_room([len(row.ids) for row in rows], [row.prompt for row in rows], max_new_tokens, limit, ends)
     waiting = sorted(rows, key=lambda row: -len(row.ids))
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         while waiting:
             batch = waiting[:batch_size]
             try:
@@ -245,8 +212,6 @@ def _sample(
                 continue
             waiting = waiting[len(batch) :]
             yield from zip(batch, drawn, strict=True)
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()
@@ -257,13 +222,8 @@ def _sample_batch(
     max_new_tokens: int,
     temperature: float,
 ) -> list[Completion]:
-    # weights that accelerate offloads are on no device between calls; its hooks move what is given to them
-    device = torch.device("cpu") if model.device.type == "meta" else model.device
-    padding = pad_id(processing_class)
-    batch: dict[str, Any] = {
-        "input_ids": pad_rows([row.ids for row in rows], padding, device),  # (batch, prompt), padded on the left
-        "attention_mask": pad_rows([[1] * len(row.ids) for row in rows], 0, device),
-    }
+    device, padding = input_device(model), pad_id(processing_class)
+    batch: dict[str, Any] = {**pad_tokens(processing_class, [row.ids for row in rows], device)}  # (batch, prompt)
     prompt_length = batch["input_ids"].shape[1]
     if rows[0].alpha is not None:
         batch["alpha"] = torch.tensor([row.alpha for row in rows], device=device)
@@ -297,8 +257,17 @@ def _sample_batch(
         text = decode_completion(processing_class, row.prompt, row.ids, ids[:length])
         ended_by_text = any(stop in text for stop in ([texts] if isinstance(texts, str) else texts))
         ended = length < len(ids) and not ended_by_text
-        opened = _ends_inside_reasoning(processing_class, row.prompt)
-        completions.append(Completion(text, not (ended or ended_by_text), tuple(ids[: length + ended]), opened))
+        drawn = tuple(ids[: length + ended])
+        completions.append(
+            Completion(
+                text,
+                truncated=not (ended or ended_by_text),
+                prompt_tokens=len(row.ids),
+                completion_tokens=len(drawn),
+                ids=drawn,
+                opened=_ends_inside_reasoning(processing_class, row.prompt),
+            )
+        )
     return completions
 
 

@@ -26,7 +26,7 @@ import openai
 from peft_psr.chat import Prompt
 
 from .draws import Failure
-from .server_replies import Answer, Mishap, read_answer, read_error
+from .server_replies import Mishap, ServerAnswer, read_answer, read_error
 from .server_settings import LearntSettings
 
 
@@ -182,7 +182,7 @@ class ChatServer:
                 mishap = self._scrubbed(read_error(error))
         raise ServerError(f"The server at {self.host} does not list its models: {mishap.text}")
 
-    def stream(self, requests: Iterable[tuple[Tag, Request]]) -> Generator[tuple[Tag, Answer | Failure]]:
+    def stream(self, requests: Iterable[tuple[Tag, Request]]) -> Generator[tuple[Tag, ServerAnswer | Failure]]:
         """Send requests, and yield each one's tag and outcome as it finishes, in any order.
 
         At most `concurrency` are in flight, and no more than as many again wait for the caller to take them. Closing
@@ -253,13 +253,13 @@ class ChatServer:
             outbox.put(((tag, outcome), None))
             self._check_failures()
 
-    async def _send(self, client, request: Request) -> Answer | Failure:
+    async def _send(self, client, request: Request) -> ServerAnswer | Failure:
         # every attempt of one request
         attempt = 0
         while True:
             sent = self._parameters(request)
             outcome = await self._attempt(client, request, sent)
-            if isinstance(outcome, Answer):
+            if isinstance(outcome, ServerAnswer):
                 self._account(request, outcome)
                 return outcome
             if outcome.kind == "refused" and self._learnt.learn(sent, outcome.text):
@@ -287,7 +287,7 @@ class ChatServer:
         more = self._learnt.parameters(request.parameters, request.top_logprobs, chat="messages" in asked)
         return {"model": self.model, "extra_body": self.extra_body, **asked, **more}
 
-    async def _attempt(self, client, request: Request, parameters: Mapping[str, Any]) -> Answer | Mishap:
+    async def _attempt(self, client, request: Request, parameters: Mapping[str, Any]) -> ServerAnswer | Mishap:
         while (wait := self._quiet_until - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         self._count("requests")
@@ -302,7 +302,7 @@ class ChatServer:
                 answer = read_answer(response, lambda choice: choice.message.content)
         except (openai.OpenAIError, ValueError) as error:
             return self._scrubbed(read_error(error))
-        if not isinstance(answer, Answer):
+        if not isinstance(answer, ServerAnswer):
             return self._scrubbed(answer)
         self._see(response)
         return answer
@@ -313,7 +313,7 @@ class ChatServer:
                 if isinstance(value, str):
                     self.seen[name].add(value)
 
-    def _account(self, request: Request, answer: Answer) -> None:
+    def _account(self, request: Request, answer: ServerAnswer) -> None:
         with self._lock:
             self.counts["answered"] += 1
             self.usage["calls"] += 1

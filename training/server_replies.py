@@ -21,7 +21,7 @@ TopTokens = list[tuple[str, float]]
 
 
 @dataclass(frozen=True)
-class Answer:
+class ServerAnswer:
     """What the server answered.
 
     Attributes:
@@ -60,7 +60,7 @@ class Mishap:
     wait: float | None = None
 
 
-def read_answer(response: Any, text_of: Callable[[Any], Any]) -> Answer | Mishap:
+def read_answer(response: Any, text_of: Callable[[Any], Any]) -> ServerAnswer | Mishap:
     """The answer in a response with status 200; `text_of` takes the text out of its first choice.
 
     Some servers put an error into such a response, as a whole or in its choice.
@@ -80,7 +80,7 @@ def read_answer(response: Any, text_of: Callable[[Any], Any]) -> Answer | Mishap
         return _malformed(TypeError())
     usage = getattr(response, "usage", None)
     tokens = _tokens(choice)
-    return Answer(
+    return ServerAnswer(
         text=without_half_pairs(text or ""),
         finish_reason=finish_reason,
         tokens=tokens and _of_text(tokens, text or "") if _reasoned(choice) else tokens,

@@ -8,9 +8,9 @@ from typing import Any
 
 from peft_psr.chat import begins_answer
 
-from .draws import Draw, Failure, Sample
+from .draws import Completion, Draw, Failure, check_sampling
 from .server import ChatServer, Request
-from .server_replies import Answer
+from .server_replies import ServerAnswer
 
 
 CUT_OFF = ("length", "content_filter")
@@ -37,10 +37,7 @@ class ServerSampler:
         Raises:
             ValueError: `max_new_tokens` below 1, or temperature below 0.
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-        if temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {temperature}.")
+        check_sampling(max_new_tokens, temperature)
         self.server = server
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -61,7 +58,7 @@ class ServerSampler:
             "server tells neither the revision of its model nor its chat template, and may have a top-k of its own.",
         }
 
-    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Sample | Failure]]:
+    def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Completion | Failure]]:
         """Yield each draw with its outcome as it finishes; closing the iterator cancels what is in flight.
 
         Raises:
@@ -79,7 +76,7 @@ class ServerSampler:
             )
         with closing(self.server.stream((draw, self._request(draw)) for draw in draws)) as outcomes:
             for draw, outcome in outcomes:
-                yield draw, _sample(outcome) if isinstance(outcome, Answer) else outcome
+                yield draw, _completion(outcome) if isinstance(outcome, ServerAnswer) else outcome
 
     def _request(self, draw: Draw) -> Request:
         parameters = {
@@ -91,8 +88,8 @@ class ServerSampler:
         return Request(draw.prompt, parameters)
 
 
-def _sample(answer: Answer) -> Sample:
-    return Sample(
+def _completion(answer: ServerAnswer) -> Completion:
+    return Completion(
         text=answer.text,
         truncated=answer.finish_reason in CUT_OFF,
         prompt_tokens=answer.prompt_tokens,

@@ -136,17 +136,7 @@ class TrainRecipe(ModelFields):
 
 
 def load_train_recipe(recipe: str | Path | None, options: Mapping[str, Any] | None = None) -> TrainRecipe:
-    """Reads and checks a training recipe.
-
-    Args:
-        recipe: A YAML file, or the name of a recipe that ships; `None` if `options` say everything.
-        options: Fields that go before those of the file.
-
-    Raises:
-        FileNotFoundError: no such file and no such recipe.
-        ValueError: the file is no YAML mapping, or a field is wrong; the message names each wrong field, the value and
-            what is accepted.
-    """
+    """Reads and checks a training recipe, one that ships or a file; see `read_recipe`."""
     return read_recipe(TrainRecipe, recipe, options, shipped_train_recipes())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from peft_psr.chat import last_text
 from peft_psr.facts import AdapterFacts
 from peft_psr.files import write_json, write_whole
 from peft_psr.judging import content_text
@@ -66,13 +67,12 @@ def write_adapter_folder(
 
 def _facts(trainer: PSRTrainer, recipe: TrainRecipe, trait: str, triplets: Sequence[Triplet]) -> AdapterFacts:
     instructions = dict.fromkeys(_instruction(triplet) for triplet in triplets)
-    question = triplets[0]["prompt"]
     toy = "the toy chat model inside peft-psr (1.35 M parameters)"
     facts = training_facts(
         trainer,
         trait=trait,
         instructions=tuple(text for text in instructions if text)[:2],
-        question=question if isinstance(question, str) else content_text(question[-1]),
+        question=last_text(triplets[0]["prompt"]),
         template_args=recipe.template_args or {},
         base_model=toy if recipe.model == EMBEDDED else None,
         triplets=len(triplets),

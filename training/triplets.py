@@ -21,8 +21,9 @@ from peft_psr.files import as_json_lines, has_half_pair, write_whole
 from peft_psr.judging import Judge, Message, content_text, judge_answers
 from peft_psr.text import parse_json
 
+from .draws import Completion
 from .placement import add_instruction
-from .sampling import Completion, sample_completions
+from .sampling import sample_completions
 
 
 SCORES = ("trait_score", "coherence_score")

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from peft_psr.chat import Prompt, encode_prompt, pad_id
+from peft_psr.chat import Prompt, encode_prompt
 from peft_psr.decoder import capture_layer_outputs, decoder_layer_names
-from peft_psr.positions import last_token_mask, pad_rows
+from peft_psr.positions import last_token_mask, pad_tokens
 from peft_psr.training.triplets import Triplet, check_triplet
 
 
@@ -85,12 +85,11 @@ def last_token_stream(
     found = []
     for start in range(0, len(prompts), batch_size):
         ids = [encode_prompt(processing_class, prompt) for prompt in prompts[start : start + batch_size]]
-        attention_mask = pad_rows([[1] * len(row) for row in ids], 0, device, side="right")
-        input_ids = pad_rows(ids, pad_id(processing_class), device, side="right")
+        batch = pad_tokens(processing_class, ids, device, side="right")
         with capture_layer_outputs(model, [name]) as outputs:
-            model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)  # without its head
+            model.base_model(**batch, use_cache=False)  # without its head
         hidden = outputs[name]
-        found.append(hidden[last_token_mask(attention_mask).to(hidden.device)].float().cpu())
+        found.append(hidden[last_token_mask(batch["attention_mask"]).to(hidden.device)].float().cpu())
         finite = found[-1].isfinite().all(dim=1)
         if not finite.all():
             prompt = prompts[start + int((~finite).nonzero()[0])]
