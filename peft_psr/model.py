@@ -335,22 +335,19 @@ class PSRModel(BaseTuner):
         config = copy(self._config(name))
         config.alpha = check_strength(alpha, "alpha")
         self.peft_config[name] = config
-        attach_state(self.model).alone = None  # for a module that is called by itself before the model is
         for layer in self.psr_layers().values():
             if name in layer.config:
-                layer.config[name] = config
+                layer.configure(name, config)
 
     @contextmanager
     def alpha_scale(self, scale: float) -> Iterator[None]:
         """Multiply every strength by `scale` inside the context: 0.0 is the base model."""
         state = attach_state(self.model)
         before, state.scale = state.scale, check_strength(scale, "scale")
-        state.alone = None
         try:
             yield
         finally:
             state.scale = before
-            state.alone = None
 
     @contextmanager
     def record_gates(self) -> Iterator[dict[tuple[str, str], torch.Tensor]]:
@@ -362,7 +359,6 @@ class PSRModel(BaseTuner):
         """
         state = attach_state(self.model)
         before, state.gates = state.gates, {}
-        state.alone = None
         try:
             yield state.gates
         finally:
