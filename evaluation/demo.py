@@ -11,9 +11,9 @@ from peft import PeftModel
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr.facts import AdapterFacts, Score, package_versions
+from peft_psr.loading import load_model, load_tokenizer
 from peft_psr.model_card import write_model_card
 from peft_psr.positions import encode_chat
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
@@ -83,9 +83,9 @@ def run_demo(
         if trait not in TRAITS:
             raise ValueError(f"No trait {trait!r}; there are: {', '.join(TRAITS)}, or 'all'.")
     check_output(output)
-    processing_class = AutoTokenizer.from_pretrained(model_path)
+    processing_class = load_tokenizer(model_path)
     check_vocabulary(processing_class, model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    model = load_model(model_path)
     output.mkdir(parents=True, exist_ok=True)
     sizes = QUICK if quick else Sizes()
     results = {}

@@ -20,8 +20,8 @@ from peft_psr.chat import Prompt
 from peft_psr.decoder import layer_index
 from peft_psr.loading import EMBEDDED
 from peft_psr.training import PromptPair, Triplet, add_instruction
-from peft_psr.training.assembly import load_tokenizer
 from peft_psr.training.recipe_fields import FREE, split
+from peft_psr.training.recipe_models import load_tokenizer
 
 from .faithfulness import measured_layers
 from .faithfulness_report import PLACES, Cell, faithfulness_report
