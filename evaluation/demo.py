@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peft_psr.facts import AdapterFacts, Score, package_versions
+from peft_psr.facts import AdapterFacts, package_versions
 from peft_psr.loading import load_model, load_tokenizer
 from peft_psr.model_card import write_model_card
 from peft_psr.positions import encode_chat
@@ -215,11 +215,11 @@ def _facts(experiment: Experiment, plain: Outcome, outcome: Outcome, alpha: floa
         versions=package_versions(),
         judge="the grammar that the toy model was trained on",
         evaluation=f"{len(task.test_prompts)} held-out questions, {sizes.score_draws} answers each",
-        plain=Score(plain.alpha1.trait, plain.alpha1.coherence),
-        prompted=Score(prompted.trait, prompted.coherence),
-        steered=None if at_alpha is None else Score(at_alpha.trait, at_alpha.coherence, at_alpha.alpha),
+        plain=plain.alpha1.for_card(),
+        prompted=prompted.for_card(),
+        steered=None if at_alpha is None else at_alpha.for_card(),
         calibration="where coherence is the prompt's" if calibrated else "that of training",
-        curve=tuple(Score(point.trait, point.coherence, point.alpha) for point in outcome.curve),
+        curve=tuple(point.for_card() for point in outcome.curve),
         prompt_recovery=outcome.recovery,
         limits=("The base model is a toy: no number here says anything about a large model.",),
     )
