@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import beside
-from .composition import check_combination, check_weights, combine_units, combined_config, edit_factors
+from .composition import check_combination, check_weights, combine
 from .config import PSRConfig, check_strength
 from .decoder import layer_index, output_width
 from .doors import attach_state, detach_state, prompt_of
@@ -268,25 +268,17 @@ class PSRModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already; delete it or choose another name.")
         check_weights_at_hand(self.psr_layers().values(), "add_weighted_adapter")
-        configs = [self._config(name) for name in adapters]
-        factors = edit_factors(configs, weights)
-        parts = list(zip(adapters, factors, strict=True))
-        layers = {
-            layer: [part for part in parts if part[0] in layer.psr_unit]
-            for layer in self.psr_layers().values()
-            if any(name in layer.psr_unit for name in adapters)
-        }
-        ranks = {layer.name: sum(layer.config[name].r for name, _ in there) for layer, there in layers.items()}
-        numbered = all(
-            config.target_modules is None and config.layers_pattern == configs[0].layers_pattern for config in configs
+        layers = [layer for layer in self.psr_layers().values() if any(name in layer.psr_unit for name in adapters)]
+        config, states = combine(
+            [self._config(name) for name in adapters],
+            weights,
+            {layer.name: [layer.unit(a) if a in layer.psr_unit else None for a in adapters] for layer in layers},
         )
-        indices = [int(layer_index(name)) for name in ranks] if numbered else None
-        self.peft_config[adapter_name] = combined_config(configs, ranks, indices, list(ranks))
+        self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
-            for layer, there in layers.items():
-                units = [layer.unit(name) for name, _ in there]
-                combine_units(layer.unit(adapter_name), units, [factor for _, factor in there])
+            for layer in layers:
+                layer.unit(adapter_name).load_state_dict(states[layer.name])
             if svd_rank is None or samples is None:
                 return None
             return cut_adapter(self, adapter_name, svd_rank, samples)
