@@ -15,10 +15,8 @@ import statistics
 import time
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from peft_psr import tiny_chat_path
 from peft_psr.files import write_json
+from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.training import LocalSampler
 from peft_psr.training.assembly import prompt_pairs
 from peft_psr.training.draws import Completion, Draw, draws_on
@@ -43,7 +41,7 @@ def timed(sampler: LocalSampler, batch_size: int, asked: list[Draw]) -> tuple[fl
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="", help="Hub name or folder; the embedded model by default")
+    parser.add_argument("--model", default=EMBEDDED, help="Hub name or folder")
     parser.add_argument("--recipe", default="embedded", help="whose prompts are used")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device-map", default="auto")
@@ -54,9 +52,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     arguments = parser.parse_args()
-    path = arguments.model or tiny_chat_path()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=arguments.dtype, device_map=arguments.device_map).eval()
-    sampler = LocalSampler(model, AutoTokenizer.from_pretrained(path), arguments.max_new_tokens)
+    model = load_model(arguments.model, dtype=arguments.dtype, device_map=arguments.device_map)
+    sampler = LocalSampler(model, load_tokenizer(arguments.model), arguments.max_new_tokens)
     asked = draws(arguments.recipe, arguments.completions, arguments.seed)
     sizes = [1, *arguments.batch_sizes]
     dice, ratios = random.Random(arguments.seed), {size: [] for size in sizes}

@@ -27,15 +27,14 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from quiet_trainer import data_of, trainer_of
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     TrainerCallback,
 )
 
-from peft_psr import PSRConfig, tiny_chat_path
+from peft_psr import PSRConfig
 from peft_psr.evaluation.experiment import Experiment
 from peft_psr.files import write_json
+from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.training import PSRTrainer, Triplet, TripletCollator, initialize_psr_weights
 
 
@@ -274,8 +273,8 @@ def main() -> None:
     options = parser.parse_args()
     load = os.getloadavg()[0]
     print(f"{platform.machine()}, {torch.get_num_threads()} threads, load {load:.2f}, torch {torch.__version__}")
-    base = AutoModelForCausalLM.from_pretrained(tiny_chat_path()).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_path())
+    base = load_model(EMBEDDED).requires_grad_(False)
+    tokenizer = load_tokenizer(EMBEDDED)
     result = parts[options.part](options, base, tokenizer)
     if options.output:
         write_json(options.output, {**result, "settings": str(vars(options)), "load": load})

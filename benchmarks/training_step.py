@@ -28,11 +28,12 @@ import torch
 from peft import get_peft_model
 from quiet_trainer import data_of, trainer_of
 from timing import Stopwatch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from variants import SHAPES, build_model
 
-from peft_psr import PSRConfig, tiny_chat_path
+from peft_psr import PSRConfig
 from peft_psr.files import write_json
+from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.training import Triplet, TripletCollator
 
 
@@ -155,7 +156,7 @@ def table(times: dict[str, list[Times]], tokens: int) -> str:
 def main() -> None:
     """Time the variants and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("embedded", *SHAPES), default="embedded")
+    parser.add_argument("--model", choices=(EMBEDDED, *SHAPES), default=EMBEDDED)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--only", nargs="+", default=[""], help="ways to train whose names begin so")
@@ -169,11 +170,11 @@ def main() -> None:
     load = os.getloadavg()[0]
     device = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else platform.machine()
     print(f"{device}, {torch.get_num_threads()} threads, load {load:.2f}, torch {torch.__version__}", flush=True)
-    embedded = AutoModelForCausalLM.from_pretrained(tiny_chat_path()).eval().requires_grad_(False)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_path())
+    embedded = load_model(EMBEDDED).requires_grad_(False)
+    tokenizer = load_tokenizer(EMBEDDED)
     triplets = data_of(options.trait, tokenizer, embedded, options.prompts, options.draws, 0).triplets
     dtype = getattr(torch, options.dtype)
-    base = build_model(options.model, options.device, dtype) if options.model != "embedded" else embedded
+    base = build_model(options.model, options.device, dtype) if options.model != EMBEDDED else embedded
     base = base.to(options.device, dtype)
     tokens = sum(len(TripletCollator(tokenizer).encode(triplet)["input_ids"]) for triplet in triplets)
     variants: dict[str, Callable[[], Times]] = frozen_passes(base, tokenizer, triplets, options.batch)

@@ -19,7 +19,6 @@ from peft import PeftModel
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from peft_psr.training import sample_completions
-from peft_psr.training.assembly import load_tokenizer
 from peft_psr.training.axbench import (
     Concept,
     axbench_pairs,
@@ -31,6 +30,7 @@ from peft_psr.training.draws import Completion, draw_seed
 from peft_psr.training.filtering import NO_ANSWER
 from peft_psr.training.placement import check_placement
 from peft_psr.training.recipe_fields import Place, split
+from peft_psr.training.recipe_models import load_tokenizer
 from peft_psr.training.train_data import folder_name
 
 from .axbench_judge import PROMPTS, RatingJudge, Ratings, rating_judge

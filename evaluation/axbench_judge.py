@@ -20,10 +20,11 @@ from typing import Any
 from peft_psr.reasoning import split_reasoning
 from peft_psr.training import LocalSampler
 from peft_psr.training.answer_cache import AnswerCache, answer_key
-from peft_psr.training.assembly import load_judge, load_judge_tokenizer, make_sampler
+from peft_psr.training.assembly import make_sampler
 from peft_psr.training.draws import Draw, Failure, Sampler
 from peft_psr.training.llm_judge import fill_prompt
 from peft_psr.training.recipe import Recipe
+from peft_psr.training.recipe_models import load_judge, load_judge_tokenizer
 
 from .recipe import EvaluateRecipe
 from .scoring import check_answered

@@ -19,10 +19,11 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from peft_psr import PSRModel
+from peft_psr.adapter_config import read_adapter_config
 from peft_psr.chat import render_prompt
 from peft_psr.files import write_json
 from peft_psr.loading import ModelName, load_model, load_tokenizer, same_revision
-from peft_psr.saved_adapters import read_adapter_config, read_facts
+from peft_psr.saved_adapters import read_facts
 from peft_psr.text import check_unicode, composed
 
 from .chat_session import BASE, ChatSession

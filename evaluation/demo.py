@@ -11,11 +11,11 @@ from peft import PeftModel
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr.chat import last_text
-from peft_psr.facts import AdapterFacts, Score, package_versions
+from peft_psr.facts import AdapterFacts, package_versions
 from peft_psr.files import as_png, check_new_folder, write_json, write_whole
+from peft_psr.loading import load_model, load_tokenizer
 from peft_psr.model_card import write_model_card
 from peft_psr.positions import encode_chat
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
@@ -85,9 +85,9 @@ def run_demo(
         if trait not in TRAITS:
             raise ValueError(f"No trait {trait!r}; there are: {', '.join(TRAITS)}, or 'all'.")
     check_new_folder(output)
-    processing_class = AutoTokenizer.from_pretrained(model_path)
+    processing_class = load_tokenizer(model_path)
     check_vocabulary(processing_class, model_path)
-    model = AutoModelForCausalLM.from_pretrained(model_path).eval()
+    model = load_model(model_path)
     output.mkdir(parents=True, exist_ok=True)
     sizes = QUICK if quick else Sizes()
     results = {}
@@ -209,11 +209,11 @@ def _facts(experiment: Experiment, plain: Outcome, outcome: Outcome, alpha: floa
         versions=package_versions(),
         judge="the grammar that the toy model was trained on",
         evaluation=f"{len(task.test_prompts)} held-out questions, {sizes.score_draws} answers each",
-        plain=Score(plain.alpha1.trait, plain.alpha1.coherence),
-        prompted=Score(prompted.trait, prompted.coherence),
-        steered=None if at_alpha is None else Score(at_alpha.trait, at_alpha.coherence, at_alpha.alpha),
+        plain=plain.alpha1.for_card(),
+        prompted=prompted.for_card(),
+        steered=None if at_alpha is None else at_alpha.for_card(),
         calibration="where coherence is the prompt's" if calibrated else "that of training",
-        curve=tuple(Score(point.trait, point.coherence, point.alpha) for point in outcome.curve),
+        curve=tuple(point.for_card() for point in outcome.curve),
         prompt_recovery=outcome.recovery,
         limits=("The base model is a toy: no number here says anything about a large model.",),
     )

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from peft_psr.chat import Prompt
 from peft_psr.decoder import layer_index
 from peft_psr.loading import EMBEDDED
 from peft_psr.training import PromptPair, Triplet, add_instruction
-from peft_psr.training.assembly import load_tokenizer
-from peft_psr.training.recipe_fields import FREE, split
+from peft_psr.training.recipe_fields import FREE
+from peft_psr.training.recipe_models import load_tokenizer
 
 from .faithfulness import measured_layers
 from .faithfulness_report import PLACES, Cell, faithfulness_report
 from .movement import Movement, movements, neutral_sums, squared_errors, strengths, token_correlations
-from .recipe import EvaluateRecipe
+from .recipe import EvaluateRecipe, PositiveAlphas
 from .report import Report
 from .strength import at_strength, has_lora
 from .token_map import map_tokens
@@ -38,13 +38,11 @@ NEUTRAL_INSTRUCTION = (
 )
 EMBEDDED_NEUTRAL_INSTRUCTION = "Answer the question."
 
-Strength = Annotated[float, Field(gt=0)]
-
 
 class FaithfulnessRecipe(EvaluateRecipe):
     """What `psr evaluate faithfulness` measures."""
 
-    alphas: Annotated[tuple[Strength, ...], Field(min_length=1), BeforeValidator(split)] = Field(
+    alphas: PositiveAlphas = Field(
         (1.0,), json_schema_extra=FREE, description="Strengths to measure at, with commas between them."
     )
     neutral_instruction: str | None = Field(

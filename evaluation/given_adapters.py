@@ -6,8 +6,9 @@ import json
 import logging
 from contextlib import suppress
 
+from peft_psr.adapter_config import read_peft_config
 from peft_psr.loading import same_revision
-from peft_psr.saved_adapters import read_facts, read_peft_config
+from peft_psr.saved_adapters import read_facts
 
 from .recipe import EvaluateRecipe
 

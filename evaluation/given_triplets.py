@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from peft_psr.loading import load_config
 from peft_psr.training import TripletCollator
-from peft_psr.training.assembly import load_tokenizer
 from peft_psr.training.context import context_length
+from peft_psr.training.recipe_models import load_config, load_tokenizer
 from peft_psr.training.train_data import Traits, check_origin, check_share, in_words, scan_traits, usable
 
 from .recipe import EvaluateRecipe
@@ -31,7 +30,7 @@ def read_given(recipe: EvaluateRecipe, model: str, names: Sequence[str]) -> Trai
     """
     assert recipe.triplets is not None
     processing_class = load_tokenizer(model, recipe)
-    limit = context_length(load_config(model, recipe.revision, recipe.trust_remote_code))
+    limit = context_length(load_config(model, recipe))
     found = scan_traits(recipe.triplets, names)
     check_origin(found.traits, model, None, processing_class)
     collator = TripletCollator(processing_class, recipe.positions, recipe.train_alpha)

@@ -39,8 +39,8 @@ from .workbench import Workbench
 
 
 TRAIN_DATA = "train_data"
-Strength = Annotated[float, Field(allow_inf_nan=False)]
-Alphas = Annotated[tuple[Strength, ...], Field(min_length=1), BeforeValidator(split)]
+FiniteAlpha = Annotated[float, Field(allow_inf_nan=False)]
+FiniteAlphas = Annotated[tuple[FiniteAlpha, ...], Field(min_length=1), BeforeValidator(split)]
 
 
 class IFEvalRecipe(EvaluateRecipe):
@@ -57,7 +57,7 @@ class IFEvalRecipe(EvaluateRecipe):
         description="Other prompts to draw the training triplets on, laid out as data: one adapter then answers all "
         "of a type's prompts, without folds.",
     )
-    alphas: Alphas = Field((1.0,), json_schema_extra=FREE, description="Strengths of the adapters, each a row.")
+    alphas: FiniteAlphas = Field((1.0,), json_schema_extra=FREE, description="Strengths of the adapters, each a row.")
     answer_temperature: float = Field(
         0.0, ge=0, description="Of the answers that are scored; 0 takes the likeliest token, as lm-eval's IFEval does."
     )

@@ -12,21 +12,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from peft_psr.training import Triplet, TripletCollator
-from peft_psr.training.recipe_fields import Count, split
+from peft_psr.training.recipe_fields import Count
 from peft_psr.training.run import NothingKeptError
 
 from .calibration import Calibration, calibrate_alpha
 from .faithfulness import intervention_strength, prompt_recovery, relative_rmse
 from .method import PLAIN, PROMPT
 from .persona_report import persona_report
-from .recipe import EvaluateRecipe, Positions
+from .recipe import EvaluateRecipe, Positions, PositiveAlphas
 from .report import Report
 from .scoring import Answers, SteeringScore, judged_answers
 from .strength import at_strength, has_lora
@@ -34,8 +34,6 @@ from .token_map import map_tokens
 from .workbench import Workbench
 
 
-Strength = Annotated[float, Field(gt=0)]
-Strengths = Annotated[tuple[Strength, ...], Field(min_length=1), BeforeValidator(split)]
 MAX_ALPHA = 64.0
 """Largest strength searched: some methods count theirs in standard deviations."""
 SHOWN = 48
@@ -48,7 +46,7 @@ class PersonaRecipe(EvaluateRecipe):
     """What `psr evaluate persona` measures. Each field is an option of it too."""
 
     positions: Positions = Field("question_and_response", description="Edited tokens.")
-    strengths: Strengths = Field(
+    strengths: PositiveAlphas = Field(
         (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), description="Strengths to measure before any are searched for."
     )
     calibration_steps: Count = Field(8, description="Further strengths tried for each of TA@C80 and TA@Cp.")

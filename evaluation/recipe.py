@@ -31,6 +31,8 @@ from .methods import METHODS, chosen
 Positions = Literal["response", "question_and_response", "all"]
 Seed = Annotated[int, Field(ge=0)]
 Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), BeforeValidator(split)]
+PositiveAlpha = Annotated[float, Field(gt=0)]
+PositiveAlphas = Annotated[tuple[PositiveAlpha, ...], Field(min_length=1), BeforeValidator(split)]
 
 
 class EvaluateRecipe(DrawFields):

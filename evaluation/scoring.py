@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft_psr.chat import Prompt
+from peft_psr.facts import Score
 from peft_psr.judging import Judge, JudgeScores, Message, judge_answers
 
 from .strength import sample_steered
@@ -27,6 +28,10 @@ class SteeringScore:
     trait: float
     coherence: float
     completions: int
+
+    def for_card(self) -> Score:
+        """As an adapter's facts and its model card have it."""
+        return Score(self.trait, self.coherence, self.alpha)
 
 
 @dataclass(frozen=True)

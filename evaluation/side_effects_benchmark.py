@@ -14,20 +14,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from math import log
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from peft import PeftModel
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from peft_psr.chat import Prompt, last_text
 from peft_psr.training import PromptPair, Triplet
-from peft_psr.training.recipe_fields import FREE, Count, Names, Place, split
+from peft_psr.training.recipe_fields import FREE, Count, Names, Place
 
 from .capability import check_capability, evaluate_capability
 from .injection import injected_rows
 from .method import PLAIN, PROMPT
 from .neutral import NeutralData, embedded_data, instructed, instructions_of, shipped_data, text_rows
-from .recipe import EvaluateRecipe
+from .recipe import EvaluateRecipe, PositiveAlpha, PositiveAlphas
 from .refusals import is_refusal
 from .report import Report
 from .scoring import Answers, judged_answers
@@ -40,18 +40,15 @@ from .workbench import Workbench
 MARGIN = 1.0
 """Points of trait score within which two means count as equal."""
 
-Strength = Annotated[float, Field(gt=0)]
-Strengths = Annotated[tuple[Strength, ...], Field(min_length=1), BeforeValidator(split)]
-
 
 class SideEffectsRecipe(EvaluateRecipe):
     """What `psr evaluate side-effects` measures. Each field is an option of it too."""
 
-    alpha: Literal["matched"] | Strength = Field(
+    alpha: Literal["matched"] | PositiveAlpha = Field(
         "matched",
         description="Strength to compare at: matched, where the trait is the prompted model's, or a number.",
     )
-    strengths: Strengths = Field(
+    strengths: PositiveAlphas = Field(
         (0.06, 0.12, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 8.0, 16.0),
         description="Strengths among which the matched one is looked for.",
     )

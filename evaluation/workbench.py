@@ -25,12 +25,12 @@ from transformers import PreTrainedModel
 from peft_psr.facts import package_versions
 from peft_psr.files import digest, sha256, write_json
 from peft_psr.judging import Judge
-from peft_psr.loading import load_config
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, write_triplets
-from peft_psr.training.assembly import judge_maker, judge_prompts, load_model, load_tokenizer, prompt_pairs
+from peft_psr.training.assembly import judge_maker, judge_prompts, prompt_pairs
 from peft_psr.training.folder_lock import locked
 from peft_psr.training.placement import check_placement
 from peft_psr.training.progress import Progress
+from peft_psr.training.recipe_models import load_config, load_model, load_tokenizer
 from peft_psr.training.run import TripletRun
 from peft_psr.training.run_folder import begun_run, check_same_recipe
 from peft_psr.training.train_data import folder_name, read_traits, scan_traits
@@ -87,7 +87,7 @@ class Workbench:
         self._judges("test")
         for model in self.recipe.models:
             processing_class = load_tokenizer(model, self.recipe)
-            config = load_config(model, self.recipe.revision, self.recipe.trust_remote_code)
+            config = load_config(model, self.recipe)
             self.recipe.fit_settings(config.get_text_config().num_hidden_layers, 0)
             if self.recipe.source != "ifeval":  # its prompts hold their instructions
                 check_placement(processing_class, self.recipe.placement)

@@ -14,19 +14,19 @@ from dataclasses import replace
 import torch
 
 from .config import PSRConfig, check_strength
+from .decoder import layer_index
 from .layer import PSRUnit
 
 
-def combined_config(
-    configs: Sequence[PSRConfig], ranks: Mapping[str, int], layers: Sequence[int] | None, names: Sequence[str]
-) -> PSRConfig:
-    """Configuration of the combination, at strength 1.
+def combine(
+    configs: Sequence[PSRConfig], weights: Sequence[float], units: Mapping[str, Sequence[PSRUnit | None]]
+) -> tuple[PSRConfig, dict[str, dict[str, torch.Tensor]]]:
+    """The combination's configuration, at strength 1, and {name of an edited module: the state of its unit}.
 
     Args:
         configs: The adapters' configurations.
-        ranks: {name of an edited layer: sum of the ranks of the adapters on it}.
-        layers: Numbers of the edited decoder layers, or `None` if some adapter edits other modules.
-        names: Names of the edited modules.
+        weights: One finite number each.
+        units: {name of an edited module: each adapter's unit there, or `None` if it has none}.
 
     Raises:
         ValueError: the adapters edit different positions or save further modules, which one adapter can't express.
@@ -36,42 +36,54 @@ def combined_config(
         raise ValueError(f"Adapters that edit different positions ({sorted(positions)}) can't be combined into one.")
     if any(config.modules_to_save for config in configs):
         raise ValueError("Adapters with `modules_to_save` can't be combined: those modules have no common value.")
-    return replace(
+    factors = [
+        weight * (config.alpha + config.coefficient_bias) for weight, config in zip(weights, configs, strict=True)
+    ]
+    parts = {
+        module: [(unit, factor) for unit, factor in zip(each, factors, strict=True) if unit is not None]
+        for module, each in units.items()
+    }
+    numbered = numbered_alike(configs)
+    config = replace(
         configs[0],
-        r=max(ranks.values()),
+        r=max(sum(unit.direction.shape[0] for unit, _ in there) for there in parts.values()),
         gate="constant" if all(config.gate == "constant" for config in configs) else "relu",
-        layers_to_transform=None if layers is None else list(layers),
-        target_modules=list(names) if layers is None else None,
+        layers_to_transform=sorted(int(layer_index(module)) for module in units) if numbered else None,
+        target_modules=None if numbered else list(units),
         exclude_modules=None,
         alpha=1.0,
         coefficient_bias=0.0,
         init_weights=True,
         freeze_directions=False,
     )
+    return config, {module: _side_by_side(there, config) for module, there in parts.items()}
+
+
+def numbered_alike(configs: Sequence[PSRConfig]) -> bool:
+    """Whether the adapters' layers are decoder layers that their numbers tell apart."""
+    return all(
+        config.target_modules is None and config.layers_pattern == configs[0].layers_pattern for config in configs
+    )
 
 
 @torch.no_grad()
-def combine_units(target: PSRUnit, units: Sequence[PSRUnit], factors: Sequence[float]) -> None:
-    """Write the side-by-side combination of one layer's units into `target`; ranks left over do nothing.
+def _side_by_side(parts: Sequence[tuple[PSRUnit, float]], config: PSRConfig) -> dict[str, torch.Tensor]:
+    """The state of one layer's combined unit; ranks left over do nothing.
 
     Args:
-        target: A unit with at least as many ranks as all of `units` together.
-        units: The adapters' units at this layer.
-        factors: weight * (alpha + b_m) of each.
+        parts: The adapters' units at this layer, and weight * (alpha + b_m) of each.
+        config: The combination's, of at least as many ranks as all the units together.
     """
-    for parameter in target.parameters():
-        parameter.zero_()
-    start = 0
-    for unit, factor in zip(units, factors, strict=True):
-        end = start + unit.direction.shape[0]
-        target.direction[start:end] = factor * unit.direction.to(target.direction.device)
-        if target.gate_weight is not None and target.gate_bias is not None:
-            if unit.gate_weight is not None and unit.gate_bias is not None:
-                target.gate_weight[start:end] = unit.gate_weight.to(target.gate_weight.device)
-                target.gate_bias[start:end] = unit.gate_bias.to(target.gate_bias.device)
-            else:
-                target.gate_bias[start:end] = 1.0
-        start = end
+    rows: dict[str, list[torch.Tensor]] = {"direction": [factor * unit.direction for unit, factor in parts]}
+    if config.gate == "relu":
+        gates = [(unit.gate_weight, unit.gate_bias, unit.direction) for unit, _ in parts]
+        rows["gate_weight"] = [torch.zeros_like(z) if w is None else w for w, _, z in gates]
+        rows["gate_bias"] = [torch.ones_like(z[:, 0]) if b is None else b for _, b, z in gates]
+    state = {}
+    for name, values in rows.items():
+        used = torch.cat(values)
+        state[name] = torch.cat([used, used.new_zeros(config.r - len(used), *used.shape[1:])])
+    return state
 
 
 def check_weights(adapters: Sequence[object], weights: Sequence[float]) -> list[float]:
@@ -99,8 +111,3 @@ def check_combination(combination_type: str, svd_rank: int | None, samples: Sequ
         )
     if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank < 1):
         raise ValueError(f"svd_rank must be an int of at least 1, got {svd_rank!r}.")
-
-
-def edit_factors(configs: Sequence[PSRConfig], weights: Sequence[float]) -> list[float]:
-    """What each adapter's direction is multiplied by in the combination: weight * (alpha + b_m)."""
-    return [weight * (config.alpha + config.coefficient_bias) for weight, config in zip(weights, configs, strict=True)]

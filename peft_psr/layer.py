@@ -191,11 +191,15 @@ class PSRLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"An adapter can't be called {adapter_name!r}, which has a meaning of its own.")
         no_op = config.init_weights or config.inference_mode  # what is not trained any more is read from a file
         self.psr_unit[adapter_name] = PSRUnit(self.width, config.r, config.gate, no_op)
-        self.config[adapter_name] = config
-        self.state.positions.add(config.positions)
-        self.state.alone = None
+        self.configure(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def configure(self, adapter_name: str, config: PSRConfig) -> None:
+        """Give an adapter its configuration, or another one of the same rank and gate."""
+        self.config[adapter_name] = config
+        self.state.positions.add(config.positions)
+        self.state.forget()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters active; what of them is trainable, as `BaseTunerLayer` says and their configurations."""
@@ -249,30 +253,24 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         A module may see its tokens as rows: (batch * seq, d).
         """
         state = self.state
-        alone = None if torch.compiler.is_compiling() else state.alone  # it would compile anew for each strength
-        if (
-            alone is not None
-            and alone[0] == self._active_adapter
-            and state.adapter_names is None
-            and not self._disable_adapters
-            and hidden.dim() > 2
-            and (isinstance(alone[2], float) or _fits(alone[2], hidden))
-        ):
-            unit = self._modules["psr_unit"]._modules.get(alone[1])  # type: ignore[union-attr]
+        if self._disable_adapters:
+            return hidden
+        # compiled, it would be compiled anew for each strength
+        known = None if torch.compiler.is_compiling() else state.recall(self._active_adapter, hidden)
+        if known is not None:
+            unit = self._modules["psr_unit"]._modules.get(known[0])  # type: ignore[union-attr]
             if unit is None:
                 return hidden
             # not by its `__call__`: its only hooks are accelerate's, which take the place of `forward`
-            stream, gates = unit.forward(hidden, hidden, alone[2])
+            stream, gates = unit.forward(hidden, hidden, known[1])
             if gates.dtype is torch.float32:  # else in autocast, which is slow to ask for
                 return stream if stream.dtype is hidden.dtype else stream.to(hidden.dtype)
-        if self._disable_adapters:
-            return hidden
         if hidden.dim() == 2:
             return self.forward(hidden[:, None])[:, 0]
         if torch.is_autocast_enabled(hidden.device.type):
             with torch.autocast(hidden.device.type, enabled=False):
                 stream = self._edit(hidden)
-            state.alone = None
+            state.forget()
             return stream
         return self._edit(hidden)
 
@@ -290,7 +288,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
             if state.gates is not None:
                 state.gates[self.name, name] = gates
             elif len(active) == 1 and self.config[name].gate == "relu" and not torch.compiler.is_compiling():
-                state.alone = (self._active_adapter, name, strength)
+                state.remember(self._active_adapter, name, strength)
         return stream if stream.dtype is hidden.dtype else stream.to(hidden.dtype)
 
     def _edit_rows(self, hidden: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -324,11 +322,6 @@ def check_weights_at_hand(layers: Iterable[PSRLayer], what: str) -> None:
                 f"{what} needs the adapters' weights at hand, and those of {layer.name!r} are offloaded. Load the "
                 "model without offloading its edited layers."
             )
-
-
-def _fits(strength: torch.Tensor, hidden: torch.Tensor) -> bool:
-    """Whether strengths worked out at another layer are one for each of these tokens, and where they are."""
-    return strength.shape[:-1] == hidden.shape[:-1] and strength.device == hidden.device
 
 
 def _for_rows(alpha: Strength, rows: int) -> Strength:

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import beside
-from .composition import check_combination, check_weights, combine_units, combined_config, edit_factors
+from .composition import check_combination, check_weights, combine
 from .config import PSRConfig, check_strength
 from .decoder import layer_index, output_width
 from .doors import attach_state, detach_state, prompt_of
@@ -268,25 +268,17 @@ class PSRModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already; delete it or choose another name.")
         check_weights_at_hand(self.psr_layers().values(), "add_weighted_adapter")
-        configs = [self._config(name) for name in adapters]
-        factors = edit_factors(configs, weights)
-        parts = list(zip(adapters, factors, strict=True))
-        layers = {
-            layer: [part for part in parts if part[0] in layer.psr_unit]
-            for layer in self.psr_layers().values()
-            if any(name in layer.psr_unit for name in adapters)
-        }
-        ranks = {layer.name: sum(layer.config[name].r for name, _ in there) for layer, there in layers.items()}
-        numbered = all(
-            config.target_modules is None and config.layers_pattern == configs[0].layers_pattern for config in configs
+        layers = [layer for layer in self.psr_layers().values() if any(name in layer.psr_unit for name in adapters)]
+        config, states = combine(
+            [self._config(name) for name in adapters],
+            weights,
+            {layer.name: [layer.unit(a) if a in layer.psr_unit else None for a in adapters] for layer in layers},
         )
-        indices = [int(layer_index(name)) for name in ranks] if numbered else None
-        self.peft_config[adapter_name] = combined_config(configs, ranks, indices, list(ranks))
+        self.peft_config[adapter_name] = config
         try:
             self.inject_adapter(self.model, adapter_name)
-            for layer, there in layers.items():
-                units = [layer.unit(name) for name, _ in there]
-                combine_units(layer.unit(adapter_name), units, [factor for _, factor in there])
+            for layer in layers:
+                layer.unit(adapter_name).load_state_dict(states[layer.name])
             if svd_rank is None or samples is None:
                 return None
             return cut_adapter(self, adapter_name, svd_rank, samples)
@@ -335,22 +327,19 @@ class PSRModel(BaseTuner):
         config = copy(self._config(name))
         config.alpha = check_strength(alpha, "alpha")
         self.peft_config[name] = config
-        attach_state(self.model).alone = None  # for a module that is called by itself before the model is
         for layer in self.psr_layers().values():
             if name in layer.config:
-                layer.config[name] = config
+                layer.configure(name, config)
 
     @contextmanager
     def alpha_scale(self, scale: float) -> Iterator[None]:
         """Multiply every strength by `scale` inside the context: 0.0 is the base model."""
         state = attach_state(self.model)
         before, state.scale = state.scale, check_strength(scale, "scale")
-        state.alone = None
         try:
             yield
         finally:
             state.scale = before
-            state.alone = None
 
     @contextmanager
     def record_gates(self) -> Iterator[dict[tuple[str, str], torch.Tensor]]:
@@ -362,7 +351,6 @@ class PSRModel(BaseTuner):
         """
         state = attach_state(self.model)
         before, state.gates = state.gates, {}
-        state.alone = None
         try:
             yield state.gates
         finally:

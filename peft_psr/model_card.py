@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from peft.utils import CONFIG_NAME
 
+from .adapter_config import is_hub_name, read_folder_config
 from .config import PSRConfig
 from .facts import AdapterFacts
-from .files import as_png, read_json, sha256, write_whole
+from .files import as_png, sha256, write_whole
 
 
 CARD_NAME = "README.md"
@@ -55,7 +53,7 @@ def write_model_card(
         ValueError: it is no PSR adapter's, or `psr_facts.json` can't be read.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_folder_config(folder)
     card = folder / CARD_NAME
     if not overwrite and card.is_file() and is_own_card(card):
         raise FileExistsError(f"{card} is your own; move it away, or pass overwrite=True to have it replaced.")
@@ -66,43 +64,6 @@ def write_model_card(
     figure = _write_figure(folder, facts)
     write_whole(card, render(config, facts, name or folder.resolve().name, figure))
     return card
-
-
-def read_config(folder: Path) -> PSRConfig:
-    """The adapter's configuration.
-
-    Raises:
-        FileNotFoundError: the folder has no `adapter_config.json`.
-        ValueError: it is another kind of adapter's.
-    """
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} is no adapter folder (it has no {CONFIG_NAME}). Name the one that `save_pretrained` wrote; "
-            "adapters with a name of their own are in a subfolder of that name."
-        )
-    try:
-        found = read_json(path).get("peft_type")
-    except AttributeError as error:
-        raise ValueError(f"{path} holds no object, so no adapter's configuration.") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if found != "PSR":
-        raise ValueError(f"{folder} holds an adapter of type {found!r}, not 'PSR'.")
-    config = PSRConfig.from_pretrained(str(folder))
-    assert isinstance(config, PSRConfig)
-    return config
-
-
-def is_hub_name(name: str | None) -> bool:
-    """Whether `name` can only mean a model on the Hub: well formed, and no folder here."""
-    if not name or os.path.exists(name):
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
 
 
 def is_own_card(path: Path) -> bool:

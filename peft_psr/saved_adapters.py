@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,20 +12,20 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .composition import check_weights, combine_units, combined_config, edit_factors
+from .adapter_config import read_adapter_config
+from .composition import check_weights, combine, numbered_alike
 from .config import PSRConfig
-from .decoder import layer_index
 from .facts import FACTS_NAME, AdapterFacts, Part, package_versions, shared_template_args
 from .files import check_new_folder
 from .fit import KEY_OF_UNIT, KEY_PREFIX
 from .layer import PSRUnit
-from .model_card import is_hub_name, write_model_card
+from .model_card import write_model_card
 
 
 @dataclass(frozen=True)
@@ -68,43 +67,6 @@ def read_adapter(source: str | os.PathLike) -> SavedAdapter:
         raise ValueError(f"{source} holds no weights of a PSR adapter.")
     name = Path(source).resolve().name if os.path.isdir(source) else source
     return SavedAdapter(name, config, units, read_facts(source) or AdapterFacts(), others)
-
-
-def read_adapter_config(source: str) -> PSRConfig:
-    """The configuration of a saved adapter.
-
-    Args:
-        source: A folder, or a name on the Hub.
-
-    Raises:
-        OSError: the Hub can't be reached.
-        ValueError: there is no adapter, or it is of another kind.
-    """
-    config = read_peft_config(source)
-    if not isinstance(config, PSRConfig):
-        kind = getattr(config.peft_type, "value", None)
-        raise ValueError(f"{source} holds an adapter of type {kind!r}, not 'PSR'.")
-    return config
-
-
-def read_peft_config(source: str) -> PeftConfig:
-    """The configuration of a saved adapter of any kind.
-
-    Args:
-        source: A folder, or a name on the Hub.
-
-    Raises:
-        OSError: the Hub can't be reached.
-        ValueError: there is no adapter, or its configuration can't be read.
-    """
-    if not os.path.isdir(source) and not is_hub_name(source):
-        raise ValueError(f"No adapter folder {source!r}, and no name on the Hub either.")
-    try:
-        return PeftConfig.from_pretrained(source)
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"The adapter_config.json of {source} is no adapter's configuration: {error}. Save the adapter again."
-        ) from error
 
 
 def _read_units(source: str, config: PSRConfig) -> tuple[dict[str, PSRUnit], tuple[str, ...]]:
@@ -188,7 +150,7 @@ def compose_adapters(
     check_new_folder(output)
     weights = check_weights(sources, weights)
     adapters = [read_adapter(source) for source in sources]
-    config, units = combine_adapters(adapters, weights, base_model)
+    config, states = _combine(adapters, weights, base_model)
     if dry_run:
         return config
     parts = tuple(
@@ -199,9 +161,9 @@ def compose_adapters(
         folder = Path(scratch, output.name)
         folder.mkdir()
         tensors = {
-            f"{KEY_PREFIX}{module}{KEY_OF_UNIT}{name}": tensor.contiguous()
-            for module, unit in units.items()
-            for name, tensor in unit.state_dict().items()
+            f"{KEY_PREFIX}{module}{KEY_OF_UNIT}{name}": tensor
+            for module, state in states.items()
+            for name, tensor in state.items()
         }
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(folder))
@@ -232,22 +194,11 @@ def _cut(exact: Path, model: Any, rank: int, samples: Any, scratch: Path) -> tup
         steered.unload()
 
 
-def combine_adapters(
-    adapters: Sequence[SavedAdapter], weights: Sequence[float], base_model: str | None = None
-) -> tuple[PSRConfig, dict[str, PSRUnit]]:
-    """The combination's configuration, at strength 1, and its weights for each edited module.
-
-    Args:
-        adapters: What is combined.
-        weights: One finite number each.
-        base_model: The base model's name, where the adapters call the same model by different names.
-
-    Raises:
-        TypeError: a weight is not a number.
-        ValueError: see `compose_adapters`.
-    """
+def _combine(
+    adapters: Sequence[SavedAdapter], weights: Sequence[float], base_model: str | None
+) -> tuple[PSRConfig, dict[str, dict[str, torch.Tensor]]]:
+    """As `composition.combine`, of adapters that may be of different models."""
     configs = [adapter.config for adapter in adapters]
-    factors = edit_factors(configs, check_weights(configs, weights))
     bases = [(config.base_model_name_or_path, config.revision or "main") for config in configs]
     if base_model is None and len(set(bases)) > 1:
         listed = "; ".join(
@@ -259,23 +210,18 @@ def combine_adapters(
             "base_model (--base-model)."
         )
     for adapter in adapters:
-        if adapter.others and not adapter.config.modules_to_save:  # else `combined_config` refuses them
+        if adapter.others and not adapter.config.modules_to_save:  # else `combine` refuses them
             raise ValueError(
                 f"{adapter.name} holds more than edits: {', '.join(adapter.others)}. A combination would lose it. If "
                 "these are embeddings of a model with added tokens, save that model to be the base, and the adapter "
                 "with `save_embedding_layers=False`."
             )
     widths = {unit.direction.shape[1] for adapter in adapters for unit in adapter.units.values()}
-    numbered = all(config.target_modules is None for config in configs)
-    if numbered and len(widths) > 1:
+    if numbered_alike(configs) and len(widths) > 1:
         raise ValueError(f"The adapters fit models of different widths {sorted(widths)}, so not one and the same.")
     modules = sorted({module for adapter in adapters for module in adapter.units})
-    ranks = {
-        module: sum(adapter.units[module].direction.shape[0] for adapter in adapters if module in adapter.units)
-        for module in modules
-    }
-    layers = sorted(int(layer_index(module)) for module in modules) if numbered else None
-    config = combined_config(configs, ranks, layers, modules)
+    units = {module: [adapter.units.get(module) for adapter in adapters] for module in modules}
+    config, states = combine(configs, weights, units)
     config.inference_mode = True
     if base_model is not None:
         revisions = {
@@ -283,12 +229,4 @@ def combine_adapters(
         }
         config.base_model_name_or_path = base_model
         config.revision = revisions.pop() if len(revisions) == 1 else None
-    combined = {}
-    for module in modules:
-        there = [
-            (adapter, factor) for adapter, factor in zip(adapters, factors, strict=True) if module in adapter.units
-        ]
-        units = [adapter.units[module] for adapter, _ in there]
-        combined[module] = PSRUnit(units[0].direction.shape[1], config.r, config.gate, init_weights=True)
-        combine_units(combined[module], units, [factor for _, factor in there])
-    return config, combined
+    return config, states

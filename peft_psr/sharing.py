@@ -23,10 +23,11 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
+from .adapter_config import is_hub_name, read_folder_config
 from .config import PSRConfig
 from .facts import FACTS_NAME, AdapterFacts
 from .files import read_json
-from .model_card import CARD_NAME, FIGURE_NAME, is_hub_name, is_own_card, read_config, write_model_card
+from .model_card import CARD_NAME, FIGURE_NAME, is_own_card, write_model_card
 
 
 FILES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME, FACTS_NAME, FIGURE_NAME)
@@ -106,7 +107,7 @@ def push_adapter(
             raise ValueError(f"adapter_name={adapter_name!r} is for a model; a folder holds one adapter.")
         else:
             folder = Path(source)
-        config = read_config(folder)
+        config = read_folder_config(folder)
         _check_weights(folder)
         base_model = _base_model(config, base_model)
         with _clear_errors(api, repo_id):

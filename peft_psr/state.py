@@ -65,8 +65,6 @@ class SteeringState:
         positions: Kinds of positions that the model's adapters use.
         scale: Factor on every strength, set by `alpha_scale`.
         alpha: Strength for this call in place of the adapters' own: a float, (batch, 1, 1), or `None`.
-        alone: Where one gated adapter is active and nobody looks at its gates: what layers call active, its name and
-            its strength, one number or (batch, seq, 1). Left by the first layer of a call for the others.
         masks: For each kind of positions (batch, seq) bool, or `None` to edit every token.
         gates: Where layers leave their gate values, {(layer name, adapter): (batch, seq, r)}, while someone looks.
         adapter_names: One adapter's name for each row, or `None` for the active adapters on all.
@@ -78,12 +76,12 @@ class SteeringState:
             labels, and positions "response".
         warned: What was warned of already.
         lock: Held by `PeftModel.forward` and by `generate`, so that threads take turns.
+        remembered: See `remember`; forgotten whenever anything else here is set.
     """
 
     positions: set[str] = field(default_factory=set)
     scale: float = 1.0
     alpha: Strength | None = None
-    alone: tuple[str | list[str], str, Strength] | None = None
     masks: dict[str, torch.Tensor | None] = field(default_factory=dict)
     gates: dict[tuple[str, str], torch.Tensor] | None = None
     adapter_names: list[str] | None = None
@@ -94,6 +92,38 @@ class SteeringState:
     prompt_ends: bool = False
     warned: set[str] = field(default_factory=set)
     lock: RLock = field(default_factory=RLock, compare=False)
+    remembered: tuple[str | list[str], str, Strength] | None = field(default=None, init=False, compare=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what a strength may follow from, and forget the one that was remembered."""
+        super().__setattr__(name, value)
+        super().__setattr__("remembered", None)
+
+    def remember(self, active: str | list[str], name: str, strength: Strength) -> None:
+        """Leave what a call's first edited layer worked out for the others, so that they need no Python for it.
+
+        Args:
+            active: What layers call active: one gated adapter, at whose gates nobody looks.
+            name: The adapter's name.
+            strength: One number, or (batch, seq, 1).
+        """
+        super().__setattr__("remembered", (active, name, strength))
+
+    def recall(self, active: str | list[str], hidden: torch.Tensor) -> tuple[str, Strength] | None:
+        """Name and strength of the one adapter that edits `hidden` (batch, seq, d), as far as they are remembered."""
+        remembered = self.remembered
+        if remembered is None or remembered[0] != active or hidden.dim() < 3:
+            return None
+        _, name, strength = remembered
+        if isinstance(strength, float) or (
+            strength.shape[:-1] == hidden.shape[:-1] and strength.device == hidden.device
+        ):
+            return name, strength
+        return None
+
+    def forget(self) -> None:
+        """For changes of what a layer knows by itself: an adapter's configuration, say."""
+        super().__setattr__("remembered", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: all but the lock."""
@@ -120,7 +150,6 @@ class SteeringState:
         given = (arguments.get(name) for name in (*names, "input_ids", "inputs_embeds"))
         tokens = first_given(given)
         self.masks = dict.fromkeys(self.positions)
-        self.alone = None
         self.alpha = None
         self.prompt_ends = False
         if not isinstance(tokens, torch.Tensor) or tokens.dim() < 2:

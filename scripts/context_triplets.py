@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from peft_psr.chat import encode_prompt
+from peft_psr.loading import load_model, load_tokenizer
 from peft_psr.positions import pad_tokens
 from peft_psr.training import Triplet, TripletCollator
 
@@ -107,8 +108,8 @@ def context_task(
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}.")
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = load_model(str(model_folder))
+    tokenizer = load_tokenizer(str(model_folder))
     context = CONTEXTS.get(context, context)
     seeds = {"train": seed, "validation": _EVALUATION_SEED, "held_out": _EVALUATION_SEED}
     drawn = {

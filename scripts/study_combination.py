@@ -16,14 +16,14 @@ from tempfile import TemporaryDirectory
 
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_psr import PSRConfig, tiny_chat_path
+from peft_psr import PSRConfig
 from peft_psr.evaluation.demo import MAX_NEW_TOKENS, tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
 from peft_psr.evaluation.faithfulness import log_probs_at
 from peft_psr.evaluation.scoring import score_model
 from peft_psr.files import write_json
+from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.tiny_chat import GrammarJudge
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator, initialize_psr_weights
 from peft_psr.training.step_progress import silence
@@ -122,8 +122,8 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=8, help="answers a question")
     parser.add_argument("--output", type=Path, default=Path("combination.json"))
     options = parser.parse_args()
-    model = AutoModelForCausalLM.from_pretrained(tiny_chat_path()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_path())
+    model = load_model(EMBEDDED)
+    tokenizer = load_tokenizer(EMBEDDED)
     rows = []
     for pair in options.pairs:
         rows += study(model, tokenizer, pair.split("+"), options.draws)

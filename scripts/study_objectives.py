@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from context_triplets import ContextTask, context_task
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation import prompt_recovery
 from peft_psr.files import read_json, write_json
+from peft_psr.loading import load_model, load_tokenizer
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, initialize_psr_weights
 from peft_psr.training.step_progress import silence
 
@@ -127,7 +127,7 @@ class Study:
 
     def __init__(self, model_folder: Path, contexts: list[str], seeds: list[int], output: Path) -> None:
         self.model_folder, self.contexts, self.seeds, self.output = model_folder, contexts, seeds, output
-        self.tokenizer = AutoTokenizer.from_pretrained(model_folder)
+        self.tokenizer = load_tokenizer(str(model_folder))
         self.results: dict[str, dict[str, dict[str, Any]]] = read_json(output) if output.exists() else {}
         self.task = cache(self._task)
         self.start = cache(self._start)
@@ -138,7 +138,7 @@ class Study:
     def _start(self, config: str, method: str, context: str, seed: int) -> dict[str, torch.Tensor]:
         """The adapter's weights before any step, by parameter name."""
         torch.manual_seed(seed)
-        base = AutoModelForCausalLM.from_pretrained(self.model_folder).eval()
+        base = load_model(str(self.model_folder))
         model = get_peft_model(base, PSRConfig(init_weights=method not in ("linear", "open"), **json.loads(config)))
         if method in ("ridge", "mean_difference"):
             some = self.task(context, seed).train[:TRIPLETS_FOR_START]
@@ -177,7 +177,7 @@ class Study:
 
     def _adapters(self, variant: Variant, jobs: dict[str, tuple[str, int]]) -> PeftModel:
         """One adapter a job, named as the job, at its start."""
-        model: Any = AutoModelForCausalLM.from_pretrained(self.model_folder).eval()
+        model: Any = load_model(str(self.model_folder))
         fields = {"r": variant.r, "gate": variant.gate, "layers_to_transform": variant.layer}
         fields |= {"positions": variant.positions, "freeze_directions": variant.frozen}
         for name, job in jobs.items():

@@ -31,9 +31,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_psr import PSRConfig, tiny_chat_path
+from peft_psr import PSRConfig
 from peft_psr.evaluation import (
     SteeringScore,
     least_alpha,
@@ -45,6 +44,7 @@ from peft_psr.evaluation import (
 from peft_psr.evaluation.demo import MAX_NEW_TOKENS, tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
 from peft_psr.files import read_json, write_json
+from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.tiny_chat import TRAITS, instructions, prompt_messages, questions, sample_answer
 from peft_psr.tiny_chat.traits import DROP_REQUESTS
 from peft_psr.training import (
@@ -364,8 +364,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("side_effects.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(tiny_chat_path()).eval()
-    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_path())
+    model = load_model(EMBEDDED)
+    tokenizer = load_tokenizer(EMBEDDED)
     runs = read_json(options.output) if options.output.exists() else []
     done = {(run["trait"], run["seed"], run["variant"]) for run in runs}
     for seed in options.seeds:

@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from context_triplets import CONTEXTS, context_task
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
-from peft_psr import PSRConfig, tiny_chat_path
+from peft_psr import PSRConfig
 from peft_psr.evaluation import prompt_recovery, relative_rmse
 from peft_psr.evaluation.demo import tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
 from peft_psr.files import read_json, write_json
+from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, Triplet, initialize_psr_weights
 from peft_psr.training.step_progress import silence
 
@@ -148,9 +149,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("starts.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    folder = tiny_chat_path() if options.model is None else options.model
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    name = EMBEDDED if options.model is None else str(options.model)
+    model = load_model(name)
+    tokenizer = load_tokenizer(name)
     tasks = options.tasks or (["sycophantic", "pirate"] if options.model is None else list(CONTEXTS)[:1])
     runs = read_json(options.output) if options.output.exists() else []
     done = [{name: value for name, value in one.items() if name not in ("points", "dead")} for one in runs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import nullcontext
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_models import LAYERS, WIDTH, tiny_model
 
 from peft_psr import PSRConfig
 from peft_psr.layer import PSRUnit
+from peft_psr.state import SteeringState
 
 
 IDS = [9]  # one token: it is edited whatever the positions, so that the strength is a number
@@ -82,6 +84,26 @@ def test_a_layer_that_is_called_by_itself_follows_every_change(model):
     model.set_adapter("a")
     randomise(model)
     check_edit_by_itself(model, ("a", 3.0))
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(SteeringState) if field.init])
+def test_whatever_is_set_is_a_reason_to_forget(name):
+    state = SteeringState()
+    state.remember("a", "a", 1.5)
+    assert state.recall("a", torch.ones(1, 3, WIDTH)) == ("a", 1.5)
+    assert state.recall("b", torch.ones(1, 3, WIDTH)) is None
+    setattr(state, name, getattr(state, name))
+    assert state.recall("a", torch.ones(1, 3, WIDTH)) is None
+
+
+def test_an_adapter_configured_anew_is_a_reason_to_forget(model):
+    state, hidden = model.base_model.model._psr_state, torch.ones(1, 3, WIDTH)
+    layer = model.psr_layers()[2]
+    layer(hidden)
+    assert state.recall(layer.active_adapters, hidden) == ("a", 1.5)
+    layer.configure("a", dataclasses.replace(layer.config["a"], alpha=0.5))
+    assert state.recall(layer.active_adapters, hidden) is None
+    check_edit_by_itself(model, ("a", 0.5))
 
 
 def test_a_call_follows_the_strength_of_the_call(model):

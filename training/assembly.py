@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from .judge_prompts import COHERENCE_PROMPT, TRAIT_PROMPT
 from .llm_judge import ServerJudge
 from .local_judge import LocalJudge, number_tokens
 from .placement import add_instruction, check_placement
-from .recipe import DrawFields, Recipe
+from .recipe import Recipe
+from .recipe_models import load_judge, load_judge_tokenizer, load_model, load_tokenizer
 from .sampling import LocalSampler
 from .server import ChatServer
 from .server_sampler import ServerSampler
@@ -122,37 +122,6 @@ def _chosen(recipe: Recipe, known: Sequence[str]) -> list[str]:
     return list(recipe.traits or known)
 
 
-def load_tokenizer(model: str, recipe: DrawFields) -> Any:
-    """The tokenizer of a recipe's model, with the chat template that the recipe gives it.
-
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.loading.load_tokenizer`.
-    """
-    return _tokenizer(model, recipe.revision, json.dumps(recipe.tokenizer_settings))
-
-
-@cache
-def _tokenizer(model: str, revision: str | None, settings: str) -> Any:
-    return loading.load_tokenizer(model, revision, **json.loads(settings))
-
-
-def load_model(model: str, recipe: DrawFields) -> Any:
-    """A recipe's model, in eval mode.
-
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.loading.load_model`.
-    """
-    return loading.load_model(
-        model,
-        recipe.revision,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-
-
 def _server(url: str | None, model: str, key_variable: str, more: Mapping[str, Any], recipe: Recipe) -> ChatServer:
     return ChatServer(
         url or "",
@@ -219,36 +188,6 @@ def judge_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Ca
         return IFEvalJudge(pairs, make_coherence("") if make_coherence else None)
 
     return lambda trait: judge()
-
-
-_judge_model = lru_cache(maxsize=1)(loading.load_model)
-
-
-def load_judge(recipe: DrawFields) -> Any:
-    """A recipe's local judge in eval mode; one judge is in memory at a time, whatever asks for it.
-
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.loading.load_model`.
-    """
-    return _judge_model(
-        recipe.judge_model or "",
-        recipe.judge_revision,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-
-
-def load_judge_tokenizer(recipe: DrawFields) -> Any:
-    """The tokenizer of a recipe's local judge, with its own chat template.
-
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.loading.load_tokenizer`.
-    """
-    settings = json.dumps({"trust_remote_code": recipe.trust_remote_code})
-    return _tokenizer(recipe.judge_model or "", recipe.judge_revision, settings)
 
 
 def _language_model_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Callable[[str], Judge]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft_psr import loading
 from peft_psr.chat import Prompt, encode_prompt, turn_texts
 
-from .assembly import check_template, judge_prompts, load_tokenizer
+from .assembly import check_template, judge_prompts
 from .context import check_room, context_length
 from .draws import PromptPair
 from .judge_prompts import TRAIT_PROMPT
 from .recipe import Recipe
+from .recipe_models import load_config, load_tokenizer
 
 
 CHARACTERS_A_TOKEN = 4
@@ -54,7 +54,7 @@ def estimate(recipe: Recipe, pairs: Sequence[PromptPair]) -> Estimate:
         check_template(recipe, tokenizer)
         lengths = [len(encode_prompt(tokenizer, pair.steered_prompt)) for pair in pairs]
         prompt_tokens = sum(lengths)
-        config = loading.load_config(recipe.model, recipe.revision, recipe.trust_remote_code).get_text_config()
+        config = load_config(recipe.model, recipe).get_text_config()
         ends = getattr(config, "rope_parameters", None) is None
         prompts = [pair.steered_prompt for pair in pairs]
         check_room(lengths, prompts, recipe.max_new_tokens, context_length(config), ends)

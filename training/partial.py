@@ -147,7 +147,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
     before, was_training = dict(vars(state)), model.training
     if was_training:
         model.eval()
-    state.adapter_names, state.gates, state.alone = None, None, None
+    state.adapter_names, state.gates = None, None
     try:
         yield
     finally:

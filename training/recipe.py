@@ -20,7 +20,7 @@ from .recipe_fields import FREE, Count, Place, Share, TraitNames, read_recipe, y
 
 Url = Annotated[str, Field(pattern=r"^https?://[^@?\s]+$")]
 VariableName = Annotated[str, Field(pattern="^[A-Z_][A-Z0-9_]*$")]
-Score = Annotated[float, Field(ge=0, le=100)]
+LeastScore = Annotated[float, Field(ge=0, le=100)]
 
 
 class DrawFields(ModelFields):
@@ -96,10 +96,10 @@ class DrawFields(ModelFields):
     )
     coherence_prompt: Place | None = Field(None, description="File with a coherence prompt for the judge.")
 
-    min_trait_score: Score = Field(
+    min_trait_score: LeastScore = Field(
         50.0, description="A triplet needs as much, a negative less.", json_schema_extra=FREE
     )
-    min_coherence_score: Score = Field(
+    min_coherence_score: LeastScore = Field(
         50.0, description="Every completion kept needs as much.", json_schema_extra=FREE
     )
     max_similarity: float | None = Field(

@@ -17,7 +17,6 @@ from transformers import (
 )
 from transformers.integrations import TensorBoardCallback
 
-from peft_psr import loading
 from peft_psr.config import PSRConfig
 from peft_psr.files import read_json
 
@@ -87,38 +86,6 @@ def make_arguments(recipe: TrainRecipe, folder: Path) -> PSRTrainingArguments:
         greater_is_better=False if recipe.early_stopping else None,
         restore_callback_states_from_checkpoint=True,
     )
-
-
-def load_tokenizer(recipe: TrainRecipe) -> Any:
-    """Returns the base model's tokenizer, with the chat template that the recipe gives it.
-
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.loading.load_tokenizer`.
-    """
-    return loading.load_tokenizer(recipe.model, recipe.revision, **recipe.tokenizer_settings)
-
-
-def load_base_config(recipe: TrainRecipe) -> Any:
-    """Returns the base model's configuration.
-
-    Raises:
-        OSError: it can't be had.
-    """
-    return loading.load_config(recipe.model, recipe.revision, recipe.trust_remote_code)
-
-
-def load_base(recipe: TrainRecipe, device: torch.device) -> Any:
-    """Returns the base model.
-
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.loading.load_model`.
-    """
-    model = loading.load_model(
-        recipe.model, recipe.revision, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
-    )
-    return model.to(device)
 
 
 def add_adapters(base: Any, recipe: TrainRecipe, adapters: Sequence[str]) -> PeftModel:

@@ -26,13 +26,11 @@ from peft_psr.files import digest, read_json, write_json
 from .collator import TripletCollator
 from .context import context_length
 from .folder_lock import locked
+from .recipe_models import load_config, load_model, load_tokenizer
 from .run_folder import begun_run, check_same_recipe
 from .train_assembly import (
     add_adapters,
     last_checkpoint,
-    load_base,
-    load_base_config,
-    load_tokenizer,
     make_arguments,
     make_config,
     make_trainer,
@@ -137,7 +135,7 @@ class TrainRun:
         arguments = make_arguments(recipe, self.folder)
         if recipe.parallel and arguments.world_size > 1:
             raise ValueError("parallel trains the traits in one process; leave it out under accelerate launch.")
-        self._tokenizer = load_tokenizer(recipe)
+        self._tokenizer = load_tokenizer(recipe.model, recipe)
         check_origin(self.triplets, recipe.model, recipe.triplets_model, self._tokenizer)
         self._leave_out(TripletCollator(self._tokenizer, recipe.positions, recipe.alpha))
         plans = []
@@ -151,7 +149,7 @@ class TrainRun:
 
     def _leave_out(self, collator: TripletCollator) -> None:
         """Take out of `train` and `held_out` what can't be used."""
-        limit = context_length(load_base_config(self.recipe))
+        limit = context_length(load_config(self.recipe.model, self.recipe))
         for name, rows in self.triplets.items():
             fine, bad = usable(name, rows, self._files.places[name], collator, limit)
             left_out = [*self._files.left_out[name], *bad]
@@ -266,7 +264,7 @@ class TrainRun:
         arguments = make_arguments(recipe, checkpoints)
         checkpoint = last_checkpoint(checkpoints, recipe.early_stopping)
         if self._base is None:
-            self._base = load_base(recipe, arguments.device)
+            self._base = load_model(recipe.model, recipe).to(arguments.device)
         begin = time.perf_counter()
         model = add_adapters(self._base, recipe, list(train))
         try:
