@@ -8,10 +8,10 @@ import statistics
 
 import pytest
 import torch
-from axbench_data import by_rule, recipe_in, write_data
+from helpers.axbench import by_rule, recipe_in, write_data
+from helpers.unruly_server import UnrulyServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from unruly_server import UnrulyServer
 
 from peft_psr import tiny_chat_path
 from peft_psr.evaluation import axbench_benchmark
