@@ -21,6 +21,15 @@ def quick_collections():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def offline():
+    """No look-ups on the Hub, which take a minute each where there is no network; `hub` has one on loopback."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub that this process's client talks to, without a token and with a cache of its own."""

@@ -59,8 +59,9 @@ def test_copies_are_independent(copied, which):
     assert torch.equal(generate(other, alpha=1.0), tokens)
 
 
-def test_state_dict_round_trip(model):
+def test_state_dict_round_trip():
     """`state_dict` and `load_state_dict` of the whole model carry the adapter."""
+    model = steered(tiny_model())
     other = get_peft_model(tiny_model(seed=4), PSRConfig()).eval()
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), logits(model))
@@ -91,8 +92,9 @@ def test_gradient_checkpointing(use_reentrant, targets):
         torch.testing.assert_close(got[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_inference_mode(model):
+def test_inference_mode():
     """`torch.inference_mode`: equal logits and tokens, and training afterwards still works."""
+    model = steered(tiny_model())
     expected, tokens = logits(model), generate(model)
     with torch.inference_mode():
         assert torch.equal(model(input_ids=IDS, attention_mask=ATTENTION).logits, expected)

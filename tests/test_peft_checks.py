@@ -84,12 +84,6 @@ def peft_tests() -> dict[str, Any]:
             pytest.skip(f"the tests of peft {release} need a package that is not installed: {error}")
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No look-ups of a model's name on the Hub."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture(scope="session")
 def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A saved tiny model of each layout, whose folder's name takes the place of a name on the Hub."""

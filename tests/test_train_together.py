@@ -28,6 +28,9 @@ SETTINGS = {
     "learning_rate": 0.5,
     "weight_decay": 0.0,
     "max_grad_norm": 0.01,  # low, so that it binds
+    "save_strategy": "no",
+    "use_cpu": True,
+    "logging_steps": 1,
 }
 VARIANTS = {
     "mse": {},
@@ -91,10 +94,7 @@ def test_unequal_numbers_of_triplets_are_each_seen_once_an_epoch(tmp_path):
     data = {"brief": DATA["brief"], "kind": DATA["kind"][:2]}
     model = steered(data)
     seen = []
-    made = PSRTrainer(
-        model, PSRTrainingArguments(output_dir=str(tmp_path), **{**SETTINGS, "num_train_epochs": 1}), data,
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
+    made = quiet_trainer(model, tmp_path, data, **{**SETTINGS, "num_train_epochs": 1})
     collate = made.data_collator
     made.data_collator = lambda items: (lambda batch: seen.append(batch) or batch)(collate(items))
     made.train()
