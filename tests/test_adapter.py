@@ -3,54 +3,16 @@
 from __future__ import annotations
 
 import copy
-import json
-import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from reference import decoder_layers, naive_greedy, naive_logits
-from safetensors.torch import load_file
-from tiny_models import LAYERS, LAYOUTS, WIDTH, cache_argument, tiny_model
+from helpers.adapters import steered, weights_of
+from helpers.models import LAYERS, LAYOUTS, PROMPTS, WIDTH, cache_argument, pad, tiny_model
+from helpers.reference import decoder_layers, naive_greedy, naive_logits
+from peft import get_peft_model
 
 from peft_psr import PSRConfig
 from peft_psr.caches import cache_of
-
-
-PROMPTS = [[1, 9, 12, 17, 23, 31], [1, 40, 8], [1, 22, 35, 19, 7]]
-
-
-def steered(base, seed=1, adapter_name="default", **settings):
-    """A PEFT model with random, clearly visible adapter weights."""
-    model = get_peft_model(base, PSRConfig(**settings), adapter_name=adapter_name)
-    randomize(model, seed, adapter_name)
-    return model.eval()
-
-
-def randomize(model, seed=1, adapter_name="default"):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if f"psr_unit.{adapter_name}." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-
-
-def weights_of(model, adapter_name="default"):
-    layers = model.psr_layers()
-    units = {i: layer.psr_unit[adapter_name] for i, layer in layers.items() if adapter_name in layer.psr_unit}
-    return {i: (unit.gate_weight, unit.gate_bias, unit.direction) for i, unit in units.items()}
-
-
-def pad(rows, side):
-    width = max(map(len, rows))
-    ids, mask = [], []
-    for row in rows:
-        fill = [0] * (width - len(row))
-        ids.append(fill + row if side == "left" else row + fill)
-        mask.append(fill + [1] * len(row) if side == "left" else [1] * len(row) + fill)
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 def logits_at_tokens(logits, attention_mask):
@@ -275,159 +237,6 @@ def test_low_precision_base_keeps_float32_adapter(dtype):
     assert torch.equal(layer(hidden), exact.to(dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer(hidden), exact.to(dtype))
-
-
-def test_save_and_reload(tmp_path):
-    base = tiny_model()
-    base.save_pretrained(tmp_path / "base")
-    base.name_or_path = str(tmp_path / "base")
-    base.config._name_or_path = str(tmp_path / "base")
-    settings = {"layers_to_transform": [1, 3], "r": 2, "alpha": 1.7, "coefficient_bias": 0.1, "positions": "all"}
-    model = steered(copy.deepcopy(base), adapter_name="formal", **settings)
-    ids = torch.tensor([PROMPTS[0]])
-    logits = model(ids).logits
-    model.save_pretrained(tmp_path / "adapter")
-    folder = tmp_path / "adapter" / "formal"
-
-    saved = json.loads((folder / "adapter_config.json").read_text())
-    assert saved["peft_type"] == "PSR" and {**saved, **settings} == saved
-    tensors = load_file(folder / "adapter_model.safetensors")
-    assert {t.dtype for t in tensors.values()} == {torch.float32}
-    assert {name.rsplit(".", 1)[1]: tuple(t.shape) for name, t in tensors.items()} == {
-        "gate_weight": (2, WIDTH), "gate_bias": (2,), "direction": (2, WIDTH),
-    }  # fmt: skip
-    assert len(tensors) == 6
-
-    reloaded = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="again").eval()
-    assert torch.equal(reloaded(ids).logits, logits)
-    auto = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
-    assert torch.equal(auto(ids).logits, logits)
-
-    torch.save(logits, tmp_path / "logits.pt")
-    script = (
-        "import sys, torch, peft_psr; from peft import AutoPeftModelForCausalLM\n"
-        f"model = AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).eval()\n"
-        f"logits = torch.load({str(tmp_path / 'logits.pt')!r})\n"
-        f"sys.exit(not torch.equal(model(torch.tensor({ids.tolist()})).logits, logits))"
-    )
-    assert subprocess.run([sys.executable, "-c", script], cwd=tmp_path).returncode == 0
-
-
-def test_constant_gate_saves_direction_alone(tmp_path):
-    model = steered(tiny_model(), gate="constant", layers_to_transform=2)
-    model.save_pretrained(tmp_path)
-    names = load_file(tmp_path / "adapter_model.safetensors")
-    assert [name.rsplit(".", 1)[1] for name in names] == ["direction"]
-
-
-def test_many_adapters_set_delete_and_sum():
-    base = tiny_model()
-    model = steered(copy.deepcopy(base), adapter_name="a", layers_to_transform=1)
-    model.add_adapter("b", PSRConfig(layers_to_transform=2, gate="constant"))
-    randomize(model, 2, "b")
-    ids = torch.tensor([PROMPTS[0]])
-    row, m = PROMPTS[0], expected_mask("response", PROMPTS[0])
-    layers = model.psr_layers()
-    weights = {name: weights_of(model, name) for name in ("a", "b")}
-
-    def check(expected):
-        want = naive_logits(base, row, expected, m, 1.0)
-        torch.testing.assert_close(model(ids).logits[0], want, atol=2e-4, rtol=1e-4)
-
-    check(weights["a"])
-    model.set_adapter("b")
-    check(weights["b"])
-    model.base_model.set_adapter(["a", "b"])
-    both = {**weights["a"], **weights["b"]}
-    check(both)
-    model.set_adapter("a")
-    model.delete_adapter("b")
-    assert "b" not in model.peft_config and all("b" not in layer.psr_unit for layer in layers.values())
-    check(weights["a"])
-
-
-def test_copies_and_pickles_are_independent():
-    model = steered(tiny_model())
-    ids = torch.tensor([PROMPTS[0]])
-    logits = model(ids).logits
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(copied(ids).logits, logits)
-        copied.set_alpha(0.0)
-        assert not torch.equal(copied(ids).logits, logits)
-        copied.unload()
-    assert torch.equal(model(ids).logits, logits)
-
-
-def test_adapter_of_another_method_with_the_same_name_stays_out_of_the_file(tmp_path):
-    base = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).base_model.model
-    model = steered(base)
-    model.save_pretrained(tmp_path)
-    assert all(".psr." in name for name in load_file(tmp_path / "adapter_model.safetensors"))
-
-
-@pytest.mark.parametrize(
-    ("settings", "error", "message"),
-    [
-        ({"layers_to_transform": -1}, ValueError, "holds -1"),
-        ({"layers_to_transform": [0, 1.5]}, TypeError, "1.5"),
-        ({"layers_to_transform": "middle"}, TypeError, "'middle'"),
-        ({"layers_to_transform": []}, ValueError, "empty list"),
-        ({"layers_to_transform": True}, TypeError, "True"),
-        ({"alpha": "strong"}, TypeError, "alpha must be a number, got 'strong'"),
-        ({"alpha": float("nan")}, ValueError, "finite"),
-        ({"coefficient_bias": None}, TypeError, "coefficient_bias"),
-        ({"gate": "sigmoid"}, ValueError, "'relu', 'constant'"),
-        ({"positions": "question"}, ValueError, "'question_and_response'"),
-        ({"r": 0}, ValueError, "at least 1"),
-        ({"r": 1.0}, TypeError, "r must be an int"),
-        ({"init_weights": "ridge"}, TypeError, "initialize_psr_weights"),
-    ],
-)
-def test_bad_configuration(settings, error, message):
-    with pytest.raises(error, match=message):
-        PSRConfig(**settings)
-
-
-def test_layer_beyond_the_model_leaves_it_untouched():
-    base = tiny_model()
-    with pytest.raises(ValueError, match=f"layer {LAYERS}, but LlamaForCausalLM has {LAYERS} decoder layers"):
-        get_peft_model(base, PSRConfig(layers_to_transform=LAYERS))
-    assert not any("psr" in name for name, _ in base.named_modules())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"alpha": "2"}, TypeError, "alpha must be a number"),
-        ({"alpha": [1.0, 2.0, 3.0]}, ValueError, "one per row"),
-        ({"alpha": []}, ValueError, "one per row"),
-        ({"alpha": torch.tensor([float("nan")])}, ValueError, "finite"),
-        ({"alpha": torch.tensor([True])}, TypeError, "bools"),
-        ({"steering_mask": torch.ones(1, 3)}, ValueError, "shape of input_ids"),
-        ({"steering_mask": [1, 0]}, TypeError, "must be a tensor"),
-    ],
-)
-def test_bad_call(arguments, error, message):
-    model = steered(tiny_model())
-    ids = torch.tensor(PROMPTS[:1])
-    with pytest.raises(error, match=message):
-        model(ids, **arguments)
-    with pytest.raises(error, match=message):
-        model.generate(input_ids=ids, max_new_tokens=2, **arguments)
-    model(ids)
-
-
-def test_gate_values_of_an_adapter_that_is_not_active():
-    model = steered(tiny_model())
-    model.add_adapter("b", PSRConfig())
-    with pytest.raises(ValueError, match="'b' is not active"):
-        model.gate_values(torch.tensor(PROMPTS[:1]), adapter_name="b")
-
-
-def test_unknown_adapter_is_named():
-    model = steered(tiny_model())
-    with pytest.raises(ValueError, match="No adapter 'formal'; there are: default"):
-        model.set_alpha(1.0, "formal")
 
 
 def test_a_layer_called_by_itself_takes_the_strength_of_now():

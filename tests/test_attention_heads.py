@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_models import LAYERS, tiny_model
+from helpers.models import LAYERS, tiny_model
 from torch import nn
 
 from peft_psr.evaluation.baselines.attention_heads import output_projections

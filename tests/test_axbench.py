@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny_models import tiny_tokenizer
+from helpers.tokenizers import tiny_tokenizer
 
 from peft_psr.training import TripletCollator
 from peft_psr.training.axbench import (

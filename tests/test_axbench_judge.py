@@ -6,8 +6,8 @@ import json
 import statistics
 
 import pytest
-from axbench_data import by_rule, recipe_in, what_was_asked
-from unruly_server import UnrulyServer
+from helpers.axbench import by_rule, recipe_in, what_was_asked
+from helpers.unruly_server import UnrulyServer
 
 from peft_psr.evaluation.axbench_judge import PROMPTS, RatingJudge, Ratings, harmonic_mean, rating_judge, read_rating
 from peft_psr.evaluation.axbench_questions import make_trial, read_instructions

@@ -8,8 +8,10 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
+from helpers.adapters import randomize
+from helpers.models import LAYERS, LAYOUTS, WIDTH, tiny_model
+from helpers.tokenizers import tiny_tokenizer
 from peft import PeftModel
-from tiny_models import LAYERS, LAYOUTS, WIDTH, tiny_model, tiny_tokenizer
 from torch import nn
 
 from peft_psr.chat import encode_prompt
@@ -46,12 +48,7 @@ TOKENIZER = tiny_tokenizer()
 
 def a_model(layout="llama"):
     """A tiny model whose biases are not 0."""
-    model = tiny_model(layout)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.02)
-    return model
+    return randomize(tiny_model(layout), "bias", std=0.02)
 
 
 def fitted(method, model, data=DATA, **settings):

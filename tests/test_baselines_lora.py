@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.adapters import lora, steered_model
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import triplets
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny_models import steered_model, tiny_model, tiny_tokenizer
-from tiny_triplets import triplets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import tiny_chat_path
@@ -35,14 +37,8 @@ IDS = torch.tensor([[1, 5, 9, 10, 11, 2, 6, 12]])
 
 
 def lora_model(base=None, scale=0.1, **settings):
-    config = LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | settings)
-    model = get_peft_model(base or tiny_model(), config).eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | settings
+    return lora(base or tiny_model(), seed=3, std=scale, **settings)
 
 
 def merged(model, alpha, scaling):

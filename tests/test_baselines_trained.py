@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from helpers.models import WIDTH, tiny_model
+from helpers.reference import decoder_layers
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import triplets
 from peft import PeftModel, get_peft_model
-from reference import decoder_layers
-from tiny_models import WIDTH, tiny_model, tiny_tokenizer
-from tiny_triplets import triplets
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.baselines import loreft, preference, reft_r1

@@ -1,21 +1,15 @@
 """benchmarks/: every variant computes the edit it is timed for; ratios and counts are right. No time is asserted."""
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-from reference import naive_logits
-from transformers import DynamicCache
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import inference
+import pytest
+import torch
 import training_step
 import variants
+from helpers.reference import naive_logits
 from timing import Workload, count_operations, median_interval, ratio, static_cache
+from transformers import DynamicCache
 
 
 PROMPT, LENGTH = 5, 8

@@ -10,24 +10,12 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from test_adapter import steered
-from test_modes import generate, logits
-from tiny_models import tiny_model
+from helpers.adapters import lora, steered
+from helpers.models import generate, logits, tiny_model
+from peft import LoraConfig, PeftConfig, PeftModel
 
 from peft_psr import PSRConfig, PSRWarning
 from peft_psr.saved_adapters import read_adapter
-
-
-def lora(base, seed=2, adapter_name="default"):
-    """A LoRA adapter with random, visible weights."""
-    model = get_peft_model(base, LoraConfig(target_modules=["q_proj", "v_proj"]), adapter_name=adapter_name)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
 
 
 def test_over_a_merged_lora(tmp_path):

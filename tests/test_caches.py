@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from helpers.models import tiny_model
 from transformers import DynamicCache
 
 from peft_psr.caches import CACHE_NAMES, cache_name, cache_of

@@ -7,9 +7,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from helpers.adapters import randomize, weights_of
+from helpers.models import LAYERS, WIDTH, tiny_model
+from helpers.reference import naive_edit, naive_logits
 from peft import get_peft_model
-from reference import naive_edit, naive_logits
-from tiny_models import LAYERS, WIDTH, tiny_model
 
 from peft_psr import PSRConfig
 from peft_psr.layer import PSRUnit
@@ -25,20 +26,8 @@ def model():
     """Adapters "a" and "b" on all layers and tokens, "a" active."""
     model = get_peft_model(tiny_model(), PSRConfig(positions="all", alpha=ALPHAS["a"]), adapter_name="a")
     model.add_adapter("b", PSRConfig(positions="all", r=2, alpha=ALPHAS["b"]))
-    torch.manual_seed(0)
-    randomise(model)
+    randomize(model, seed=0, std=0.3)
     return model.eval().requires_grad_(False)
-
-
-def randomise(model):
-    for layer in model.psr_layers().values():
-        for weight in layer.parameters():
-            torch.nn.init.normal_(weight, std=0.3)
-
-
-def weights_of(model, layer, name):
-    unit = model.psr_layers()[layer].unit(name)
-    return unit.gate_weight, unit.gate_bias, unit.direction
 
 
 def run(model):
@@ -50,7 +39,7 @@ def check_edit_by_itself(model, *expected):
     hidden = torch.randn(1, 3, WIDTH, generator=torch.Generator().manual_seed(1))
     edited = hidden[0]
     for name, alpha in expected:
-        edited = edited + naive_edit(hidden[0], *weights_of(model, 2, name), [1] * 3, alpha) - hidden[0]
+        edited = edited + naive_edit(hidden[0], *weights_of(model, name)[2], [1] * 3, alpha) - hidden[0]
     torch.testing.assert_close(model.psr_layers()[2](hidden)[0], edited, atol=1e-5, rtol=1e-4)
 
 
@@ -82,7 +71,7 @@ def test_a_layer_that_is_called_by_itself_follows_every_change(model):
     model.delete_adapter("a")
     model.add_adapter("a", PSRConfig(positions="all", alpha=3.0))
     model.set_adapter("a")
-    randomise(model)
+    randomize(model, std=0.3)
     check_edit_by_itself(model, ("a", 3.0))
 
 
@@ -107,7 +96,7 @@ def test_an_adapter_configured_anew_is_a_reason_to_forget(model):
 
 
 def test_a_call_follows_the_strength_of_the_call(model):
-    weights = {layer: weights_of(model, layer, "a") for layer in range(LAYERS)}
+    weights = weights_of(model, "a")
     for alpha in (1.5, 0.3, -1.0):
         logits = model(torch.tensor([IDS]), alpha=alpha).logits[0]
         torch.testing.assert_close(logits, naive_logits(tiny_model(), IDS, weights, [1], alpha), atol=1e-4, rtol=0)
@@ -117,7 +106,7 @@ def test_two_adapters_on_every_token_edit_every_layer(model):
     model.base_model.set_adapter(["a", "b"])
     weights = {}
     for layer in range(LAYERS):
-        (w, b, z), (other_w, other_b, other_z) = (weights_of(model, layer, name) for name in ALPHAS)
+        (w, b, z), (other_w, other_b, other_z) = (weights_of(model, name)[layer] for name in ALPHAS)
         strong = torch.cat([ALPHAS["a"] * z, ALPHAS["b"] * other_z])
         weights[layer] = torch.cat([w, other_w]), torch.cat([b, other_b]), strong
     expected = naive_logits(tiny_model(), IDS, weights, [1], 1.0)
@@ -127,7 +116,7 @@ def test_two_adapters_on_every_token_edit_every_layer(model):
 def test_an_adapter_of_some_layers_leaves_the_others_alone(model):
     model.add_adapter("c", PSRConfig(positions="all", layers_to_transform=[0, 2], init_weights=False))
     model.set_adapter("c")
-    weights = {layer: weights_of(model, layer, "c") for layer in (0, 2)}
+    weights = weights_of(model, "c")
     torch.testing.assert_close(run(model), naive_logits(tiny_model(), IDS, weights, [1], 1.0), atol=1e-4, rtol=0)
 
 
@@ -147,7 +136,7 @@ def test_every_layer_leaves_autocast(model, autocast, monkeypatch):
 
 def test_a_mask_is_for_the_tokens_of_its_call(model):
     ids = [9, 12, 17, 23]
-    weights = {layer: weights_of(model, layer, "a") for layer in range(LAYERS)}
+    weights = weights_of(model, "a")
     for mask in ([0, 1, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]):
         logits = model(torch.tensor([ids]), steering_mask=torch.tensor([mask])).logits[0]
         torch.testing.assert_close(logits, naive_logits(tiny_model(), ids, weights, mask, 1.5), atol=1e-4, rtol=0)

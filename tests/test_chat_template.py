@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from byte_tokenizer import CHATML, THINKING, byte_tokenizer
+from helpers.tokenizers import CHATML, THINKING, byte_tokenizer
 from transformers import AutoTokenizer
 
 from peft_psr.chat import render_prompt

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from random_adapter import save_adapter
+from helpers.adapters import save_adapter
+from helpers.commands import psr
+from helpers.models import tiny_model
+from helpers.paths import ROOT
+from helpers.tokenizers import tiny_tokenizer
 from rich.console import Console
-from tiny_models import tiny_model, tiny_tokenizer
-from typer.testing import CliRunner
 
 import peft_psr
 from peft_psr import cli
@@ -30,10 +32,6 @@ def folder(tmp_path_factory):
     tiny_tokenizer(WORDS).save_pretrained(folder / "base")
     save_adapter(folder / "formal", folder / "base", seed=1)
     return folder
-
-
-def psr(*arguments, **settings):
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], **settings)
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ def test_show_and_gates_in_any_encoding(folder, piped, encoding):
 @pytest.mark.parametrize("name", ["embedded", "fast", "persona-embedded"])
 def test_a_recipe_is_printed_as_the_bytes_that_ship(piped, name):
     status, printed = piped("cp1252", "recipes", name)
-    found = next(Path(peft_psr.__file__).parent.parent.glob(f"*/*recipes/{name}.yaml"))
+    found = next(ROOT.glob(f"*/*recipes/{name}.yaml"))
     assert status == 0 and printed == found.read_bytes()
 
 
@@ -202,7 +200,6 @@ def test_a_draft_is_not_asked_for_where_it_can_not_be_written(tmp_path):
 
 
 def test_a_clone_works_without_being_installed():
-    root = Path(peft_psr.__file__).parent.parent
     for name in ("training", "evaluation"):
         found = PathFinder.find_spec(f"peft_psr.{name}", peft_psr.__path__)
-        assert found is not None and Path(found.origin) == root / name / "__init__.py"
+        assert found is not None and Path(found.origin) == ROOT / name / "__init__.py"

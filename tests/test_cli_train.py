@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 import yaml
+from helpers.commands import psr
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from peft_psr.cli import app
 from peft_psr.positions import encode_chat
@@ -22,13 +22,6 @@ from peft_psr.training.train_recipe import TrainRecipe, load_train_recipe, shipp
 
 
 NEEDED = {"model": "embedded", "triplets": "runs/toy"}
-
-
-def psr(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")

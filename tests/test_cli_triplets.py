@@ -5,18 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.commands import psr
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from peft_psr.cli import app
 from peft_psr.training.recipe import Recipe, load_recipe, shipped_recipes
-
-
-def psr(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 SMALL = ["embedded", "--instructions", 1, "--questions", 3, "--draws", 2]

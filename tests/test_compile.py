@@ -11,16 +11,12 @@ import shutil
 
 import pytest
 import torch
-from test_adapter import PROMPTS, pad, randomize, steered
-from test_modes import GREEDY, logits
-from tiny_models import cache_argument, tiny_model
+from helpers.adapters import randomize, steered
+from helpers.models import ATTENTION, GREEDY, IDS, PROMPTS, cache_argument, logits, tiny_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from peft_psr import PSRConfig
-
-
-IDS, ATTENTION = pad(PROMPTS, "left")
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +40,7 @@ def two_layers():
 def model():
     model = steered(two_layers(), adapter_name="a", r=4)
     model.add_adapter("b", PSRConfig(layers_to_transform=1, gate="constant", r=2, positions="all"))
-    randomize(model, 2, "b")
+    randomize(model, "psr_unit.b.", seed=2)
     return model.eval()
 
 

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from byte_tokenizer import CHATML, HARMONY, byte_tokenizer
+from helpers.models import byte_model, script
+from helpers.tokenizers import CHATML, HARMONY, byte_tokenizer
 from peft import get_peft_model
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
 from peft_psr import PSRConfig
 from peft_psr.chat import encode_prompt
 from peft_psr.training import TripletCollator, sample_completions
 
 
-def byte_model(seed=0):
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            pad_token_id=2, eos_token_id=1, bos_token_id=0, max_position_embeddings=512,
-        )
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
-    return model
-
-
 STEERED = [{"role": "system", "content": "be formal"}, {"role": "user", "content": "what is tea"}]
-
-
-def script(monkeypatch, model, ids):
-    """Let the model say these tokens, whatever it is asked."""
-    forward, lengths = model.forward, []
-
-    def scripted(input_ids=None, **kwargs):
-        output = forward(input_ids=input_ids, **kwargs)
-        lengths.append(input_ids.shape[1])
-        output.logits = torch.full_like(output.logits, -50.0)
-        output.logits[:, -1, ids[min(len(lengths) - 1, len(ids) - 1)]] = 50.0
-        return output
-
-    monkeypatch.setattr(model, "forward", scripted)
 
 
 @pytest.mark.parametrize("seed", range(4))

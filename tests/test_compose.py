@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from hub_server import loopback_hub  # noqa: F401  a fixture
+from helpers.adapters import BASE, randomize, several
+from helpers.commands import psr
+from helpers.models import tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
-from saved_adapter import randomize
-from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -22,36 +22,12 @@ from peft_psr.training import AdapterFacts, Part, write_triplets
 
 
 IDS = torch.tensor([[1, 9, 12, 17, 23, 31], [1, 40, 8, 22, 5, 6]])
-BASE = "me/base"
-CONFIGS = {
-    "a": {"layers_to_transform": [0, 1], "r": 1, "alpha": 1.5},
-    "b": {"layers_to_transform": [1, 3], "r": 3, "coefficient_bias": -0.3},
-    "c": {"gate": "constant", "alpha": -0.5},
-}
-
-
-def many(layout="llama", configs=CONFIGS, base=BASE):
-    """A model with adapters of unlike ranks, layers, gates and strengths."""
-    model = tiny_model(layout)
-    model.name_or_path = base
-    for seed, (name, settings) in enumerate(configs.items()):
-        config = PSRConfig(**settings)
-        if seed == 0:
-            model = get_peft_model(model, config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if f"psr_unit.{name}." in parameter_name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 @pytest.fixture
 def saved(tmp_path):
     """Folders of adapters a, b and c."""
-    many().save_pretrained(tmp_path)
+    several().save_pretrained(tmp_path)
     AdapterFacts(trait="formal").save(tmp_path / "a")
     return tmp_path
 
@@ -61,7 +37,7 @@ def saved(tmp_path):
     ("names", "weights"), [("ab", [1.0, -0.5]), ("abc", [0.3, 1.0, 2.0]), ("c", [1.5]), ("aa", [1.0, 2.0])]
 )
 def test_files_combine_as_adapters_in_a_model_do(tmp_path, layout, names, weights):
-    model = many(layout)
+    model = several(layout)
     model.save_pretrained(tmp_path)
     compose_adapters([tmp_path / name for name in names], weights, tmp_path / "both")
     unique = {name: sum(w for n, w in zip(names, weights, strict=True) if n == name) for name in names}
@@ -76,7 +52,7 @@ def test_files_combine_as_adapters_in_a_model_do(tmp_path, layout, names, weight
 
 def test_named_modules(tmp_path):
     configs = {"a": {"target_modules": ["layers.0.mlp.down_proj", "lm_head"]}, "b": {"layers_to_transform": 2, "r": 2}}
-    model = many(configs=configs)
+    model = several(adapters=configs)
     model.save_pretrained(tmp_path)
     compose_adapters([tmp_path / "a", tmp_path / "b"], [1.0, 0.5], tmp_path / "both")
     model.add_weighted_adapter(["a", "b"], [1.0, 0.5], "both", combination_type="cat")
@@ -103,12 +79,12 @@ def test_mistakes_leave_nothing_behind(saved, tmp_path):
         ("everywhere", {"positions": "all"}, BASE),
         ("saves_more", {"modules_to_save": ["lm_head"]}, BASE),
     ]:
-        many(configs={name: settings}, base=base).save_pretrained(saved)
+        several(adapters={name: settings}, base=base).save_pretrained(saved)
     get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(saved / "lora")
-    many(configs={"broken": {}}).save_pretrained(saved)
+    several(adapters={"broken": {}}).save_pretrained(saved)
     config = json.loads((saved / "broken" / "adapter_config.json").read_text())
     (saved / "broken" / "adapter_config.json").write_text(json.dumps({**config, "gate": "constant"}))
-    many(configs={"resized": {}}).save_pretrained(saved, save_embedding_layers=True)
+    several(adapters={"resized": {}}).save_pretrained(saved, save_embedding_layers=True)
     before = sorted(saved.rglob("*"))
     for names, weights, message in [
         (["a", "other"], [1, 1], "different base models .*a: me/base.*other: me/other.*--base-model"),
@@ -130,8 +106,8 @@ def test_mistakes_leave_nothing_behind(saved, tmp_path):
 
 
 def test_same_folder_names_and_one_model_under_two_names(tmp_path):
-    many(base="me/base").save_pretrained(tmp_path / "x")
-    many(base="/models/base").save_pretrained(tmp_path / "y")
+    several(base="me/base").save_pretrained(tmp_path / "x")
+    several(base="/models/base").save_pretrained(tmp_path / "y")
     with pytest.raises(ValueError, match="different base models"):
         compose_adapters([tmp_path / "x" / "a", tmp_path / "y" / "a"], [1, 1], tmp_path / "both")
     config = compose_adapters(
@@ -143,7 +119,7 @@ def test_same_folder_names_and_one_model_under_two_names(tmp_path):
 def test_the_revision_that_the_adapters_name(tmp_path):
     for name, settings, base in [("a", {"revision": None}, BASE), ("main", {"revision": "main"}, BASE),
                                  ("v2", {"revision": "v2"}, BASE), ("copy", {}, "/models/base")]:  # fmt: skip
-        many(configs={name: settings}, base=base).save_pretrained(tmp_path)
+        several(adapters={name: settings}, base=base).save_pretrained(tmp_path)
 
     def revision(*names, **settings):
         folders = [tmp_path / name for name in names]
@@ -184,10 +160,6 @@ def test_failure_while_writing(saved, monkeypatch):
     assert sorted(saved.iterdir()) == before
 
 
-def psr(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def test_command_line(saved):
     dry = psr("compose", saved / "a", saved / "b", "--weights", "-1.0,0.5", "--output", saved / "both", "--dry-run")
     assert dry.exit_code == 0 and "would write" in dry.output and not (saved / "both").exists()
@@ -219,7 +191,7 @@ def test_rank_cut_by_command(tmp_path):
     model = get_peft_model(base, PSRConfig(r=2), adapter_name="a")
     model.add_adapter("b", PSRConfig(gate="constant"))
     for seed, name in enumerate("ab"):
-        randomize(model, name, seed)
+        randomize(model, f"psr_unit.{name}.", seed=seed)
     model.save_pretrained(tmp_path)
     texts = [question.text for question in questions("train")[:8]]
     write_triplets(
@@ -256,7 +228,7 @@ def test_rank_cut_by_command(tmp_path):
 @pytest.mark.parametrize("said", ["by the triplets", "by the adapters"])
 def test_a_rank_is_cut_on_prompts_as_they_were_drawn(tmp_path, monkeypatch, said):
     base = AutoModelForCausalLM.from_pretrained(tiny_chat_path()).eval()
-    randomize(get_peft_model(base, PSRConfig(r=2)), "default", 0).save_pretrained(tmp_path / "a")
+    randomize(get_peft_model(base, PSRConfig(r=2)), seed=0).save_pretrained(tmp_path / "a")
     args = {"enable_thinking": False}
     prompt = prompt_messages("is tea good")
     triplet = {"prompt": prompt, "steered_prompt": prompt, "completion": "it is good ."}

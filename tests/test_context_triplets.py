@@ -1,20 +1,13 @@
 """scripts/: triplets of steering by context, and how the study of objectives picks a learning rate."""
 
-import sys
-from pathlib import Path
-
 import pytest
+import study_objectives
 import torch
+from context_triplets import CHARACTERS, CONTEXTS, context_task, continuations, story_starts
+from study_objectives import Study, Variant
 from tokenizers import Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
-
-import study_objectives
-from context_triplets import CHARACTERS, CONTEXTS, context_task, continuations, story_starts
-from study_objectives import Study, Variant
 
 from peft_psr.chat import encode_prompt
 from peft_psr.training import TripletCollator

@@ -8,14 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distributed_training
 import pytest
 import torch
 import yaml
-from distributed_training import PROMPT, add_adapter
+from helpers import distributed_training
+from helpers.distributed_training import PROMPT, add_adapter
+from helpers.models import LAYERS, WIDTH, tiny_model
+from helpers.paths import TESTS
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from tiny_models import LAYERS, WIDTH, tiny_model
 from transformers import AutoModelForCausalLM
 
 
@@ -47,7 +48,7 @@ def launch(folder: Path, base: Path, config: dict, cases: list[str]) -> str:
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
     command += [distributed_training.__file__, str(base), str(folder), *cases]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     return run.stdout + run.stderr

@@ -10,30 +10,28 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapters import randomize, steered
+from helpers.models import IDS, PROMPTS, generate, logits, tiny_model
+from helpers.paths import DOCS
+from helpers.tokenizers import tiny_tokenizer
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
-from test_adapter import PROMPTS, pad, randomize, steered
-from test_modes import generate, logits
-from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, pipeline
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_psr import PSRConfig
 
 
-IDS, ATTENTION = pad(PROMPTS, "left")
 methods_of_bare_models = pytest.mark.skipif(
     Version(version("peft")) < Version(MIN_PEFT_VERSION),
     reason=f"The adapter methods of this transformers want PEFT {MIN_PEFT_VERSION} (docs/versions.md)",
 )
-DOCS = Path(__file__).parents[1] / "docs" / "layouts.md"
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +148,11 @@ def test_adapters_of_a_bare_model(saved, tmp_path):
     assert base.active_adapters() == ["x"]
     trainable = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
     assert trainable and all(".psr.psr_unit.x." in name for name in trainable)
-    randomize(base, 1, "x")
+    randomize(base, "psr_unit.x.", seed=1)
     steered_logits = logits(base)
     torch.testing.assert_close(steered_logits, logits(expected_model(alpha=0.8)))
     base.add_adapter(PSRConfig(layers_to_transform=[1, 2], positions="all"), "y")
-    randomize(base, 7, "y")
+    randomize(base, "psr_unit.y.", seed=7)
     assert base.active_adapters() == ["y"]
     torch.testing.assert_close(logits(base), logits(second_model()))
     base.set_adapter("x")
@@ -232,7 +230,7 @@ def test_unload_closes_the_doors(saved):
 
 def test_closed_doors_name_psr(saved):
     """`PeftMixedModel` and hotswapping are closed to types that are not PEFT's own: each error names PSR."""
-    documented = " ".join(DOCS.read_text().split())
+    documented = " ".join((DOCS / "layouts.md").read_text().split())
     with pytest.raises(ValueError, match="PSR"):
         get_peft_model(tiny_model(), PSRConfig(), mixed=True)
     with pytest.raises(ValueError, match="PSR") as error:
@@ -314,6 +312,6 @@ def test_without_the_import_no_door_opens(saved, tmp_path):
     done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
     seen = json.loads(done.stdout.splitlines()[-1])
     assert len(seen) == 8 and set(seen.values()) == {"KeyError: 'PSR'"}, seen
-    documented = DOCS.read_text()
+    documented = (DOCS / "layouts.md").read_text()
     assert all(f"`{door}`" in documented for door in seen)
     assert "KeyError: 'PSR'" in documented

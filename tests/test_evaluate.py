@@ -1,13 +1,16 @@
 """`psr evaluate`: recipes, the folder that finds again what it has done, the persona benchmark, the command."""
 
+from __future__ import annotations
+
 import json
 import statistics
 
 import pytest
 import torch
+from helpers.commands import psr
+from helpers.unruly_server import MODEL, UnrulyServer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
-from unruly_server import MODEL, UnrulyServer
 
 from peft_psr import cli, tiny_chat_path
 from peft_psr.evaluation import evaluate_persona, persona_benchmark, workbench
@@ -283,10 +286,6 @@ def test_persona_refuses_sources_without_held_out_questions(tmp_path):
 # ---------------------------------------------------------------- the command
 
 
-def psr(*arguments):
-    return CliRunner().invoke(cli.app, ["evaluate", *map(str, arguments)])
-
-
 def test_as_a_function(tmp_path):
     report = evaluate_persona(tmp_path / "run", **SMALL | {"methods": "none"})
     assert list(report.tables[0].rows) == ["none", "prompt"]
@@ -298,17 +297,17 @@ def test_as_a_function(tmp_path):
 def test_the_command(tmp_path):
     recipe = tmp_path / "small.json"  # YAML reads JSON
     recipe.write_text(json.dumps(SMALL))
-    planned = psr("persona", recipe, "--output", tmp_path / "run", "--dry-run")
+    planned = psr("evaluate", "persona", recipe, "--output", tmp_path / "run", "--dry-run")
     assert planned.exit_code == 0 and "would measure S-Const DiM" in planned.output and "pirate" in planned.output
     assert not (tmp_path / "run").exists()
-    done = psr("persona", recipe, "--output", tmp_path / "run", "--methods", "none")
+    done = psr("evaluate", "persona", recipe, "--output", tmp_path / "run", "--methods", "none")
     assert done.exit_code == 0, done.output
     assert {"results.json", "table.md", "report.html", "run.json", "cells"} <= {
         path.name for path in (tmp_path / "run").iterdir()
     }
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["recipe"]["traits"] == ["pirate"]
-    wrong = psr("persona", recipe, "--output", tmp_path / "run", "--traits", "grumpy")
+    wrong = psr("evaluate", "persona", recipe, "--output", tmp_path / "run", "--traits", "grumpy")
     assert wrong.exit_code == 2 and "grumpy" in wrong.output and "sycophantic" in wrong.output
     listed = CliRunner().invoke(cli.app, ["methods"])
     assert listed.exit_code == 0 and "A-PSR MSE" in listed.output

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers.adapters import randomize, steered_model
+from helpers.commands import psr
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from rich.console import Console
-from tiny_models import steered_model, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
-from peft_psr import PSRConfig, cli, tiny_chat_path
+from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.evaluation import (
-    SteeringScore,
-    calibrate_alpha,
     demo,
     intervention_strength,
     prompt_recovery,
@@ -36,62 +35,6 @@ def triplets(instruction="be brief"):
         {"prompt": [USER], "steered_prompt": add_instruction([USER], instruction), "completion": completion}
         for completion in ("tea is good", "a b c d e", "yes")
     ]
-
-
-# ---------------------------------------------------------------- calibration
-
-
-class Curve:
-    """A coherence curve of a known shape; trait is 10 alpha."""
-
-    def __init__(self, coherence):
-        self.coherence, self.calls = coherence, []
-
-    def __call__(self, alpha):
-        self.calls.append(alpha)
-        return SteeringScore(alpha, 10 * alpha, self.coherence(alpha), 1)
-
-
-@pytest.mark.parametrize("crossing", [0.2, 1.0, 2.7, 11.0])
-def test_calibration_finds_the_crossing(crossing):
-    curve = Curve(lambda alpha: 95 - 15 * alpha / crossing)
-    found = calibrate_alpha(curve, 80.0, tolerance=0.5)
-    assert found.why is None and abs(found.coherence - 80) <= 0.5
-    assert found.alpha == pytest.approx(crossing, rel=0.05) and found.trait == pytest.approx(10 * found.alpha)
-    assert [point.alpha for point in found.curve] == sorted(curve.calls) and len(curve.calls) <= 10
-
-
-def test_calibration_takes_the_largest_strength_that_meets_the_target():
-    dip = Curve(lambda alpha: 70.0 if 0.4 < alpha < 0.6 else 95 - 10 * alpha)
-    seen = [dip(alpha) for alpha in (0.5, 1.0, 4.0)]
-    assert calibrate_alpha(dip, 80.0, curve=seen).alpha == pytest.approx(1.5, abs=0.15)
-
-
-def test_calibration_uses_what_was_seen():
-    curve = Curve(lambda alpha: 100 - 10 * alpha)
-    seen = [curve(alpha) for alpha in (1.0, 2.0, 2.15)]
-    curve.calls.clear()
-    found = calibrate_alpha(curve, 80.0, curve=seen)
-    assert found.alpha == 2.0 and curve.calls == []
-
-
-def test_calibration_goes_on_where_the_curve_is_flat_near_the_target():
-    flat = Curve(lambda alpha: 80.5 if alpha < 1.7 else 20.0)
-    found = calibrate_alpha(flat, 80.0, curve=[flat(alpha) for alpha in (0.5, 1.0, 3.0)])
-    assert found.why is None and 1.7 / 1.1 <= found.alpha < 1.7
-
-
-def test_calibration_says_what_it_can_not_do():
-    never = calibrate_alpha(Curve(lambda alpha: 60.0), 80.0)
-    assert never.alpha is None and never.trait is None and "stays below 80.0" in never.why
-    always = calibrate_alpha(Curve(lambda alpha: 99.0), 80.0, max_alpha=4.0)
-    assert always.alpha is None and "stays above 80.0 up to alpha 4" in always.why
-    cliff = calibrate_alpha(Curve(lambda alpha: 95.0 if alpha < math.e else 10.0), 80.0, max_steps=6)
-    assert cliff.alpha < math.e and "15.0 from the target after 6 steps" in cliff.why
-    with pytest.raises(ValueError, match="target_coherence must be between 0 and 100, got 120"):
-        calibrate_alpha(Curve(lambda alpha: 1.0), 120)
-    with pytest.raises(ValueError, match="max_steps must be positive"):
-        calibrate_alpha(Curve(lambda alpha: 1.0), 80, max_steps=0)
 
 
 # ---------------------------------------------------------------- faithfulness
@@ -151,9 +94,7 @@ def test_scores_of_all_strengths_in_one_call_equal_scores_of_each():
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_path()).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_path())
     steered = get_peft_model(model, PSRConfig(layers_to_transform=3)).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        steered.psr_layers()[3].psr_unit["default"].direction.normal_(std=1.0)
+    randomize(steered, ".direction", seed=0)
     prompts = [prompt_messages(question.text) for question in questions("test")[:4]]
     settings = {"max_new_tokens": 60, "temperature": 0}
     together = score_model(steered, tokenizer, prompts, GrammarJudge("pirate"), alphas=[0.0, 3.0], **settings)
@@ -197,10 +138,6 @@ def test_demo_end_to_end(tmp_path, monkeypatch):
     (score,) = score_model(steered, tokenizer, prompts, GrammarJudge("pirate"), max_new_tokens=96, num_draws=2)
     assert score.trait > 60
     assert "pirate" in (tmp_path / "log").read_text() and "AutoPeftModelForCausalLM" in (tmp_path / "log").read_text()
-
-
-def psr(*arguments):
-    return CliRunner().invoke(cli.app, arguments)
 
 
 def test_command_line_mistakes(tmp_path):

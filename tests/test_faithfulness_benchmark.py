@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from helpers.adapters import randomize, steered_model
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import USER, triplets
 from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
-from tiny_models import steered_model, tiny_model, tiny_tokenizer
-from tiny_triplets import USER, triplets
 
 from peft_psr.evaluation import faithfulness_benchmark, prompt_recovery, relative_rmse
 from peft_psr.evaluation.faithfulness_benchmark import (
@@ -39,12 +41,7 @@ REWORDED, NEUTRAL = add_instruction([USER], "be good"), add_instruction([USER], 
 
 def lora_model():
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj", "down_proj"], r=2)).eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    return model
+    return randomize(model, "lora_B", seed=3, std=0.1)
 
 
 def moved(model, alpha=0.5, neutral=NEUTRAL, batch_size=3):
@@ -236,9 +233,7 @@ SMALL = {
 @pytest.mark.parametrize("positions", ["response", "question_and_response"])
 def test_gates_of_the_example_are_those_at_its_strength(positions):
     model, tokenizer, rows = steered_model(positions=positions), tiny_tokenizer(), triplets()
-    with torch.no_grad():  # gates that the edits of earlier layers move
-        for layer in model.psr_layers().values():
-            layer.psr_unit["default"].gate_weight.normal_()
+    randomize(model, ".gate_weight")  # gates that the edits of earlier layers move
     collator = TripletCollator(tokenizer, positions, alpha=3.0)
     batch = collator([collator.encode(rows[0])])
     length = int((batch["labels"] != -100).sum()) + 1  # the last prompt token too

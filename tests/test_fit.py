@@ -6,6 +6,9 @@ import json
 
 import pytest
 import torch
+from helpers.adapters import steered_model
+from helpers.models import LAYERS, logits, tiny_model
+from helpers.tokenizers import tiny_tokenizer
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
@@ -14,8 +17,6 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
-from test_modes import logits
-from tiny_models import LAYERS, steered_model, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from peft_psr import PSRConfig, PSRWarning

@@ -7,38 +7,16 @@ import os
 
 import pytest
 import torch
+from helpers.layouts import DECODERS
+from helpers.models import LAYERS, tiny_model
+from helpers.runs import fresh_trainer, trained
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import SIX, triplets
 from peft import get_peft_model
-from test_layouts import DECODERS
-from tiny_models import LAYERS, tiny_model, tiny_tokenizer
-from tiny_triplets import COMPLETIONS, triplets
-from transformers import PrinterCallback, ProgressCallback
 
 from peft_psr import PSRConfig
 from peft_psr.training import PSRTrainer, PSRTrainingArguments
 from peft_psr.training.activation_cache import ActivationCache
-
-
-DATA = triplets(completions=[*COMPLETIONS, "dogs dogs", "tea now"])
-
-
-def made_trainer(base, folder, layers=None, held_out=None, **settings):
-    torch.manual_seed(3)
-    model = get_peft_model(base, PSRConfig(layers_to_transform=layers, init_weights=False))
-    settings = {
-        "num_train_epochs": 3, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no",
-        "use_cpu": True, **settings,
-    }  # fmt: skip
-    arguments = PSRTrainingArguments(output_dir=str(folder), **settings)
-    made = PSRTrainer(model, arguments, DATA, held_out, processing_class=tiny_tokenizer())
-    made.remove_callback(PrinterCallback)
-    made.remove_callback(ProgressCallback)
-    return made
-
-
-def trained(*args, **settings):
-    made = made_trainer(*args, **settings)
-    made.train()
-    return [p.detach() for n, p in made.model.named_parameters() if "psr_unit" in n], made
 
 
 @pytest.mark.parametrize("objective", ["mse", "ll", "kl"])
@@ -65,14 +43,14 @@ def count_calls(model):
 
 
 def test_each_layer_runs_as_often_as_it_has_to(tmp_path):
-    made = made_trainer(tiny_model(), tmp_path, layers=2, teacher_cache="memory")
+    made = fresh_trainer(tiny_model(), tmp_path, layers=2, teacher_cache="memory")
     counts = count_calls(made.model)
     made.train()
     # 3 epochs of 3 steps: the student needs the layer above the edited one each time; the first epoch computes
     # the teacher (all layers) and the stream up to layer 2; one step checks the short way against the whole (layers
     # 0-3, and 3 again); two calls of one token tell what the layers return
     assert counts == [3 + 3 + 1 + 2, 3 + 3 + 1 + 2, 3 + 3 + 1 + 2, 9 + 3 + 2 + 2]
-    made = made_trainer(tiny_model(), tmp_path, layers=2, teacher_cache="none")
+    made = fresh_trainer(tiny_model(), tmp_path, layers=2, teacher_cache="none")
     counts = count_calls(made.model)
     made.train()
     assert counts == [9 + 9] * 4
@@ -137,14 +115,14 @@ def test_what_does_not_fit_is_said(tmp_path, caplog):
         with pytest.raises(ValueError, match="Raise the budget"):
             trained(tiny_model(), tmp_path, teacher_cache=place, **settings)
     with pytest.raises(ValueError, match="teacher_cache must be one of"):
-        made_trainer(tiny_model(), tmp_path, teacher_cache="gpu")
+        fresh_trainer(tiny_model(), tmp_path, teacher_cache="gpu")
 
 
 def test_held_out_triplets_are_kept_beside_the_others(tmp_path):
     settings = {"eval_strategy": "epoch", "per_device_eval_batch_size": 3, "num_train_epochs": 2}
     losses = []
     for place in ("none", "memory"):
-        made = made_trainer(tiny_model(), tmp_path, None, triplets("dogs are good"), teacher_cache=place, **settings)
+        made = fresh_trainer(tiny_model(), tmp_path, None, triplets("dogs are good"), teacher_cache=place, **settings)
         made.train()
         losses.append([entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -174,7 +152,7 @@ def test_edits_inside_the_layers_below_are_not_left_out(tmp_path):
             for layer in model.psr_layers().values():
                 layer.unit("default").gate_bias.fill_(1.0)
         arguments = PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, teacher_cache=place)
-        made = PSRTrainer(model, arguments, DATA, processing_class=tiny_tokenizer())
+        made = PSRTrainer(model, arguments, SIX, processing_class=tiny_tokenizer())
         loss = made.compute_loss(model, made.data_collator(made.train_dataset))
         loss.backward()
         inner = next(layer for layer in model.psr_layers().values() if layer.name.endswith("mlp"))
@@ -186,8 +164,8 @@ def test_edits_inside_the_layers_below_are_not_left_out(tmp_path):
 def test_the_teacher_of_kl_has_the_head_as_it_was(tmp_path):
     model = get_peft_model(tiny_model(), PSRConfig(modules_to_save=["lm_head"], layers_to_transform=2))
     arguments = PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, objective="kl")
-    made = PSRTrainer(model, arguments, DATA, processing_class=tiny_tokenizer())
-    batch = made.data_collator(DATA[:1])
+    made = PSRTrainer(model, arguments, SIX, processing_class=tiny_tokenizer())
+    batch = made.data_collator(SIX[:1])
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "modules_to_save" in name:
@@ -202,7 +180,7 @@ def test_the_teacher_of_kl_has_the_head_as_it_was(tmp_path):
 
 
 def test_a_changed_base_model_is_looked_at_again(tmp_path):
-    made = made_trainer(tiny_model(), tmp_path, 2, DATA[:3], normalize_loss="global")
+    made = fresh_trainer(tiny_model(), tmp_path, 2, SIX[:3], normalize_loss="global")
     made.evaluate()
     made.train()
     with torch.no_grad():
@@ -221,7 +199,7 @@ def test_only_what_is_missing_is_computed(tmp_path, objective, layers):
     # as in a run of several processes, where each epoch deals the triplets anew
     frozen = []
     for place in ("memory", "none"):
-        made = made_trainer(tiny_model(), tmp_path, layers, objective=objective, teacher_cache=place)
+        made = fresh_trainer(tiny_model(), tmp_path, layers, objective=objective, teacher_cache=place)
         frozen.append((made._frozen_model(made.model), made))
     (kept, made), (anew, other) = frozen
     rows = {id(model): 0 for model in (made.model, other.model)}

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
-from unruly_server import MODEL, UnrulyServer
+from helpers.unruly_server import MODEL, UnrulyServer
 
 from peft_psr.evaluation import ifeval_benchmark
 from peft_psr.evaluation.ifeval_benchmark import IFEvalRecipe, check_ifeval, run_ifeval

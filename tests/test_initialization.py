@@ -7,15 +7,16 @@ import math
 
 import pytest
 import torch
+from helpers.models import LAYERS, LAYOUTS, WIDTH, tiny_model
+from helpers.reference import naive_ridge
+from helpers.runs import quiet_trainer
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import triplets
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
-from test_ridge import plain_fit
-from tiny_models import LAYERS, LAYOUTS, WIDTH, tiny_model, tiny_tokenizer
-from tiny_triplets import triplets
-from transformers import PrinterCallback, ProgressCallback
 
 from peft_psr import PSRConfig
-from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator, initialize_psr_weights, layer_streams
+from peft_psr.training import TripletCollator, initialize_psr_weights, layer_streams
 from peft_psr.training.branches import layers_downstream, run_branch
 from peft_psr.training.directions import directions_by_layer
 
@@ -64,7 +65,7 @@ def test_ridge_is_the_plain_regression_on_what_is_missing(layout, positions):
         with torch.no_grad():
             units[index].direction.zero_()
         stream, difference = tokens_at(model, name, positions)
-        weight, bias = plain_fit(stream, difference, 0.5)
+        weight, bias = naive_ridge(stream, difference, 0.5)
         penalty = weight @ (0.5 * stream.var(0, correction=0)).diag() @ weight.T
         fitted = stream @ weight.T + bias
         # reduced-rank ridge regression: the first right singular vector of the fit, penalty included
@@ -229,13 +230,7 @@ def test_a_file_with_other_keys(tmp_path):
 
 
 def train(model, tmp_path):
-    arguments = PSRTrainingArguments(
-        output_dir=str(tmp_path / "out"), num_train_epochs=2, learning_rate=0.05, save_strategy="no", use_cpu=True
-    )
-    trainer = PSRTrainer(model, arguments, triplets(), processing_class=tiny_tokenizer())
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.train()
+    quiet_trainer(model, tmp_path / "out", num_train_epochs=2, learning_rate=0.05).train()
 
 
 def weights(model):

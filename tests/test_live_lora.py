@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.adapters import lora, randomize, steered, steered_model
+from helpers.models import logits, tiny_model
+from helpers.runs import quiet_trainer
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import triplets
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_adapter import steered
-from test_beside_lora import lora
-from test_modes import logits
-from test_trainer import trainer
-from tiny_models import steered_model, tiny_model, tiny_tokenizer
-from tiny_triplets import triplets
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.chat_session import ChatSession
@@ -42,7 +41,7 @@ def test_training_leaves_the_lora_alone(kind, start, tmp_path):
     model = get_peft_model(over_a_lora(kind, tmp_path / "lora"), PSRConfig(), adapter_name="default")
     weights = lora_weights(model)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    made = trainer(model, tmp_path, eval_dataset=triplets(), num_train_epochs=1)
+    made = quiet_trainer(model, tmp_path, held_out=triplets(), num_train_epochs=1)
     made.evaluate()
     if start:
         initialize_psr_weights(model, triplets(), start, processing_class=tiny_tokenizer())
@@ -56,22 +55,16 @@ def test_training_leaves_the_lora_alone(kind, start, tmp_path):
 def test_the_teacher_has_the_lora(kind, tmp_path):
     model = get_peft_model(over_a_lora(kind, tmp_path / "lora"), PSRConfig())
     expected = logits(lora(tiny_model()))
-    steer(model)
+    randomize(model, ".direction", std=0.5)
     with unedited(model):
         assert torch.equal(logits(model), expected)
         assert all(p.requires_grad == ("psr_" in name) for name, p in model.named_parameters())
     assert not torch.equal(logits(model), expected)
 
 
-def steer(model):
-    with torch.no_grad():
-        for layer in model.psr_layers().values():
-            layer.unit("default").direction.normal_(std=0.5)
-
-
 def test_a_neutral_instruction_is_no_loss_over_a_lora(tmp_path):
     model = get_peft_model(lora(tiny_model()).get_base_model(), PSRConfig())
-    made = trainer(model, tmp_path, eval_dataset=triplets(instruction=""))
+    made = quiet_trainer(model, tmp_path, held_out=triplets(instruction=""))
     assert made.evaluate()["eval_loss"] == 0
 
 

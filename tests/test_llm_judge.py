@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-from unruly_server import MODEL, UnrulyServer, at_random
+from helpers.unruly_server import MODEL, UnrulyServer, at_random
 
 from peft_psr.chat import prompt_text
 from peft_psr.judging import JudgeScores
 from peft_psr.training.answer_cache import AnswerCache
 from peft_psr.training.llm_judge import ServerJudge, fill_prompt
 from peft_psr.training.server import ChatServer, ServerError
+
+
+pytestmark = pytest.mark.usefixtures("no_key")
 
 
 TRAIT, COHERENCE = "trait {question} | {answer}", "coherence {question} | {answer}"
@@ -62,11 +65,6 @@ def completions(*scores):
 
 def mean(score):
     return pytest.approx(score - 10 / 3)
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def test_scores_from_a_server():

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-from byte_tokenizer import CHATML, byte_tokenizer
+from helpers.models import tiny_model
+from helpers.tokenizers import CHATML, byte_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 

@@ -8,7 +8,8 @@ import types
 
 import pytest
 import torch
-from tiny_models import CHAT_TEMPLATE, LAYOUTS, tiny_model, tiny_tokenizer
+from helpers.models import LAYOUTS, tiny_model
+from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from accelerate import cpu_offload
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
 from peft import get_peft_model
-from tiny_models import tiny_model, tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
 from tokenizers.models import WordLevel

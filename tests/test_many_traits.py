@@ -7,35 +7,18 @@ import copy
 import accelerate
 import pytest
 import torch
+from helpers.adapters import SEVERAL, several
+from helpers.models import tiny_model
 from peft import PeftModel, get_peft_model
-from tiny_models import tiny_model
 
 from peft_psr import PSRConfig
 
 
 IDS = torch.tensor([[1, 9, 12, 17, 23, 31], [1, 40, 8, 22, 5, 6], [1, 22, 35, 19, 7, 30], [1, 3, 50, 41, 13, 9]])
-CONFIGS = {
-    "a": {"layers_to_transform": [0, 1], "r": 1, "alpha": 1.5},
-    "b": {"layers_to_transform": [1, 3], "r": 3, "coefficient_bias": -0.3},
-    "c": {"gate": "constant", "alpha": -0.5},
-}
 
 
 def many(positions=None):
-    """A model with adapters a, b and c of unlike ranks, layers, gates and strengths."""
-    model = None
-    for seed, (name, settings) in enumerate(CONFIGS.items()):
-        config = PSRConfig(**settings, positions=(positions or {}).get(name, "all"))
-        if model is None:
-            model = get_peft_model(tiny_model(), config, adapter_name=name)
-        else:
-            model.add_adapter(name, config)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter_name, parameter in model.named_parameters():
-                if f"psr_unit.{name}." in parameter_name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+    return several(adapters={a: {**SEVERAL[a], "positions": (positions or {}).get(a, "all")} for a in SEVERAL})
 
 
 @pytest.mark.parametrize("positions", [None, {"a": "response", "b": "all", "c": "question_and_response"}])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.adapters import several
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
 from peft import LoraConfig, get_peft_model
-from test_many_traits import many
-from tiny_models import tiny_model, tiny_tokenizer
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.mixed_batches import copy_adapter, together
@@ -16,7 +17,7 @@ from peft_psr.training.sampling import sample_completions
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_mixed_batches_answer_as_each_adapter_does_alone(temperature):
-    tokenizer, source = tiny_tokenizer(), many(dict.fromkeys("abc", "response"))
+    tokenizer, source = tiny_tokenizer(), several()
     copies = {}
     for name in "abc":
         source.set_adapter(name)
@@ -59,9 +60,9 @@ def test_seeds_and_strengths_are_one_for_each_prompt():
 
 
 def test_what_is_no_single_psr_adapter_is_not_copied():
-    several = many()
-    several.base_model.set_adapter(["a", "b"])
-    assert copy_adapter(several) is None
+    model = several()
+    model.base_model.set_adapter(["a", "b"])
+    assert copy_adapter(model) is None
     assert copy_adapter(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))) is None
     one = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=0))
     with (

@@ -8,10 +8,11 @@ import re
 from dataclasses import replace
 
 import pytest
-from hub_server import card_errors
+from helpers.adapters import BASE, FACTS, metadata, named_model, snippet
+from helpers.hub import card_errors
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
 from peft import PeftModel
-from saved_adapter import BASE, FACTS, metadata, saved_adapter, snippet, steered_model  # noqa: F401  a fixture
-from tiny_models import tiny_model, tiny_tokenizer
 
 from peft_psr import PSRConfig
 from peft_psr.facts import FACTS_NAME
@@ -57,7 +58,7 @@ def test_facts_that_can_not_be(adapter, values, message):
 
 
 def test_facts_do_not_pass_to_other_weights(adapter):
-    steered_model(seed=5, layers_to_transform=[0, 2]).save_pretrained(adapter)
+    named_model(seed=5, layers_to_transform=[0, 2]).save_pretrained(adapter)
     with pytest.raises(ValueError, match="written for other weights"):
         write_model_card(adapter)
 
@@ -125,7 +126,7 @@ def test_own_card_is_kept(adapter):
 
 def test_saving_with_peft_does_not_make_a_card_ones_own(adapter):
     write_model_card(adapter)
-    steered_model(alpha=1.25, layers_to_transform=[0, 2]).save_pretrained(adapter)
+    named_model(alpha=1.25, layers_to_transform=[0, 2]).save_pretrained(adapter)
     assert "### Framework versions" in (adapter / "README.md").read_text()
     assert "### Framework versions" not in write_model_card(adapter).read_text()
 
@@ -151,7 +152,7 @@ def test_facts_of_a_training_run(tmp_path):
     user = {"role": "user", "content": "what is tea"}
     triplet = {"prompt": [user], "steered_prompt": add_instruction([user], "be brief"), "completion": "tea is good"}
     arguments = PSRTrainingArguments(str(tmp_path), objective={"mse": 1.0, "ll": 0.1}, seed=11, alpha=1.0)
-    trainer = PSRTrainer(steered_model(), arguments, [triplet] * 3, processing_class=tiny_tokenizer())
+    trainer = PSRTrainer(named_model(), arguments, [triplet] * 3, processing_class=tiny_tokenizer())
     facts = training_facts(trainer, trait="brief")
     assert (facts.trait, facts.objective, facts.triplets, facts.seed) == ("brief", "mse + 0.1 ll", 3, 11)
     assert set(facts.versions) == {"peft-psr", "peft", "transformers", "torch"} and facts.steered is None

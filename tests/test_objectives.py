@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.adapters import randomize
+from helpers.models import VOCABULARY, WIDTH, tiny_model
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import triplets
 from peft import get_peft_model
-from tiny_models import VOCABULARY, WIDTH, tiny_model, tiny_tokenizer
-from tiny_triplets import triplets
 
 from peft_psr import PSRConfig
 from peft_psr.training import TripletCollator, objectives
@@ -90,11 +92,9 @@ def test_norm_penalty_is_the_edit_over_the_stream():
 @pytest.mark.parametrize("name", ["llama", "gemma"])  # Gemma caps its logits
 def test_kl_equals_the_plain_formula_on_the_models_own_logits_whole_and_in_pieces(name, monkeypatch):
     model = get_peft_model(tiny_model(name), PSRConfig(init_weights=False))
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for layer in model.psr_layers().values():
-            layer.unit("default").direction.normal_(std=0.3)
-            layer.unit("default").gate_bias.fill_(1.0)
+    randomize(model, ".direction", seed=7, std=0.3)
+    for layer in model.psr_layers().values():
+        layer.unit("default").gate_bias.data.fill_(1.0)
     batch = TripletCollator(tiny_tokenizer())(triplets())
     last = layers_downstream(model)[-1:]
     teacher = run_branch(model, batch, last, "teacher", logits=True)

@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.adapters import randomize, steered
+from helpers.models import PROMPTS, cache_argument, tiny_model
 from peft import get_peft_model
-from test_adapter import PROMPTS, randomize, steered
-from tiny_models import cache_argument, tiny_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from test_run import FakeJudge, FakeSampler, pairs, recipe
+from helpers.runs import FakeJudge, FakeSampler, pairs, recipe
 
 from peft_psr.training.run import COMPLETIONS, TRIPLETS, TripletRun
 

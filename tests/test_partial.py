@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_layouts import CASES, DECODERS
+from helpers.layouts import CASES, DECODERS
 
 from peft_psr.decoder import capture_layer_outputs, decoder_layer_names
 from peft_psr.doors import attach_state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_tokenizer
+from helpers.tokenizers import tiny_tokenizer
 
 from peft_psr.chat import encode_completion, encode_prompt
 from peft_psr.positions import chat_mask, default_mask, encode_chat, last_token_mask, question_start, response_mask

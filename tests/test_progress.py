@@ -9,8 +9,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from tiny_models import tiny_model, tiny_tokenizer
-from tiny_triplets import USER
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import USER
 
 from peft_psr.training import sample_completions
 from peft_psr.training.progress import Progress

@@ -7,8 +7,10 @@ import warnings
 
 import pytest
 import torch
+from helpers.adapters import steered_model
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
 from peft import get_peft_model
-from tiny_models import steered_model, tiny_model, tiny_tokenizer
 from transformers import (
     DataCollatorForSeq2Seq,
     DynamicCache,

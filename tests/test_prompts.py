@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from byte_tokenizer import CHATML, PARTS, THINKING, byte_tokenizer
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.models import tiny_model
+from helpers.tokenizers import CHATML, PARTS, THINKING, byte_tokenizer, tiny_tokenizer
 
 from peft_psr.chat import encode_completion, encode_prompt, prompt_text, render_prompt
 from peft_psr.chat_template import set_chat_template

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from unruly_server import MODEL, UnrulyServer
+from helpers.unruly_server import MODEL, UnrulyServer
 
 from peft_psr.evaluation.persona_benchmark import PersonaRecipe
 from peft_psr.evaluation.recipe import load_evaluate_recipe

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.adapters import steered_model
+from helpers.models import tiny_model
+from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
+from helpers.triplets import triplets
 from jinja2 import TemplateError
-from tiny_models import CHAT_TEMPLATE, steered_model, tiny_model, tiny_tokenizer
-from tiny_triplets import triplets
 
 from peft_psr import PSRConfig
 from peft_psr.chat import encode_completion, encode_prompt, pad_id, render_prompt, turn_end_id

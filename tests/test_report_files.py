@@ -7,7 +7,7 @@ from base64 import b64decode
 
 import pytest
 import torch
-from html_page import Page, check_stands_alone
+from helpers.commands import Page, check_stands_alone
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 

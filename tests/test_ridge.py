@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers.reference import naive_ridge
 
 from peft_psr.training.initialization import fold_of_each
 from peft_psr.training.ridge import (
@@ -22,16 +23,6 @@ from peft_psr.training.ridge import (
 
 
 WIDTH = 32
-
-
-def plain_fit(stream, targets, strength):
-    """Ridge regression with a free bias and the penalty of each feature scaled by its variance: w (m, d), b (m,)."""
-    mean, deviation = stream.mean(0), stream.std(0, correction=0)
-    features = (stream - mean) / deviation
-    padded = torch.cat([features, (strength * len(stream)) ** 0.5 * torch.eye(WIDTH, dtype=torch.float64)])
-    centred = torch.cat([targets - targets.mean(0), targets.new_zeros(WIDTH, targets.shape[1])])
-    weight = torch.linalg.lstsq(padded, centred, driver="gelsd").solution.T / deviation
-    return weight, targets.mean(0) - weight @ mean
 
 
 def moments_of(stream, difference):
@@ -87,7 +78,7 @@ def test_strength_is_the_largest_that_held_out_folds_do_not_speak_against():
         kept = torch.ones(120, dtype=torch.bool)
         kept[held_out] = False
         for k, strength in enumerate(STRENGTHS):
-            weight, bias = plain_fit(stream[kept], difference[kept] @ z.T, strength)
+            weight, bias = naive_ridge(stream[kept], difference[kept] @ z.T, strength)
             predicted = (stream[held_out] @ weight.T + bias) @ z
             errors[fold, k] = (difference[held_out] - predicted).square().sum()
     mean = errors.mean(0)
@@ -160,7 +151,7 @@ def test_gates_of_given_directions_are_the_plain_regression():
     stream, difference = random_tokens()
     z = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     edit = fit_gates([moments_of(stream, difference)], z, 0.3)
-    weight, bias = plain_fit(stream, torch.linalg.lstsq(z.T, difference.T).solution.T, 0.3)
+    weight, bias = naive_ridge(stream, torch.linalg.lstsq(z.T, difference.T).solution.T, 0.3)
     gates = stream @ edit.weight.T + edit.bias
     torch.testing.assert_close(gates @ edit.direction, (stream @ weight.T + bias) @ z)
     torch.testing.assert_close(gates.square().mean(0), torch.ones(2, dtype=torch.float64))

@@ -12,105 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.runs import FakeJudge, FakeSampler, contents, lines, pairs, recipe, start
 
 from peft_psr import files
 from peft_psr.judging import JudgeScores
-from peft_psr.training import filtering, journal, local_judge
+from peft_psr.training import filtering, journal
 from peft_psr.training.assembly import judge_maker, make_sampler, prompt_pairs
-from peft_psr.training.draws import Completion, Failure, PromptPair
+from peft_psr.training.draws import Completion
 from peft_psr.training.recipe import load_recipe
-from peft_psr.training.run import COMPLETIONS, FIGURE, MANIFEST, NEGATIVES, REPORT, SCORES, STATE, TRIPLETS, TripletRun
-
-
-RESULTS = (TRIPLETS, REPORT, FIGURE, MANIFEST)
-WORDS = "tea dogs rain bread ships music stone light paper water glass night".split()
-
-
-def recipe(**options):
-    return load_recipe(None, {"source": "personas", "model": "fake", "judge": "local", "judge_model": "fake",
-                              "draws": 4, **options})  # fmt: skip
-
-
-def pairs(count=5, negatives=False, trait="formal"):
-    def pair(i, negative):
-        user = {"role": "user", "content": f"what is {WORDS[i]}"}
-        system = {"role": "system", "content": "be rude" if negative else "be formal"}
-        name = f"{trait}/{'negative/' if negative else ''}{i}"
-        return PromptPair(name, trait, [user], [system, user], negative)
-
-    return [pair(i, negative) for negative in ([False, True] if negatives else [False]) for i in range(count)]
-
-
-class FakeSampler:
-    """Completions by the draw's seed, in an order that changes from call to call; can stop or fail."""
-
-    def __init__(self, stop_after=None, failing=(), revision="r1"):
-        self.stop_after, self.failing, self.revision = stop_after, set(failing), revision
-        self.asked = []
-
-    def describe(self):
-        return {"engine": "fake", "model": "fake", "revision": self.revision, "template_hash": "t1"}
-
-    def __call__(self, draws):
-        draws = random.sample(list(draws), len(draws))
-        for number, draw in enumerate(draws):
-            if number == self.stop_after:
-                raise KeyboardInterrupt
-            self.asked.append(draw.id)
-            if draw.id in self.failing:
-                yield draw, Failure("timeout after 3 tries")
-            else:
-                words = random.Random(draw.seed).choices(WORDS, k=12)
-                yield (
-                    draw,
-                    Completion(" ".join(words), truncated=draw.seed % 7 == 0, prompt_tokens=9, completion_tokens=12),
-                )
-
-
-class FakeJudge:
-    """Scores by the text; shown the bare prompt."""
-
-    def __init__(self, failing=(), stop=False):
-        self.failing, self.stop = failing, stop
-        self.usage = {"prompt_tokens": 0, "completion_tokens": 0, "calls": 0}
-        self.asked = 0
-
-    def describe(self):
-        return {"judge": "fake"}
-
-    def __call__(self, prompts, completions):
-        assert all([turn["role"] for turn in prompt] == ["user"] for prompt in prompts)
-        self.asked += len(completions)
-        self.usage["prompt_tokens"] += 100 * len(completions)
-        self.usage["calls"] += len(completions)
-        if self.stop:
-            raise KeyboardInterrupt
-        return [self.score(text) for text in completions]
-
-    def score(self, text):
-        if text.split()[0] in self.failing:
-            return JudgeScores(None, None, "connection cut")
-        return JudgeScores(sum(map(ord, text)) % 101, 100.0 - len(set(text.split())))
-
-
-def start(folder, sampler=None, judge=None, negatives=False, plan=None, **options):
-    return TripletRun(
-        folder,
-        recipe(negatives=negatives, **options),
-        pairs(negatives=negatives) if plan is None else plan,
-        lambda: sampler or FakeSampler(),
-        lambda trait: judge or FakeJudge(),
-    ).run()
-
-
-def contents(folder, names=RESULTS):
-    return {name: (folder / name).read_bytes() for name in names}
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from peft_psr.training.run import COMPLETIONS, FIGURE, MANIFEST, NEGATIVES, REPORT, SCORES, TRIPLETS, TripletRun
 
 
 # ---------------------------------------------------------------- killed
@@ -135,7 +45,7 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path):
     process.start()
     process.join()
     assert process.exitcode == 0
-    total = len(rows(whole / COMPLETIONS))
+    total = len(lines(whole / COMPLETIONS))
 
     def drawn():
         path = killed / COMPLETIONS
@@ -161,7 +71,7 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path):
     process.join()
     assert process.exitcode == 0
     assert contents(killed) == contents(whole)
-    assert len(rows(killed / COMPLETIONS)) == total  # nothing was drawn twice
+    assert len(lines(killed / COMPLETIONS)) == total  # nothing was drawn twice
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 7, 19])
@@ -199,7 +109,7 @@ def test_a_last_line_cut_anywhere_is_made_again(tmp_path, name):
         start(tmp_path, sampler, judge)
         assert contents(tmp_path, [TRIPLETS]) == expected
         assert len(sampler.asked) <= 1 and judge.asked <= 1
-        assert len({row["id"] for row in rows(path) if "id" in row}) == 20  # every line is whole again
+        assert len({row["id"] for row in lines(path) if "id" in row}) == 20  # every line is whole again
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path):
@@ -223,7 +133,7 @@ def test_a_line_damaged_otherwise_is_named(tmp_path):
 
 def test_records_say_where_they_come_from(tmp_path):
     counts = start(tmp_path, negatives=True, min_trait_score=40, min_coherence_score=90)
-    kept, apart = rows(tmp_path / TRIPLETS), rows(tmp_path / NEGATIVES)
+    kept, apart = lines(tmp_path / TRIPLETS), lines(tmp_path / NEGATIVES)
     assert counts.kept == len(kept) > 0 and counts.negatives == len(apart) > 0
     for row in kept + apart:
         assert row["model"] == "fake" and row["revision"] == "r1" and row["template_hash"] == "t1"
@@ -285,7 +195,7 @@ def test_failures_are_tried_again(tmp_path):
     start(tmp_path / "whole")
     folder = tmp_path / "failing"
     failing = [f"formal/{i}/2" for i in range(5)]
-    judge = FakeJudge(failing=[row["completion"].split()[0] for row in rows(tmp_path / "whole" / TRIPLETS)[:1]])
+    judge = FakeJudge(failing=[row["completion"].split()[0] for row in lines(tmp_path / "whole" / TRIPLETS)[:1]])
     counts = start(folder, FakeSampler(failing=failing), judge)
     unjudged = counts.failures["connection cut"]
     assert counts.drawn == 15 and counts.judged == 15 - unjudged and unjudged > 0
@@ -308,7 +218,7 @@ def test_an_error_of_the_judge_loses_nothing(tmp_path):
 
     with pytest.raises(RuntimeError, match="no answer"):
         start(tmp_path, judge=Broken())
-    assert len(rows(tmp_path / COMPLETIONS)) == 20
+    assert len(lines(tmp_path / COMPLETIONS)) == 20
     sampler = FakeSampler()
     start(tmp_path, sampler)
     assert sampler.asked == []
@@ -368,98 +278,6 @@ def test_a_full_disk_at_the_end_leaves_the_old_results_and_no_rubbish(tmp_path, 
 
 
 # ---------------------------------------------------------------- the same run or another
-
-
-def test_another_recipe_is_refused(tmp_path):
-    start(tmp_path)
-    with pytest.raises(ValueError, match=r"begun with another recipe \(draws: 4 -> 5, seed: 0 -> 3\).*another folder"):
-        start(tmp_path, draws=5, seed=3)
-
-
-def test_speed_and_thresholds_may_change(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        start(tmp_path / "a", FakeSampler(10))
-    counts = start(tmp_path / "a", batch_size=2, max_failure_share=0.9, min_trait_score=70)
-    start(tmp_path / "b", min_trait_score=70)
-    assert contents(tmp_path / "a", [TRIPLETS]) == contents(tmp_path / "b", [TRIPLETS])
-    sampler = FakeSampler()
-    again = start(tmp_path / "a", sampler, min_trait_score=20)
-    assert sampler.asked == [] and again.kept > counts.kept
-    assert json.loads((tmp_path / "a" / MANIFEST).read_text())["recipe"]["min_trait_score"] == 20
-
-
-def test_other_prompts_are_refused(tmp_path):
-    start(tmp_path)
-    with pytest.raises(ValueError, match="The prompts are not those"):
-        start(tmp_path, plan=pairs(4))
-
-
-def test_another_model_under_the_same_name_is_refused(tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        start(tmp_path, FakeSampler(3))
-    with pytest.raises(ValueError, match="revision of the model fake is 'r2' now, and was 'r1'"):
-        start(tmp_path, FakeSampler(revision="r2"))
-
-
-def test_another_judge_is_refused(tmp_path):
-    class Reworded(FakeJudge):
-        def describe(self):
-            return {"judge": "fake", "trait_prompt": "now in other words"}
-
-    with pytest.raises(KeyboardInterrupt):
-        start(tmp_path, judge=FakeJudge(stop=True))
-    with pytest.raises(
-        ValueError, match="trait_prompt of the judge of formal is 'now in other words' now, and was None"
-    ):
-        start(tmp_path, judge=Reworded())
-
-
-def test_a_judge_with_another_chat_template_is_refused(tmp_path):
-    class Local(FakeJudge):
-        def __init__(self, template, **settings):
-            super().__init__(**settings)
-            self.processing_class = tiny_tokenizer()
-            self.processing_class.chat_template += template
-
-        def describe(self):
-            return local_judge._identity(tiny_model(), self.processing_class)
-
-    with pytest.raises(KeyboardInterrupt):
-        start(tmp_path, judge=Local("", stop=True))
-    with pytest.raises(ValueError, match="template_hash of the judge of formal is"):
-        start(tmp_path, judge=Local(" "))
-    # a run begun before the hash had this name goes on
-    state = json.loads((tmp_path / STATE).read_text())
-    state["judges"]["formal"]["chat_template_hash"] = state["judges"]["formal"].pop("template_hash")
-    (tmp_path / STATE).write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="template_hash of the judge of formal is"):
-        start(tmp_path, judge=Local(" "))
-    assert start(tmp_path, judge=Local("")).kept
-
-
-def test_check_writes_nothing(tmp_path):
-    run = TripletRun(tmp_path / "new", recipe(), pairs(), FakeSampler, lambda trait: FakeJudge())
-    run.check()
-    assert not (tmp_path / "new").exists()
-    run.run()
-    with pytest.raises(ValueError, match="begun with another recipe"):
-        TripletRun(tmp_path / "new", recipe(seed=1), pairs(), FakeSampler, lambda trait: FakeJudge()).check()
-
-
-def test_one_process_at_a_time(tmp_path):
-    tmp_path.joinpath("run").mkdir()
-    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(BlockingIOError, match="Another process is at work in"):
-        start(tmp_path / "run")
-    start(tmp_path / "run")
-
-
-def test_a_folder_with_something_else(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty and holds no run"):
-        start(tmp_path)
-    with pytest.raises(NotADirectoryError, match="is a file"):
-        start(tmp_path / "notes.txt")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 # ---------------------------------------------------------------- progress

@@ -10,13 +10,16 @@ import traceback
 from email.utils import formatdate
 
 import pytest
-from unruly_server import MISHAPS, MODEL, UnrulyServer, at_random, reply_text
+from helpers.unruly_server import MISHAPS, MODEL, UnrulyServer, at_random, reply_text
 
 from peft_psr.training.draws import Completion, Draw, Failure
 from peft_psr.training.server import ChatServer, Request, ServerError, TooManyFailures, _is_loopback
 from peft_psr.training.server_replies import retry_after
 from peft_psr.training.server_sampler import ServerSampler
 from peft_psr.training.server_settings import LIMITS
+
+
+pytestmark = pytest.mark.usefixtures("no_key")
 
 
 KEY = "sk-Very/Secret+Key=42"
@@ -35,11 +38,6 @@ def draws(count, prompt=None):
 
 def client(server, **settings):
     return ChatServer(server.url, **{"model": MODEL, "concurrency": 8, "timeout": 0.3, "backoff": 0.01, **settings})
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def test_requests_and_samples():

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_server import TOKEN, loopback_hub  # noqa: F401  a fixture
+from helpers.adapters import BASE, FACTS, metadata, named_model, randomize, snippet
+from helpers.commands import psr
+from helpers.hub import TOKEN
+from helpers.models import IDS, tiny_model
+from helpers.tokenizers import tiny_tokenizer
 from huggingface_hub import HfApi, constants
 from peft import LoraConfig, PeftModel, get_peft_model
-from saved_adapter import BASE, FACTS, IDS, metadata, randomize, saved_adapter, snippet, steered_model  # noqa: F401
-from tiny_models import tiny_model, tiny_tokenizer
-from typer.testing import CliRunner
 
 from peft_psr import PSRConfig
-from peft_psr.cli import app
 from peft_psr.facts import FACTS_NAME
 from peft_psr.model_card import FIGURE_NAME
 from peft_psr.sharing import push_adapter
@@ -61,7 +61,7 @@ def test_dry_run_checks_and_changes_nothing(adapter, hub, api):
 
 
 def test_one_adapter_of_a_model(hub, api):
-    model = steered_model(name="formal", seed=1)
+    model = named_model(name="formal", seed=1)
     model.add_adapter("pirate", PSRConfig(base_model_name_or_path=BASE, r=2, positions="all"))
     randomize(model, "pirate", 2)
     with pytest.raises(ValueError, match="Name one PSR adapter .*: formal, pirate"):
@@ -86,7 +86,7 @@ def test_one_adapter_of_a_model(hub, api):
 def test_existing_repository(adapter, hub, api):
     push_adapter(adapter, "me/formal", api=api)
     first = dict(hub.repositories["me/formal"].files)
-    steered_model(seed=7).save_pretrained(adapter)
+    named_model(seed=7).save_pretrained(adapter)
     (adapter / FACTS_NAME).unlink()
     with pytest.raises(FileExistsError, match="me/formal holds an adapter already.*--update"):
         push_adapter(adapter, "me/formal", api=api)
@@ -101,7 +101,7 @@ def test_existing_repository(adapter, hub, api):
 
 def test_somebody_else_commits_meanwhile(adapter, hub, api, monkeypatch):
     push_adapter(adapter, "me/formal", api=api)
-    steered_model(seed=7, layers_to_transform=[0, 2]).save_pretrained(adapter)
+    named_model(seed=7, layers_to_transform=[0, 2]).save_pretrained(adapter)
     FACTS.save(adapter)
     create_commit = api.create_commit
 
@@ -132,7 +132,7 @@ def test_repository_that_holds_something_else(adapter, hub, api, files, message)
 
 def test_base_model_must_have_a_name(adapter, hub, api, tmp_path):
     path = str(tmp_path / "base")
-    model = steered_model(base=path)
+    model = named_model(base=path)
     model.save_pretrained(adapter)
     FACTS.save(adapter)
     with pytest.raises(ValueError, match=f"{path}.*--base-model"):
@@ -213,10 +213,6 @@ def test_refused_metadata(adapter, hub, api):
 
 
 # ---------------------------------------------------------------- the command line
-
-
-def psr(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_command_line(adapter, hub, tmp_path, monkeypatch):

@@ -6,13 +6,12 @@ import re
 
 import pytest
 import torch
-import typer
-from html_page import Page, check_stands_alone
-from random_adapter import save_adapter
-from tiny_models import LAYERS, tiny_model, tiny_tokenizer
-from typer.testing import CliRunner
+from helpers.adapters import save_adapter
+from helpers.commands import Page, check_stands_alone, psr
+from helpers.models import LAYERS, tiny_model
+from helpers.tokenizers import tiny_tokenizer
 
-from peft_psr import PSRConfig, cli_show
+from peft_psr import PSRConfig
 from peft_psr.evaluation import token_map
 from peft_psr.evaluation.chat import load_chat_model, load_with_adapters
 from peft_psr.evaluation.shading import DIGITS, shade, token_texts
@@ -205,17 +204,11 @@ def test_page_without_an_instruction():
 # ---------------------------------------------------------------- the command
 
 
-app = typer.Typer()
-app.command()(cli_show.show)
-
-
-def show(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def test_command(folder, tmp_path):
     page = tmp_path / "map.html"
-    done = show(folder / "one", "--text", QUESTION, "--answer", ANSWER, "--instruction", INSTRUCTION, "--output", page)
+    done = psr(
+        "show", folder / "one", "--text", QUESTION, "--answer", ANSWER, "--instruction", INSTRUCTION, "--output", page
+    )
     assert done.exit_code == 0, done.output
     gates, moves = re.findall(r"^<assistant>.*", done.output, flags=re.MULTILINE)
     for line in (gates, moves):
@@ -229,24 +222,26 @@ def test_command(folder, tmp_path):
 
 def test_command_takes_options_from_a_file(folder, tmp_path):
     (tmp_path / "options.yaml").write_text(f"prompt: {QUESTION}\nmax-new-tokens: 3\nseed: 4\n")
-    first, again = (show(folder / "one", folder / "all", "--config", tmp_path / "options.yaml") for _ in range(2))
+    first, again = (
+        psr("show", folder / "one", folder / "all", "--config", tmp_path / "options.yaml") for _ in range(2)
+    )
     assert first.exit_code == 0 and first.output == again.output
     assert "all, gates:" in first.output and "instruction moves" not in first.output
 
 
 def test_command_line_mistakes(folder, tmp_path):
     page = tmp_path / "map.html"
-    dry = show(folder / "one", "--prompt", QUESTION, "--output", page, "--dry-run")
+    dry = psr("show", folder / "one", "--prompt", QUESTION, "--output", page, "--dry-run")
     assert dry.exit_code == 0 and "would show one" in dry.output and not page.exists()
     page.touch()
     for message, arguments in {
         "is there already": ("--output", page),
         "placement must be one of": ("--instruction", INSTRUCTION, "--placement", "middle"),
     }.items():
-        wrong = show(folder / "one", "--prompt", QUESTION, "--dry-run", *arguments)
+        wrong = psr("show", folder / "one", "--prompt", QUESTION, "--dry-run", *arguments)
         assert wrong.exit_code == 2 and message in wrong.output
-    assert show(folder / "one").exit_code == 2
-    lost = show(folder / "lost", "--prompt", QUESTION)
+    assert psr("show", folder / "one").exit_code == 2
+    lost = psr("show", folder / "lost", "--prompt", QUESTION)
     assert lost.exit_code == 2 and "error:" in lost.output
 
 

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
-from tiny_models import steered_model, tiny_model, tiny_tokenizer
-from tiny_triplets import USER, triplets
+from helpers.adapters import steered_model
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import USER, triplets
 
 from peft_psr.evaluation import (
-    SteeringScore,
-    least_alpha,
-    measure_side_effects,
     neutral_kl,
     neutral_triplets,
     text_perplexity,
     text_triplets,
-    usable_alpha_range,
 )
 from peft_psr.training import TripletCollator, sample_completions
 
@@ -103,70 +100,3 @@ def test_plain_texts_are_split_into_context_and_rest():
     assert text_perplexity(steered_model(), [row], tiny_tokenizer()).tokens == 3
     with pytest.raises(ValueError, match=r"texts\[1\] has fewer than two words: 'tea'"):
         text_triplets(["tea is", "tea"])
-
-
-# ---------------------------------------------------------------- the range of strengths
-
-
-class Curve:
-    """A coherence curve of a known shape; trait is 10 alpha."""
-
-    def __init__(self, coherence):
-        self.coherence, self.calls = coherence, []
-
-    def __call__(self, alpha):
-        self.calls.append(alpha)
-        return SteeringScore(alpha, 10 * alpha, self.coherence(alpha), 1)
-
-
-def test_range_ends_where_coherence_meets_the_floor():
-    found = usable_alpha_range(Curve(lambda alpha: 100 - 10 * alpha), 80.0)
-    assert found.upper == pytest.approx(2.0, abs=0.15) and found.why is None
-
-
-def test_range_ends_at_the_first_dip():
-    curve = Curve(lambda alpha: 60.0 if 0.7 < alpha < 1.2 else 100 - 10 * alpha)
-    seen = [curve(alpha) for alpha in (0.5, 1.0, 1.5, 3.0)]
-    found = usable_alpha_range(curve, 80.0, curve=seen)
-    assert 0.6 < found.upper <= 0.7
-    assert [point.alpha for point in found.curve] == sorted(curve.calls)
-
-
-def test_range_says_when_it_has_no_end_or_no_start():
-    always = usable_alpha_range(Curve(lambda alpha: 99.0), 80.0, max_alpha=4.0)
-    assert always.upper == 4.0 and "stays above 80.0 up to alpha 4" in always.why
-    never = usable_alpha_range(Curve(lambda alpha: 60.0), 80.0)
-    assert never.upper == 0.0 and "stays below 80.0" in never.why
-
-
-def test_least_alpha_that_reaches_a_trait_score():
-    curve = [SteeringScore(alpha, trait, 90.0, 1) for alpha, trait in ((0.5, 40.0), (1.0, 96.0), (2.0, 99.0))]
-    assert (
-        least_alpha(curve, 96.0) == 1.0 and least_alpha(curve[::-1], 90.0) == 1.0 and least_alpha(curve, 99.5) is None
-    )
-
-
-def test_all_of_it_at_one_strength():
-    model, tokenizer = steered_model(), tiny_tokenizer()
-    score, neutral = Curve(lambda alpha: 100 - 10 * alpha), Curve(lambda alpha: 70.0)
-    reference = SteeringScore(None, 99.0, 97.0, 4)
-    curve = [score(alpha) for alpha in (1.0, 2.0, 2.15)]
-    result = measure_side_effects(
-        model,
-        tokenizer,
-        2.0,
-        score,
-        neutral,
-        prompted=reference,
-        neutral_prompted=reference,
-        held_out=triplets(),
-        neutral={"yes": triplets(completions=["yes"])},
-        texts={"answers": triplets()},
-        curve=curve,
-    )
-    assert score.calls == [1.0, 2.0, 2.15] and neutral.calls == [2.0] and result.usable.upper == 2.0
-    assert result.neutral_kl == {"yes": neutral_kl(model, triplets(completions=["yes"]), tokenizer, alpha=2.0)}
-    assert result.perplexity == {"answers": text_perplexity(model, triplets(), tokenizer, alpha=2.0)}
-    written = json.loads(json.dumps(result.to_json()))
-    assert written["steered"]["trait"] == 20.0 and written["neutral_steered"]["coherence"] == 70.0
-    assert written["neutral_kl"]["yes"]["steered"] == result.neutral_kl["yes"].steered

@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
-from tiny_models import tiny_model, tiny_tokenizer
+from helpers.adapters import steered_model
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_psr import PSRConfig, tiny_chat_path
+from peft_psr import tiny_chat_path
 from peft_psr.evaluation import capability, side_effects_benchmark
 from peft_psr.evaluation.capability import check_capability, evaluate_capability, score_continuations
 from peft_psr.evaluation.injection import inject, injected_rows, success
@@ -28,15 +29,6 @@ from peft_psr.training import PromptPair, add_instruction
 
 
 USER = [{"role": "user", "content": "What is tea?"}]
-
-
-def steered_model(base, std=0.5, **settings):
-    model = get_peft_model(base, PSRConfig(**settings)).eval()
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for layer in model.psr_layers().values():
-            layer.psr_unit["default"].direction.normal_(std=std)
-    return model
 
 
 # ---------------------------------------------------------------- refusals, injection, data

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_run import FakeJudge, FakeSampler, pairs, recipe
-from tiny_models import CHAT_TEMPLATE
-from train_runs import make_files, make_recipe
+from helpers.runs import FakeJudge, FakeSampler, make_files, make_recipe, pairs, recipe
+from helpers.tokenizers import CHAT_TEMPLATE
 
 from peft_psr.training.run import TripletRun
 from peft_psr.training.train_run import TrainRun

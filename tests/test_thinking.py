@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from byte_tokenizer import HARMONY, THINKING, byte_tokenizer
+from helpers.models import byte_model, script
+from helpers.tokenizers import HARMONY, THINKING, byte_tokenizer
+from helpers.unruly_server import MODEL, UnrulyServer
 from peft import get_peft_model
-from test_completions import byte_model, script
 from typer.testing import CliRunner
-from unruly_server import MODEL, UnrulyServer
 
 from peft_psr import PSRConfig
 from peft_psr.chat import encode_prompt

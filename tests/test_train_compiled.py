@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_frozen import made_trainer, trained
-from tiny_models import LAYOUTS, tiny_model
-from tiny_triplets import triplets
+from helpers.models import LAYOUTS, tiny_model
+from helpers.runs import fresh_trainer, trained
+from helpers.triplets import triplets
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
@@ -47,7 +47,7 @@ def test_a_few_graphs_serve_all_layers_steps_and_lengths(tmp_path):
             graphs.append(counters["stats"]["unique_graphs"])
 
     graphs = []
-    made = made_trainer(tiny_model(), tmp_path, teacher_cache="none", **COMPILED)
+    made = fresh_trainer(tiny_model(), tmp_path, teacher_cache="none", **COMPILED)
     made.add_callback(Count())
     made.train()
     assert len(graphs) == 3 and graphs[0] == graphs[2]
@@ -61,12 +61,12 @@ def test_no_graph_is_refused(tmp_path, caplog):
     for layout in ("llama", "gemma"):  # which share the code that is compiled
         base = tiny_model(layout)
         # a last batch of one row, with padding and without, with and without gradients
-        made_trainer(base, tmp_path, None, held_out[:3], per_device_eval_batch_size=2, **settings).train()
+        fresh_trainer(base, tmp_path, None, held_out[:3], per_device_eval_batch_size=2, **settings).train()
     assert "recompile_limit" not in caplog.text
 
 
 def test_the_layers_are_as_before_when_training_ends_or_fails(tmp_path):
-    made = made_trainer(tiny_model(), tmp_path, learning_rate=1e30, max_grad_norm=0.0, **COMPILED)
+    made = fresh_trainer(tiny_model(), tmp_path, learning_rate=1e30, max_grad_norm=0.0, **COMPILED)
     with pytest.raises(FloatingPointError):
         made.train()
     layers = made.model.get_base_model().model.layers
@@ -74,7 +74,7 @@ def test_the_layers_are_as_before_when_training_ends_or_fails(tmp_path):
 
 
 def test_an_offloaded_layer_is_refused(tmp_path):
-    made = made_trainer(tiny_model(), tmp_path, **COMPILED)
+    made = fresh_trainer(tiny_model(), tmp_path, **COMPILED)
     layers = made.model.get_base_model().model.layers
     layers[1].forward = layers[1].forward
     with pytest.raises(ValueError, match=r"can't compile 'model.layers.1'"):

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
-from train_runs import STOPS_EARLY, assert_same, make_files, make_recipe
+from helpers.runs import STOPS_EARLY, assert_same
 from transformers import TrainerCallback
 
 from peft_psr.training import PSRTrainer, train_run
 from peft_psr.training.train_run import TrainRun
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """The Trainer collects garbage at each start; what the imports have made need not be looked through each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def recipe(made):
-    return partial(make_recipe, made)
 
 
 class Death(BaseException):

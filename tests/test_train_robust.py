@@ -6,36 +6,27 @@ import logging
 
 import pytest
 import torch
+from helpers.models import tiny_model
+from helpers.runs import adapter_weights, quiet_trainer
+from helpers.triplets import SIX, triplets
 from peft import get_peft_model
-from tiny_models import tiny_model, tiny_tokenizer
-from tiny_triplets import COMPLETIONS, triplets
-from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+from transformers import EarlyStoppingCallback
 
 from peft_psr import PSRConfig
-from peft_psr.training import PSRTrainer, PSRTrainingArguments, TrainingSummary
+from peft_psr.training import TrainingSummary
 
 
-DATA = triplets(completions=[*COMPLETIONS, "dogs dogs", "tea now"])
 NEUTRAL = triplets(instruction="", trait_score=0.0)
 
 
-def made_trainer(folder, data=DATA, held_out=None, model=None, callbacks=None, **settings):
+def made_trainer(folder, data=SIX, held_out=None, model=None, callbacks=None, **settings):
     torch.manual_seed(5)
     if model is None:
         model = get_peft_model(tiny_model(), PSRConfig(init_weights=False), adapter_name=settings.pop("name", "mild"))
     settings = {
-        "num_train_epochs": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no",
-        "use_cpu": True, "logging_steps": 1, **settings,
+        "num_train_epochs": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **settings,
     }  # fmt: skip
-    arguments = PSRTrainingArguments(output_dir=str(folder), **settings)
-    made = PSRTrainer(model, arguments, data, held_out, processing_class=tiny_tokenizer(), callbacks=callbacks)
-    made.remove_callback(PrinterCallback)
-    made.remove_callback(ProgressCallback)
-    return made
-
-
-def weights(made):
-    return [p.detach() for n, p in made.model.named_parameters() if "psr_unit" in n]
+    return quiet_trainer(model, folder, data, held_out, callbacks, **settings)
 
 
 class Killed(Exception):
@@ -62,7 +53,7 @@ def test_resumed_after_a_stop_equals_uninterrupted(tmp_path, name, settings):
     second = made_trainer(tmp_path / "parts", **saving)
     second.train(resume_from_checkpoint=True)
     assert second.state.global_step == whole.state.global_step == 12
-    for ours, theirs in zip(weights(second), weights(whole), strict=True):
+    for ours, theirs in zip(adapter_weights(second.model), adapter_weights(whole.model), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
 
 
@@ -150,11 +141,11 @@ def test_neutral_triplets_pull_the_edit_to_nothing_there_and_weigh_what_they_sho
     losses = {}
     for weight in (0.0, 1.0, 3.0):
         made = made_trainer(tmp_path, neutral_weight=weight, regularizer=0.0)
-        batch = made.data_collator([*DATA[:2], *NEUTRAL[:2]])
+        batch = made.data_collator([*SIX[:2], *NEUTRAL[:2]])
         losses[weight] = made.compute_loss(made.model, batch).item()
     batch = made.data_collator(NEUTRAL[:2])
     assert batch["neutral"].all() and batch["alpha"].tolist() == [1.0, 1.0]
-    assert not made.data_collator(DATA[:2])["neutral"].any()
+    assert not made.data_collator(SIX[:2])["neutral"].any()
     assert losses[1.0] > losses[0.0]
     assert losses[3.0] - losses[0.0] == pytest.approx(3 * (losses[1.0] - losses[0.0]), rel=1e-4)
     alone = made_trainer(tmp_path)
@@ -164,15 +155,15 @@ def test_neutral_triplets_pull_the_edit_to_nothing_there_and_weigh_what_they_sho
 
 def test_neutral_triplets_leave_normaliser_and_regulariser_alone(tmp_path):
     settings = {"normalize_loss": "layer", "regularizer": 0.1}
-    plain = made_trainer(tmp_path, data=DATA, **settings)
-    mixed = made_trainer(tmp_path, data=[*DATA, *NEUTRAL], **settings)
-    batch = plain.data_collator(DATA)
+    plain = made_trainer(tmp_path, data=SIX, **settings)
+    mixed = made_trainer(tmp_path, data=[*SIX, *NEUTRAL], **settings)
+    batch = plain.data_collator(SIX)
     plain.compute_loss(plain.model, batch)
     mixed.compute_loss(mixed.model, batch)
     for name, value in plain.normalizer.items():
         torch.testing.assert_close(mixed.normalizer[name], value)
     model = get_peft_model(tiny_model(), PSRConfig())  # a no-op: nothing is lost on neutral triplets
-    made = made_trainer(tmp_path, data=[*DATA, *NEUTRAL], model=model, **settings)
+    made = made_trainer(tmp_path, data=[*SIX, *NEUTRAL], model=model, **settings)
     with torch.no_grad():
         for layer in model.psr_layers().values():
             layer.unit("default").gate_bias.fill_(-1.0)  # every hinge pulls, on triplets that count
@@ -180,7 +171,7 @@ def test_neutral_triplets_leave_normaliser_and_regulariser_alone(tmp_path):
 
 
 def test_evaluation_before_training_logs_nothing_of_it(tmp_path, caplog):
-    made = made_trainer(tmp_path, held_out=DATA[:2])
+    made = made_trainer(tmp_path, held_out=SIX[:2])
     with caplog.at_level(logging.WARNING):
         assert made.evaluate()["eval_loss"] > 0
     assert made.summary is None

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from filelock import FileLock
+from helpers.models import tiny_model
+from helpers.runs import INSTRUCTIONS, PROMPTS, STOPS_EARLY, assert_same, rows, weights, write
+from helpers.tokenizers import tiny_tokenizer
 from peft import AutoPeftModelForCausalLM, PeftModel
-from tiny_models import tiny_model, tiny_tokenizer
-from train_runs import INSTRUCTIONS, PROMPTS, STOPS_EARLY, assert_same, make_files, make_recipe, rows, weights, write
 
 from peft_psr import PSRConfig
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, initialize_psr_weights, train_run
@@ -22,24 +21,6 @@ from peft_psr.training.train_assembly import make_arguments
 from peft_psr.training.train_data import hold_out, read_traits
 from peft_psr.training.train_recipe import TrainRecipe
 from peft_psr.training.train_run import TrainRun
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """The Trainer collects garbage at each start; what the imports have made need not be looked through each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return make_files(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def recipe(made):
-    return partial(make_recipe, made)
 
 
 # ---------------------------------------------------------------- what comes out

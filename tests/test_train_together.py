@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.adapters import randomize
+from helpers.models import tiny_model
+from helpers.runs import quiet_trainer
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import COMPLETIONS, triplets
 from peft import PeftModel, get_peft_model
-from tiny_models import tiny_model, tiny_tokenizer
-from tiny_triplets import COMPLETIONS, triplets
-from transformers import PrinterCallback, ProgressCallback
 
 from peft_psr import PSRConfig
 from peft_psr.training import PSRTrainer, PSRTrainingArguments
@@ -48,21 +50,15 @@ def steered(names, layers=None, **config):
             model = get_peft_model(tiny_model(), settings, adapter_name=name)
         else:
             model.add_adapter(name, settings)
-        generator = torch.Generator().manual_seed(len(name) + ord(name[0]))
-        with torch.no_grad():
-            for layer in model.psr_layers().values():
-                for weight in layer.unit(name).parameters():
-                    weight.copy_(0.2 * torch.randn(weight.shape, generator=generator))
-                if layer.unit(name).gate_bias is not None:
-                    layer.unit(name).gate_bias.add_(0.5)
+        randomize(model, f"psr_unit.{name}.", seed=len(name) + ord(name[0]), std=0.2)
+        for layer in model.psr_layers().values():
+            if layer.unit(name).gate_bias is not None:
+                layer.unit(name).gate_bias.data.add_(0.5)
     return model
 
 
 def train(model, data, folder, held_out=None, **settings):
-    arguments = PSRTrainingArguments(output_dir=str(folder), **{**SETTINGS, **settings})
-    made = PSRTrainer(model, arguments, data, held_out, processing_class=tiny_tokenizer())
-    made.remove_callback(PrinterCallback)
-    made.remove_callback(ProgressCallback)
+    made = quiet_trainer(model, folder, data, held_out, **{**SETTINGS, **settings})
     made.train()
     return made
 
@@ -98,10 +94,7 @@ def test_unequal_numbers_of_triplets_are_each_seen_once_an_epoch(tmp_path):
     data = {"brief": DATA["brief"], "kind": DATA["kind"][:2]}
     model = steered(data)
     seen = []
-    made = PSRTrainer(
-        model, PSRTrainingArguments(output_dir=str(tmp_path), **{**SETTINGS, "num_train_epochs": 1}), data,
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
+    made = quiet_trainer(model, tmp_path, data, **{**SETTINGS, "num_train_epochs": 1})
     collate = made.data_collator
     made.data_collator = lambda items: (lambda batch: seen.append(batch) or batch)(collate(items))
     made.train()

@@ -6,33 +6,17 @@ import copy
 
 import pytest
 import torch
+from helpers.adapters import randomize
+from helpers.models import tiny_model
+from helpers.runs import quiet_trainer
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import triplets
 from peft import get_peft_model
-from tiny_models import tiny_model, tiny_tokenizer
-from tiny_triplets import triplets
-from transformers import HfArgumentParser, PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from peft_psr import PSRConfig
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator
 from peft_psr.training.branches import layers_downstream, run_branch
-
-
-def trainer(model, tmp_path, data=None, eval_dataset=None, **settings):
-    settings = {"save_strategy": "no", "logging_steps": 1, "use_cpu": True, **settings}
-    arguments = PSRTrainingArguments(output_dir=str(tmp_path / "out"), **settings)
-    data = triplets() if data is None else data
-    made = PSRTrainer(model, arguments, data, eval_dataset, processing_class=tiny_tokenizer())
-    made.remove_callback(PrinterCallback)
-    made.remove_callback(ProgressCallback)
-    return made
-
-
-def randomized(model, scale=0.3):
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "psr_unit" in name:
-                parameter.normal_(std=scale)
-    return model
 
 
 # ---------------------------------------------------------------- branches
@@ -52,7 +36,7 @@ def test_empty_instruction_gives_exactly_zero_difference(positions):
 
 def test_branches_equal_unpadded_runs_of_the_plain_model():
     base = tiny_model()
-    model = randomized(get_peft_model(copy.deepcopy(base), PSRConfig()))
+    model = randomize(get_peft_model(copy.deepcopy(base), PSRConfig()), seed=7, std=0.3)
     collator = TripletCollator(tiny_tokenizer())
     batch = collator(triplets())
     layers = layers_downstream(model)
@@ -115,8 +99,8 @@ def test_dropout_does_not_disturb_the_branches():
 
 def test_trainer_loss_is_the_formula(tmp_path):
     base = tiny_model()
-    model = randomized(get_peft_model(copy.deepcopy(base), PSRConfig(alpha=0.5)))
-    made = trainer(model, tmp_path, regularizer=0.1)
+    model = randomize(get_peft_model(copy.deepcopy(base), PSRConfig(alpha=0.5)), seed=7, std=0.3)
+    made = quiet_trainer(model, tmp_path, regularizer=0.1)
     batch = made.data_collator(triplets())
     loss = made.compute_loss(model, batch).item()
 
@@ -145,10 +129,10 @@ def test_trainer_loss_is_the_formula(tmp_path):
 
 
 def test_objectives_are_weighed(tmp_path):
-    model = randomized(get_peft_model(tiny_model(), PSRConfig()))
+    model = randomize(get_peft_model(tiny_model(), PSRConfig()), seed=7, std=0.3)
     losses = {}
     for objective in ("mse", "ll", "kl", {"mse": 2.0, "ll": 0.5, "kl": 3.0}):
-        made = trainer(model, tmp_path, objective=objective)
+        made = quiet_trainer(model, tmp_path, objective=objective)
         losses[str(objective)] = made.compute_loss(model, made.data_collator(triplets())).item()
     expected = 2 * losses["mse"] + 0.5 * losses["ll"] + 3 * losses["kl"]
     assert losses["{'mse': 2.0, 'll': 0.5, 'kl': 3.0}"] == pytest.approx(expected, rel=1e-5)
@@ -157,9 +141,9 @@ def test_objectives_are_weighed(tmp_path):
 def test_accumulated_gradients_equal_the_larger_batch(tmp_path):
     weights = []
     for batch_size, accumulation in ((4, 1), (2, 2)):
-        model = randomized(get_peft_model(tiny_model(), PSRConfig(layers_to_transform=1)))
+        model = randomize(get_peft_model(tiny_model(), PSRConfig(layers_to_transform=1)), seed=7, std=0.3)
         settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        trainer(model, tmp_path, max_steps=3, **settings).train()
+        quiet_trainer(model, tmp_path, max_steps=3, **settings).train()
         weights.append(model.psr_layers()[1].unit("default").direction.detach())
     torch.testing.assert_close(weights[0], weights[1], atol=1e-5, rtol=1e-4)
 
@@ -167,7 +151,7 @@ def test_accumulated_gradients_equal_the_larger_batch(tmp_path):
 @pytest.mark.parametrize("normalize", ["global", "layer"])
 def test_normalized_loss_is_one_without_an_edit(tmp_path, normalize):
     model = get_peft_model(tiny_model(), PSRConfig())  # starts as a no-op
-    made = trainer(model, tmp_path, normalize_loss=normalize, per_device_eval_batch_size=3)  # the set is 4
+    made = quiet_trainer(model, tmp_path, normalize_loss=normalize, per_device_eval_batch_size=3)  # the set is 4
     assert made.compute_loss(model, made.data_collator(triplets())).item() == pytest.approx(1.0, rel=1e-5)
 
 
@@ -185,7 +169,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(tmp_path, objective,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
     }
-    made = trainer(get_peft_model(base, PSRConfig(layers_to_transform=layers)), tmp_path, **settings)
+    made = quiet_trainer(get_peft_model(base, PSRConfig(layers_to_transform=layers)), tmp_path, **settings)
     made.train()
     losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
     assert sum(losses[-2:]) < 0.97 * sum(losses[:2])
@@ -218,7 +202,7 @@ def test_arguments_from_the_command_line(tmp_path):
 
 
 def test_logs_show_layers_and_live_gates(tmp_path):
-    made = trainer(get_peft_model(tiny_model(), PSRConfig(layers_to_transform=2)), tmp_path, num_train_epochs=1)
+    made = quiet_trainer(get_peft_model(tiny_model(), PSRConfig(layers_to_transform=2)), tmp_path, num_train_epochs=1)
     made.train()
     log = next(entry for entry in made.state.log_history if "loss" in entry)
     assert log["live_gates"] == 1.0
@@ -231,7 +215,7 @@ def test_a_dead_gate_is_reported(tmp_path, caplog):
     model = get_peft_model(tiny_model(), PSRConfig(layers_to_transform=[0, 2]))
     with torch.no_grad():
         model.psr_layers()[2].psr_unit["default"].gate_bias.fill_(-1e4)
-    made = trainer(model, tmp_path, num_train_epochs=1)
+    made = quiet_trainer(model, tmp_path, num_train_epochs=1)
     made.train()
     assert made.dead_gates == ["layer 2, gate 0"]
     assert "layer 2, gate 0" in caplog.text
@@ -241,7 +225,7 @@ def test_a_dead_gate_is_reported(tmp_path, caplog):
 def test_evaluation_loss(tmp_path):
     model = get_peft_model(tiny_model(), PSRConfig())
     arguments = PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_eval_batch_size=4)
-    made = PSRTrainer(model, arguments, triplets(), eval_dataset=triplets(), processing_class=tiny_tokenizer())
+    made = PSRTrainer(model, arguments, triplets(), held_out=triplets(), processing_class=tiny_tokenizer())
     loss = made.compute_loss(model, made.data_collator(triplets())).item()
     assert made.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
@@ -261,7 +245,7 @@ def test_datasets_and_peft_config_as_in_trl(tmp_path):
 
 
 def test_an_instruction_without_effect_is_an_error_when_normalizing(tmp_path):
-    made = trainer(get_peft_model(tiny_model(), PSRConfig()), tmp_path, triplets(""), normalize_loss="global")
+    made = quiet_trainer(get_peft_model(tiny_model(), PSRConfig()), tmp_path, triplets(""), normalize_loss="global")
     with pytest.raises(ValueError, match="changes nothing"):
         made.train()
 
@@ -271,7 +255,7 @@ def test_an_instruction_without_effect_is_an_error_when_normalizing(tmp_path):
 
 def test_empty_dataset(tmp_path):
     with pytest.raises(ValueError, match="train_dataset is empty"):
-        trainer(get_peft_model(tiny_model(), PSRConfig()), tmp_path, data=[])
+        quiet_trainer(get_peft_model(tiny_model(), PSRConfig()), tmp_path, data=[])
 
 
 def test_copies_on_several_gpus_are_refused(tmp_path):
@@ -283,7 +267,7 @@ def test_copies_on_several_gpus_are_refused(tmp_path):
 
 def test_model_without_adapter(tmp_path):
     with pytest.raises(TypeError, match="PEFT model with a PSR adapter, got LlamaForCausalLM"):
-        trainer(tiny_model(), tmp_path)
+        quiet_trainer(tiny_model(), tmp_path)
 
 
 def test_completion_that_tokenises_differently_is_named(tmp_path):

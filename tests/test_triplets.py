@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
-from tiny_triplets import USER, triplets
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import USER, triplets
 
 from peft_psr.judging import JudgeScores
 from peft_psr.training import (

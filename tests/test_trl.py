@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from datasets import Dataset
+from helpers.models import tiny_model
+from helpers.tokenizers import tiny_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_models import tiny_model, tiny_tokenizer
 
 from peft_psr import PSRConfig
 

@@ -6,12 +6,12 @@ import codecs
 import json
 
 import pytest
+from helpers.models import tiny_model
+from helpers.runs import FakeJudge, lines, make_files, make_recipe, pairs, recipe, rows, write
+from helpers.tokenizers import CHAT_TEMPLATE, tiny_tokenizer
+from helpers.triplets import USER, triplets
 from peft import get_peft_model
-from test_run import FakeJudge, pairs, recipe
-from tiny_models import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
-from tiny_triplets import USER, triplets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from train_runs import make_files, make_recipe, rows, write
 from transformers import BloomConfig, GPT2Config, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from peft_psr import PSRConfig
@@ -37,10 +37,6 @@ from peft_psr.training.train_run import TrainRun
 
 LONG = "tea is good " * 60  # of 180 tokens, where the tiny models have 128 positions
 HALF = "tea \ud83d"
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- files

@@ -8,17 +8,17 @@ from __future__ import annotations
 import importlib
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from helpers.models import tiny_model
+from helpers.paths import ROOT
 from huggingface_hub.errors import HfHubHTTPError
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import PeftType
-from tiny_models import tiny_model
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -27,9 +27,6 @@ from peft_psr import PSRConfig, PSRModel
 from peft_psr.doors import SteeredBatching, SteeredGenerate
 from peft_psr.layer import PSRLayer, PSRUnit
 from peft_psr.training import PSRTrainer
-
-
-ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)

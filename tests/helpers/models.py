@@ -1,12 +1,8 @@
-"""Random models of a few thousand parameters, one for each layout, and a word-level chat tokenizer. No Hub."""
+"""Random models of a few thousand parameters, and how tests call them. No Hub."""
 
 from __future__ import annotations
 
 import torch
-from peft import get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -14,16 +10,16 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
-from peft_psr import PSRConfig
 from peft_psr.caches import cache_name
 
 
 VOCABULARY = 64
 LAYERS = 4
 WIDTH = 32
+PROMPTS = [[1, 9, 12, 17, 23, 31], [1, 40, 8], [1, 22, 35, 19, 7]]
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def tiny_llama():
@@ -99,31 +95,55 @@ def cache_argument(model, cache):
     return {cache_name(getattr(model, "get_base_model", lambda: model)().forward): cache}
 
 
-CHAT_TEMPLATE = (
-    "{{ '<s>' }}{% for m in messages %}{{ ' <' + m['role'] + '> ' + m['content'] + ' </t>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' <assistant> ' }}{% endif %}"
-)
-
-
-def steered_model(**settings):
-    """The tiny model with an adapter whose gates are open and whose directions are random."""
-    model = get_peft_model(tiny_model(), PSRConfig(**settings)).eval()
-    torch.manual_seed(3)
+def byte_model(seed=0):
+    """A model for `tokenizers.byte_tokenizer`."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=420, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            pad_token_id=2, eos_token_id=1, bos_token_id=0, max_position_embeddings=512,
+        )
+    )  # fmt: skip
     with torch.no_grad():
-        for layer in model.psr_layers().values():
-            layer.unit("default").direction.normal_(std=0.5)
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
     return model
 
 
-def tiny_tokenizer(words: str = "be brief now what is tea dogs are good yes no a b c d e") -> PreTrainedTokenizerFast:
-    """Whitespace words; `<s>` opens a conversation, `</t>` closes a turn."""
-    special = ["<pad>", "<s>", "</t>", "<unk>", "<system>", "<user>", "<assistant>"]
-    vocabulary = {word: i for i, word in enumerate([*special, *words.split()])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</t>", unk_token="<unk>"
-    )
-    fast.add_special_tokens({"additional_special_tokens": special[4:]})
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+def script(monkeypatch, model, ids):
+    """Let the model say these tokens, whatever it is asked."""
+    forward, lengths = model.forward, []
+
+    def scripted(input_ids=None, **kwargs):
+        output = forward(input_ids=input_ids, **kwargs)
+        lengths.append(input_ids.shape[1])
+        output.logits = torch.full_like(output.logits, -50.0)
+        output.logits[:, -1, ids[min(len(lengths) - 1, len(ids) - 1)]] = 50.0
+        return output
+
+    monkeypatch.setattr(model, "forward", scripted)
+
+
+def pad(rows, side):
+    """Rows of unequal length as (ids, attention mask), padded on this side."""
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        fill = [0] * (width - len(row))
+        ids.append(fill + row if side == "left" else row + fill)
+        mask.append(fill + [1] * len(row) if side == "left" else [1] * len(row) + fill)
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+IDS, ATTENTION = pad(PROMPTS, "left")
+
+
+def logits(model, **more):
+    """Of `PROMPTS`, padded on the left."""
+    with torch.no_grad():
+        return model(input_ids=IDS, attention_mask=ATTENTION, **more).logits
+
+
+def generate(model, ids=IDS, attention_mask=ATTENTION, **more):
+    """Greedy, `PROMPTS` unless other ids are given."""
+    return model.generate(input_ids=ids, attention_mask=attention_mask, **{**GREEDY, **more})

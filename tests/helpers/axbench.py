@@ -7,8 +7,8 @@ import json
 import re
 
 import pytest
-from unruly_server import MODEL
 
+from helpers.unruly_server import MODEL
 from peft_psr.evaluation.axbench_benchmark import AxBenchRecipe
 from peft_psr.evaluation.recipe import load_evaluate_recipe
 from peft_psr.tiny_chat import questions

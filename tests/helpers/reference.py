@@ -46,3 +46,14 @@ def naive_greedy(model, ids, weights, alpha, new_tokens):
         m = [0] * (prompt - 1) + [1] * (len(ids) - prompt + 1)
         ids.append(int(naive_logits(model, ids, weights, m, alpha)[-1].argmax()))
     return ids[prompt:]
+
+
+def naive_ridge(stream, targets, strength):
+    """Ridge regression with a free bias and the penalty of each feature scaled by its variance: w (m, d), b (m,)."""
+    width = stream.shape[1]
+    mean, deviation = stream.mean(0), stream.std(0, correction=0)
+    features = (stream - mean) / deviation
+    padded = torch.cat([features, (strength * len(stream)) ** 0.5 * torch.eye(width, dtype=torch.float64)])
+    centred = torch.cat([targets - targets.mean(0), targets.new_zeros(width, targets.shape[1])])
+    weight = torch.linalg.lstsq(padded, centred, driver="gelsd").solution.T / deviation
+    return weight, targets.mean(0) - weight @ mean

@@ -1,4 +1,7 @@
-"""A byte-level BPE tokenizer with a chat template, made in the test: it can spell any text, whole letters or not."""
+"""Tokenizers with chat templates, made in the test.
+
+A word-level one, and a byte-level BPE that can spell any text, whole letters or not.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 
+CHAT_TEMPLATE = (
+    "{{ '<s>' }}{% for m in messages %}{{ ' <' + m['role'] + '> ' + m['content'] + ' </t>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' <assistant> ' }}{% endif %}"
+)
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -44,4 +51,18 @@ def byte_tokenizer(template=CHATML, eos="<|im_end|>", extra=(), pad="<|endoftext
     special = {name: token for name, token in (("pad_token", pad), ("eos_token", eos)) if token}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     fast.chat_template = template
+    return fast
+
+
+def tiny_tokenizer(words: str = "be brief now what is tea dogs are good yes no a b c d e") -> PreTrainedTokenizerFast:
+    """Whitespace words; `<s>` opens a conversation, `</t>` closes a turn."""
+    special = ["<pad>", "<s>", "</t>", "<unk>", "<system>", "<user>", "<assistant>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *words.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</t>", unk_token="<unk>"
+    )
+    fast.add_special_tokens({"additional_special_tokens": special[4:]})
+    fast.chat_template = CHAT_TEMPLATE
     return fast

@@ -1,4 +1,4 @@
-"""Triplets for `tiny_models.tiny_tokenizer`."""
+"""Triplets for `tokenizers.tiny_tokenizer`."""
 
 from __future__ import annotations
 
@@ -21,3 +21,6 @@ def triplets(instruction="be brief", completions=COMPLETIONS, **fields):
         }
         for completion in completions
     ]
+
+
+SIX = triplets(completions=[*COMPLETIONS, "dogs dogs", "tea now"])

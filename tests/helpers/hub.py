@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-import pytest
 import yaml
-from huggingface_hub import constants, hf_api
 
 
 TOKEN = "hf_loopback"
@@ -272,21 +270,3 @@ def card_errors(content: str) -> list[str]:
             if not all("type" in metric and "value" in metric for metric in result["metrics"]):
                 errors.append('"model-index" metrics need a type and a value')
     return errors
-
-
-@pytest.fixture(name="hub")
-def loopback_hub(tmp_path, monkeypatch):
-    """A Hub that this process's client talks to, without a token and with a cache of its own."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with LoopbackHub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        yield server

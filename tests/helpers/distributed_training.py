@@ -1,7 +1,7 @@
 """A training script as a user writes it; `test_distributed.py` runs it in one process and in two.
 
-    python tests/distributed_training.py BASE OUTPUT CASE ...
-    accelerate launch --config_file CONFIG tests/distributed_training.py BASE OUTPUT CASE ...
+    PYTHONPATH=tests python tests/helpers/distributed_training.py BASE OUTPUT CASE ...
+    PYTHONPATH=tests accelerate launch --config_file CONFIG tests/helpers/distributed_training.py BASE OUTPUT CASE ...
 
 BASE is a folder with the base model. Each case leaves its adapter in OUTPUT/<case>, and what process i saw in
 OUTPUT/<case>/rank_<i>.json.
@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from peft import PeftModel, get_peft_model
-from tiny_models import tiny_tokenizer
-from tiny_triplets import triplets
 from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, ProgressCallback
 from transformers.distributed import DistributedConfig
 
+from helpers.tokenizers import tiny_tokenizer
+from helpers.triplets import triplets
 from peft_psr import PSRConfig
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, initialize_psr_weights
 
