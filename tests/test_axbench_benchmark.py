@@ -23,7 +23,8 @@ from peft_psr.evaluation.recipe import load_evaluate_recipe
 from peft_psr.evaluation.report_files import write_report
 from peft_psr.evaluation.workbench import Workbench
 from peft_psr.training.axbench import CONCEPT_INSTRUCTION, Concept
-from peft_psr.training.draws import Completion, draw_seed, sample_completions
+from peft_psr.training.draws import Completion, draw_seed
+from peft_psr.training.sampling import sample_completions
 from peft_psr.training.train_data import folder_name
 
 
