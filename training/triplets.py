@@ -96,7 +96,7 @@ def generate_triplets(
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}.")
     pairs = [(list(p), add_instruction(p, i)) for i in instructions for p in prompts for _ in range(num_draws)]
-    samples = sample_completions(
+    completions = sample_completions(
         model,
         processing_class,
         [steered for _, steered in pairs],
@@ -106,8 +106,8 @@ def generate_triplets(
         seed=seed,
         progress="sampling triplets" if progress else None,
     )
-    scores = judge_answers(judge, [prompt for prompt, _ in pairs], [sample.answer for sample in samples])
-    triplets = [drawn_triplet(*pair, sample) for pair, sample in zip(pairs, samples, strict=True)]
+    scores = judge_answers(judge, [prompt for prompt, _ in pairs], [completion.answer for completion in completions])
+    triplets = [drawn_triplet(*pair, drawn) for pair, drawn in zip(pairs, completions, strict=True)]
     for triplet, score in zip(triplets, scores, strict=True):
         triplet["trait_score"], triplet["coherence_score"] = score.trait, score.coherence
     return triplets
