@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft_psr.files import digest
+from peft_psr.files import check_file, digest
 from peft_psr.text import check_unicode, parse_json, read_text, text_lines
 from peft_psr.training.axbench import Concept, Question
 
@@ -48,8 +48,7 @@ def read_instructions(path: str | Path) -> list[Question]:
         ValueError: it is no such file; the message names the place.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"questions_data: no file {str(path)!r}.")
+    check_file(path, "questions_data")
     entries: list[tuple[str, object]]
     if path.suffix == ".json":
         content = parse_json(read_text(path), str(path))

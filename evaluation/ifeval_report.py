@@ -257,7 +257,7 @@ def accuracy_by_type(answers: Sequence[ScoredAnswer], model: str) -> Figure:
         for bar, condition in zip(bars, conditions, strict=True):
             bar.set_hatch("///" if condition.endswith(WITH_PROMPT) else None)
         for place, value in enumerate(values):
-            if value.low is not None:
+            if value.low is not None and value.high is not None:
                 axes.plot([value.low, value.high], [place, place], color="#999999", linewidth=1)
         axes.set_title(name, loc="left", fontsize=9)
         axes.tick_params(labelsize=8)

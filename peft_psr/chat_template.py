@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import check_file
 from .text import read_text
 
 
@@ -90,8 +91,7 @@ def read_chat_template(path: str | Path) -> str:
         ValueError: it is empty or not UTF-8.
     """
     file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"chat_template: there is no file {str(path)!r}.")
+    check_file(file, "chat_template")
     try:
         text = read_text(file)
     except ValueError as error:

@@ -148,14 +148,15 @@ def compose(
 ) -> None:
     """Combine adapters of one base model into a new one: exactly, without loading the model, or cut to a rank."""
     from peft_psr.facts import AdapterFacts
+    from peft_psr.files import check_file
     from peft_psr.saved_adapters import compose_adapters
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
     with errors(console):
         if (rank is None) != (triplets is None):
             raise ValueError("--rank and --triplets go together: a rank is cut by a fit to what the adapters do.")
-        if triplets is not None and not triplets.is_file():
-            raise FileNotFoundError(f"--triplets {triplets}: there is no such file.")
+        if triplets is not None:
+            check_file(triplets, "--triplets")
         numbers = _numbers(weights)
         combined = compose_adapters(adapters, numbers, output, base_model=base_model or None, dry_run=True)
         if not dry_run:

@@ -34,6 +34,12 @@ def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
         raise not_written(error, path) from error
 
 
+def check_file(path: str | os.PathLike, option: str) -> None:
+    """Raise `FileNotFoundError`, naming the option that it was given by, if there is no such file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{option}: no file {str(path)!r}.")
+
+
 def check_folder(path: str | os.PathLike) -> None:
     """Raise `NotADirectoryError` if there is a file where a folder is to be."""
     if Path(path).exists() and not Path(path).is_dir():

@@ -75,7 +75,7 @@ def test_without_a_template(tmp_path):
     file.write_text(CHATML, encoding="utf-8")
     set_chat_template(tokenizer, read_chat_template(file), {})
     assert "what is tea" in render_prompt(tokenizer, USER)
-    with pytest.raises(FileNotFoundError, match="chat_template: there is no file"):
+    with pytest.raises(FileNotFoundError, match="chat_template: no file"):
         read_chat_template(tmp_path / "none.jinja")
     file.write_bytes("{{ 'é' }}".encode("utf-16"))
     with pytest.raises(ValueError, match="own.jinja is UTF-16"):

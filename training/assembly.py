@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft_psr import loading
+from peft_psr.files import check_file
 from peft_psr.judging import Judge, Message
 from peft_psr.text import read_text
 from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions
@@ -234,8 +235,7 @@ def _read_prompt(recipe: Recipe, name: str) -> str | None:
     file = getattr(recipe, name)
     if file is None:
         return None
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"{name}: no file {file!r}.")
+    check_file(file, name)
     text = read_text(file)
     if "{answer}" not in text:
         raise ValueError(f"{name}: {file} must hold {{answer}}, where the completion goes.")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from peft_psr.files import check_file
 
 
 Directions = torch.Tensor | Mapping[Any, torch.Tensor] | str | os.PathLike
@@ -35,8 +36,7 @@ def directions_by_layer(directions: Directions, shapes: Mapping[int | str, tuple
     source = "directions"
     if isinstance(directions, str | os.PathLike):
         source = f"directions in {os.fspath(directions)}"
-        if not Path(directions).is_file():
-            raise FileNotFoundError(f"directions: there is no file {os.fspath(directions)!r}.")
+        check_file(directions, "directions")
         directions = _from_file(directions, source)
     if isinstance(directions, torch.Tensor):
         count = len(shapes)

@@ -121,7 +121,7 @@ class TripletRun:
 
     def _begun(self) -> dict[str, Any]:
         """The state of the run that was begun here, which must be this one; empty if there is none."""
-        state = begun_run(self.folder, STATE, "run")
+        state = begun_run(self.folder, STATE, "run of psr triplets", ("fixed", "plan_hash"))
         if not state:
             return {}
         check_same_recipe(self.folder, state["fixed"], self.recipe.fixed())
