@@ -74,9 +74,10 @@ def _side_by_side(parts: Sequence[tuple[PSRUnit, float]], config: PSRConfig) -> 
         parts: The adapters' units at this layer, and weight * (alpha + b_m) of each.
         config: The combination's, of at least as many ranks as all the units together.
     """
-    rows: dict[str, Sequence[torch.Tensor]] = {"direction": [factor * unit.direction for unit, factor in parts]}
+    rows: dict[str, list[torch.Tensor]] = {"direction": [factor * unit.direction for unit, factor in parts]}
     if config.gate == "relu":
-        rows["gate_weight"], rows["gate_bias"] = zip(*(unit.gate() for unit, _ in parts), strict=True)
+        gates = [unit.gate() for unit, _ in parts]
+        rows["gate_weight"], rows["gate_bias"] = [w for w, _ in gates], [b for _, b in gates]
     state = {}
     for name, values in rows.items():
         used = torch.cat(values)
