@@ -20,14 +20,19 @@ try:
 
     from peft_psr import cli_evaluate, cli_show, cli_train, cli_triplets
     from peft_psr.cli_common import (
+        ADAPTERS,
         CHAT_TEMPLATE,
+        CONFIG,
+        DRY_RUN,
+        MODEL,
         REVISION,
         TEMPLATE_ARGS,
         TRUST_REMOTE_CODE,
         accept_any_encoding,
         errors,
         home,
-        load_config,
+        plain_console,
+        quiet_transformers,
         tokenizer_settings,
     )
 except ImportError as error:  # pragma: no cover - depends on what is installed
@@ -64,22 +69,18 @@ def demo(
     ),
     seed: int = typer.Option(0, min=0, help="Makes the run repeatable on the same machine."),
     quick: bool = typer.Option(False, "--quick", help="Under 90 seconds; fewer samples, rougher numbers."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
-    config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
-    ),
+    dry_run: bool = DRY_RUN,
+    config: Path | None = CONFIG,
 ) -> None:
     """Train, save, reload and measure PSR adapters on the embedded model, offline."""
     warnings.simplefilter("ignore", FutureWarning)
-    from transformers.utils import logging
-
     from peft_psr import tiny_chat_path
     from peft_psr.evaluation.demo import run_demo
     from peft_psr.evaluation.methods import DEMO
     from peft_psr.files import check_new_folder
     from peft_psr.tiny_chat import TRAITS
 
-    logging.disable_progress_bar()
+    quiet_transformers()
     traits = list(TRAITS) if trait == "all" else [trait]
     console = Console()
     with errors(console):
@@ -105,15 +106,13 @@ def push(
     ),
     private: bool = typer.Option(False, "--private", help="Make a new repository private."),
     update: bool = typer.Option(False, "--update", help="Replace the adapter that the repository holds."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
-    config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
-    ),
+    dry_run: bool = DRY_RUN,
+    config: Path | None = CONFIG,
 ) -> None:
     """Upload an adapter to the Hub with a model card; the token is that of `hf auth login` or HF_TOKEN."""
     from peft_psr.sharing import push_adapter
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console()
     with errors(console):
         done = push_adapter(
             folder, repo_id, base_model=base_model or None, private=private or None, update=update, dry_run=dry_run
@@ -141,17 +140,15 @@ def compose(
     triplets: Path | None = typer.Option(
         None, callback=home, help="JSONL of answers to fit the cut to, of all the traits."
     ),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
-    config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
-    ),
+    dry_run: bool = DRY_RUN,
+    config: Path | None = CONFIG,
 ) -> None:
     """Combine adapters of one base model into a new one: exactly, without loading the model, or cut to a rank."""
     from peft_psr.facts import AdapterFacts
     from peft_psr.files import check_file
     from peft_psr.saved_adapters import compose_adapters
 
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console()
     with errors(console):
         if (rank is None) != (triplets is None):
             raise ValueError("--rank and --triplets go together: a rank is cut by a fit to what the adapters do.")
@@ -207,12 +204,8 @@ def _cut_settings(
 
 @app.command()
 def chat(
-    adapters: list[str] = typer.Argument(
-        callback=home, help="Folders or Hub names of adapters, or NAME=FOLDER to name one."
-    ),
-    model: str = typer.Option(
-        "", callback=home, help="Folder or Hub name of the base model; the adapters' own by default."
-    ),
+    adapters: list[str] = ADAPTERS,
+    model: str = MODEL,
     revision: str = REVISION,
     chat_template: Path | None = CHAT_TEMPLATE,
     template_args: str = TEMPLATE_ARGS,
@@ -224,20 +217,16 @@ def chat(
     ),
     output: Path | None = typer.Option(None, callback=home, help="A new JSON file to keep a transcript in."),
     seed: int = typer.Option(0, min=0, help="Same seed, same conversation, same adapters: same answer."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
-    config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
-    ),
+    dry_run: bool = DRY_RUN,
+    config: Path | None = CONFIG,
 ) -> None:
     """Talk to a model with adapters: choose them, turn them up or down, see their gates. Lines can be piped in."""
     warnings.simplefilter("ignore", FutureWarning)
-    from transformers.utils import logging
-
     from peft_psr.evaluation import chat as chat_loop
     from peft_psr.evaluation.chat_session import ChatSession
     from peft_psr.text import check_unicode
 
-    logging.disable_progress_bar()
+    quiet_transformers()
     console = Console()
     with errors(console):
         named = chat_loop.name_adapters(adapters)

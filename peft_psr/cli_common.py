@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -41,6 +42,11 @@ def home(value: Any) -> Any:
     return f"{name}={os.path.expanduser(where)}" if equals and not own else os.path.expanduser(value)
 
 
+DRY_RUN = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing.")
+RECIPE = typer.Argument("", help="A YAML file, or the name of a recipe that ships (see `psr recipes`).")
+RUN_FOLDER = typer.Option(..., callback=home, help="A new folder, or one that the same recipe's run has left.")
+ADAPTERS = typer.Argument(callback=home, help="Folders or Hub names of adapters, or NAME=FOLDER to name one.")
+MODEL = typer.Option("", callback=home, help="Folder or Hub name of the base model; the adapters' own by default.")
 REVISION = typer.Option("", help="Branch, tag or commit of the base model; the adapters' own by default.")
 CHAT_TEMPLATE = typer.Option(None, callback=home, help="File with a chat template, in place of the model's own.")
 TEMPLATE_ARGS = typer.Option(
@@ -108,6 +114,28 @@ def load_config(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path} has unknown options {unknown}; there are {sorted(known)}.")
     context.default_map = {**(context.default_map or {}), **options}
     return path
+
+
+CONFIG = typer.Option(None, help="YAML file with any of these options.", callback=load_config, is_eager=True)
+
+
+def plain_console() -> Console:
+    """Prints text as it is, in lines of any length."""
+    return Console(soft_wrap=True, highlight=False, markup=False)
+
+
+def quiet_transformers() -> None:
+    """No progress bars of transformers' own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def show_progress_of_runs() -> None:
+    """What this package logs, with the time, and nothing of transformers' bars."""
+    quiet_transformers()
+    logging.basicConfig(format="%(asctime)s %(message)s")
+    logging.getLogger("peft_psr").setLevel(logging.INFO)
 
 
 @contextmanager

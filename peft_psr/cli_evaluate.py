@@ -12,7 +12,16 @@ from rich.table import Table
 
 from peft_psr.evaluation.benchmarks import BENCHMARKS, Benchmark, run_benchmark
 
-from .cli_common import errors, home, load_config, recipe_options
+from .cli_common import (
+    CONFIG,
+    DRY_RUN,
+    RECIPE,
+    RUN_FOLDER,
+    errors,
+    plain_console,
+    recipe_options,
+    show_progress_of_runs,
+)
 
 
 evaluate = typer.Typer(
@@ -26,14 +35,10 @@ def _command(benchmark: Benchmark) -> None:
     @evaluate.command(name=benchmark.name, help=benchmark.summary)
     @recipe_options(benchmark.recipe)
     def run(
-        recipe: str = typer.Argument("", help="A YAML file, or the name of a recipe that ships (see `psr recipes`)."),
-        output: Path = typer.Option(
-            ..., callback=home, help="A new folder, or one that the same recipe's run has left."
-        ),
-        dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
-        config: Path | None = typer.Option(
-            None, help="YAML file with any of these options.", callback=load_config, is_eager=True
-        ),
+        recipe: str = RECIPE,
+        output: Path = RUN_FOLDER,
+        dry_run: bool = DRY_RUN,
+        config: Path | None = CONFIG,
         **options: str | bool | None,
     ) -> None:
         _run(benchmark, recipe, output, dry_run, options)
@@ -43,17 +48,13 @@ def _run(
     benchmark: Benchmark, recipe: str, output: Path, dry_run: bool, options: dict[str, str | bool | None]
 ) -> None:
     warnings.simplefilter("ignore", FutureWarning)
-    from transformers.utils import logging as transformers_logging
-
     from peft_psr.evaluation.recipe import load_evaluate_recipe
     from peft_psr.evaluation.workbench import Workbench
     from peft_psr.training.server import ServerError, TooManyFailures
 
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("peft_psr").setLevel(logging.INFO)
+    show_progress_of_runs()
     logging.getLogger("peft_psr.training.frozen").setLevel(logging.WARNING)  # it would say so for every adapter
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console()
     with errors(console, ServerError, TooManyFailures, ImportError, FloatingPointError):
         given = {name: value for name, value in options.items() if value is not None}
         chosen = load_evaluate_recipe(benchmark.recipe, recipe or None, given)

@@ -7,31 +7,31 @@ from pathlib import Path
 from typing import cast
 
 import typer
-from rich.console import Console
 
 from .cli_common import (
+    ADAPTERS,
     CHAT_TEMPLATE,
+    CONFIG,
+    DRY_RUN,
+    MODEL,
     REVISION,
     TEMPLATE_ARGS,
     TRUST_REMOTE_CODE,
     errors,
     home,
-    load_config,
+    plain_console,
+    quiet_transformers,
     tokenizer_settings,
 )
 
 
 def show(
-    adapters: list[str] = typer.Argument(
-        callback=home, help="Folders or Hub names of adapters, or NAME=FOLDER to name one."
-    ),
+    adapters: list[str] = ADAPTERS,
     prompt: str = typer.Option(..., "--prompt", "--text", help="The user's turn."),
     answer: str = typer.Option("", help="The answer to look at; by default the model's own, steered by each adapter."),
     instruction: str = typer.Option("", help="Show too what this instruction in the prompt moves on the same tokens."),
     placement: str = typer.Option("system", help="Where the instruction stands: system, before or after."),
-    model: str = typer.Option(
-        "", callback=home, help="Folder or Hub name of the base model; the adapters' own by default."
-    ),
+    model: str = MODEL,
     revision: str = REVISION,
     chat_template: Path | None = CHAT_TEMPLATE,
     template_args: str = TEMPLATE_ARGS,
@@ -39,15 +39,11 @@ def show(
     max_new_tokens: int = typer.Option(128, min=1, help="Longest answer of the model's own, in tokens."),
     output: Path | None = typer.Option(None, callback=home, help="A new HTML file, with every layer's numbers."),
     seed: int = typer.Option(0, min=0, help="Of the model's own answer."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
-    config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
-    ),
+    dry_run: bool = DRY_RUN,
+    config: Path | None = CONFIG,
 ) -> None:
     """Show how far an adapter's gates are open at each token of a text, and what a prompt moves there."""
     warnings.simplefilter("ignore", FutureWarning)
-    from transformers.utils import logging
-
     from peft_psr.evaluation.chat import base_model_of, check_transcript, load_with_adapters, name_adapters
     from peft_psr.evaluation.shading import shade
     from peft_psr.evaluation.token_map import map_adapters, token_page
@@ -56,8 +52,8 @@ def show(
     from peft_psr.text import check_unicode
     from peft_psr.training.placement import Placement, check_placement
 
-    logging.disable_progress_bar()
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    quiet_transformers()
+    console = plain_console()
     with errors(console):
         named = name_adapters(adapters)
         check_transcript(output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,31 +13,34 @@ from rich.table import Table
 
 from peft_psr.training.train_recipe import TrainRecipe
 
-from .cli_common import errors, home, load_config, recipe_options
+from .cli_common import (
+    CONFIG,
+    DRY_RUN,
+    RECIPE,
+    RUN_FOLDER,
+    errors,
+    plain_console,
+    recipe_options,
+    show_progress_of_runs,
+)
 
 
 @recipe_options(TrainRecipe)
 def train(
-    recipe: str = typer.Argument("", help="A YAML file, or the name of a recipe that ships (see `psr recipes`)."),
-    output: Path = typer.Option(..., callback=home, help="A new folder, or one that the same recipe's run has left."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
-    config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
-    ),
+    recipe: str = RECIPE,
+    output: Path = RUN_FOLDER,
+    dry_run: bool = DRY_RUN,
+    config: Path | None = CONFIG,
     **options: str | bool | None,
 ) -> None:
     """Train an adapter for each trait. Stopped at any moment, the same command goes on where it was."""
     warnings.simplefilter("ignore", FutureWarning)
-    from transformers.utils import logging as transformers_logging
-
     from peft_psr.training.train_data import in_words
     from peft_psr.training.train_recipe import load_train_recipe
     from peft_psr.training.train_run import TrainRun
 
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("peft_psr").setLevel(logging.INFO)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    show_progress_of_runs()
+    console = plain_console()
     with errors(console, ImportError, FloatingPointError):
         given = {name: value for name, value in options.items() if value is not None}
         chosen = load_train_recipe(recipe or None, given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import typer
@@ -12,29 +11,36 @@ from rich.table import Table
 from peft_psr.training.recipe import Recipe
 from peft_psr.training.yaml_reading import read_yaml
 
-from .cli_common import errors, home, load_config, recipe_options
+from .cli_common import (
+    CONFIG,
+    DRY_RUN,
+    RECIPE,
+    RUN_FOLDER,
+    errors,
+    home,
+    plain_console,
+    quiet_transformers,
+    recipe_options,
+    show_progress_of_runs,
+)
 
 
 @recipe_options(Recipe)
 def triplets(
-    recipe: str = typer.Argument("", help="A YAML file, or the name of a recipe that ships (see `psr recipes`)."),
-    output: Path = typer.Option(..., callback=home, help="A new folder, or one that the same recipe's run has left."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, say what would be done, do nothing."),
+    recipe: str = RECIPE,
+    output: Path = RUN_FOLDER,
+    dry_run: bool = DRY_RUN,
     **options: str | bool | None,
 ) -> None:
     """Draw, judge and filter triplets. Stopped at any moment, the same command goes on where it was."""
-    from transformers.utils import logging as transformers_logging
-
     from peft_psr.training.assembly import judge_maker, make_sampler, prompt_pairs
     from peft_psr.training.estimate import estimate
     from peft_psr.training.recipe import load_recipe
     from peft_psr.training.run import MANIFEST, REPORT, TRIPLETS, TripletRun
     from peft_psr.training.server import ServerError, TooManyFailures
 
-    transformers_logging.disable_progress_bar()
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    logging.getLogger("peft_psr").setLevel(logging.INFO)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    show_progress_of_runs()
+    console = plain_console()
     with errors(console, ServerError, TooManyFailures, ImportError):
         given = {name: value for name, value in options.items() if value is not None}
         chosen = load_recipe(recipe or None, given)
@@ -82,7 +88,7 @@ def recipes(
     kinds = {"psr triplets": shipped_recipes(), "psr train": shipped_train_recipes()}
     kinds |= {f"psr evaluate {benchmark}": found for benchmark, found in shipped_by_benchmark().items()}
     shipped = {title: path for recipes in kinds.values() for title, path in recipes.items()}
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console()
     with errors(console):
         if name and name not in shipped:
             raise ValueError(f"No recipe {name!r} ships; there are: {', '.join(shipped)}.")
@@ -109,20 +115,16 @@ def draft(
     temperature: float = typer.Option(0.7, min=0, help="Of the sampling."),
     seed: int = typer.Option(0, min=0, help="Of the sampling."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be done, do nothing."),
-    config: Path | None = typer.Option(
-        None, help="YAML file with any of these options.", callback=load_config, is_eager=True
-    ),
+    config: Path | None = CONFIG,
 ) -> None:
     """Draft a new trait's instructions, questions and judge prompt with a chat model, for you to read over."""
-    from transformers.utils import logging as transformers_logging
-
     from peft_psr.text import check_unicode
     from peft_psr.training.assembly import make_chat
     from peft_psr.training.drafting import draft_trait
     from peft_psr.training.server import ServerError, TooManyFailures
 
-    transformers_logging.disable_progress_bar()
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    quiet_transformers()
+    console = plain_console()
     with errors(console, ServerError, TooManyFailures):
         if dry_run:
             console.print(f"would ask {model} at {server_url or 'this machine'} for {name!r} and write to {output}/")

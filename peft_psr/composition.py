@@ -76,9 +76,8 @@ def _side_by_side(parts: Sequence[tuple[PSRUnit, float]], config: PSRConfig) -> 
     """
     rows: dict[str, list[torch.Tensor]] = {"direction": [factor * unit.direction for unit, factor in parts]}
     if config.gate == "relu":
-        gates = [(unit.gate_weight, unit.gate_bias, unit.direction) for unit, _ in parts]
-        rows["gate_weight"] = [torch.zeros_like(z) if w is None else w for w, _, z in gates]
-        rows["gate_bias"] = [torch.ones_like(z[:, 0]) if b is None else b for _, b, z in gates]
+        gates = [unit.gate() for unit, _ in parts]
+        rows["gate_weight"], rows["gate_bias"] = [w for w, _ in gates], [b for _, b in gates]
     state = {}
     for name, values in rows.items():
         used = torch.cat(values)

@@ -112,6 +112,12 @@ class PSRUnit(nn.Module):
                 gates = F.linear(hidden, weight, bias).relu()
         return add_edit(stream, gates, direction, strength), gates
 
+    def gate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """W (r, d) and b (r,); 0 and 1 for a constant gate, which is ReLU(h @ 0 + 1)."""
+        if self.gate_weight is None or self.gate_bias is None:
+            return torch.zeros_like(self.direction), torch.ones_like(self.direction[:, 0])
+        return self.gate_weight, self.gate_bias
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],

@@ -61,10 +61,7 @@ def cut_rank(unit: PSRUnit, hidden: torch.Tensor, r: int) -> RankCut:
     if hidden.shape[0] < 4:
         raise ValueError(f"A rank cut needs at least 4 edited tokens in its samples, got {hidden.shape[0]}.")
     direction = unit.direction.detach().double().cpu()
-    if unit.gate_weight is None or unit.gate_bias is None:
-        weight, bias = torch.zeros_like(direction), torch.ones_like(direction[:, 0])
-    else:
-        weight, bias = unit.gate_weight.detach().double().cpu(), unit.gate_bias.detach().double().cpu()
+    weight, bias = (values.detach().double().cpu() for values in unit.gate())
     used = direction.any(dim=1)
     if int(used.sum()) <= r:  # nothing to cut
 

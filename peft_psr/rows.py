@@ -88,14 +88,10 @@ def gather_rows(
     biases: list[torch.Tensor] = []
     directions: list[torch.Tensor] = []
     for name in used:
-        unit = units[name]
-        if unit.gate_weight is None or unit.gate_bias is None:
-            weights.append(torch.zeros_like(unit.direction))
-            biases.append(torch.ones_like(unit.direction[:, :1]))
-        else:
-            weights.append(unit.gate_weight)
-            biases.append(unit.gate_bias[:, None])
-        directions.append(unit.direction)
+        weight, bias = units[name].gate()
+        weights.append(weight)
+        biases.append(bias[:, None])
+        directions.append(units[name].direction)
     index = torch.tensor([used.index(name) if name in used else len(used) for name in names], device=first.device)
 
     def setting(values: list[float]) -> torch.Tensor:
