@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from peft_psr import PSRConfig
 
 
+@pytest.mark.long
 def test_save_and_reload(tmp_path):
     base = tiny_model()
     base.save_pretrained(tmp_path / "base")

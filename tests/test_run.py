@@ -37,7 +37,6 @@ def run_embedded(folder):
     TripletRun(folder, chosen, plan, lambda: make_sampler(chosen), judge_maker(chosen, plan, folder)).run()
 
 
-@pytest.mark.long
 def test_sigkill_at_random_moments_changes_nothing(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["peft_psr.training.run", "peft_psr.training.assembly"])
