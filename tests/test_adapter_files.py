@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 
+import pytest
 import torch
 from helpers.adapters import randomize, steered, weights_of
 from helpers.models import PROMPTS, WIDTH, tiny_model
