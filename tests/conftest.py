@@ -7,12 +7,27 @@ from functools import partial
 
 import pytest
 from helpers.adapters import FACTS, named_model, save_adapter
-from helpers.commands import WORDS, open_session
+from helpers.commands import CHAT_WORDS, open_session
 from helpers.hub import LoopbackHub
 from helpers.models import tiny_model
 from helpers.runs import make_files, make_recipe
 from helpers.tokenizers import tiny_tokenizer
 from huggingface_hub import constants, hf_api
+
+
+LONG = """
+axbench_benchmark baselines_lora baselines_trained benchmarks cli_train compile context_triplets distributed doors
+evaluate evaluation faithfulness_benchmark frozen ifeval ifeval_benchmark initialization layouts live_lora partial
+peft_checks prompt_ends recipe run run_another sharing side_effects_benchmark template_file tiny_chat train_compiled
+train_resume train_robust train_run train_together trainer
+""".split()
+"""Files that train, start processes or try every layout: not in the fast half, `-m "not slow and not long"`."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in LONG:
+            item.add_marker("long")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,7 +95,7 @@ def chat_folder(tmp_path_factory):
     """A base model, two adapters that edit the same tokens, and one that edits all."""
     folder = tmp_path_factory.mktemp("chat")
     tiny_model().save_pretrained(folder / "base")
-    tiny_tokenizer(WORDS).save_pretrained(folder / "base")
+    tiny_tokenizer(CHAT_WORDS).save_pretrained(folder / "base")
     save_adapter(folder / "formal", folder / "base", seed=1)
     save_adapter(folder / "brief", folder / "base", seed=2, layers_to_transform=[0, 2, 3], r=2, alpha=0.5)
     save_adapter(folder / "loud", folder / "base", seed=3, positions="all")

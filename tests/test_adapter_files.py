@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 
+import pytest
 import torch
 from helpers.adapters import randomize, steered, weights_of
 from helpers.models import PROMPTS, WIDTH, tiny_model
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from peft_psr import PSRConfig
 
 
+@pytest.mark.long
 def test_save_and_reload(tmp_path):
     base = tiny_model()
     base.save_pretrained(tmp_path / "base")

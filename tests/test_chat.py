@@ -7,8 +7,7 @@ import io
 import pytest
 import torch
 from helpers.adapters import save_adapter
-from helpers.commands import open_session, talk
-from helpers.runs import WORDS
+from helpers.commands import CHAT_WORDS, open_session, talk
 from helpers.tokenizers import tiny_tokenizer
 from peft import PeftModel
 from rich.console import Console
@@ -233,7 +232,7 @@ def test_full_context(chat_folder):
 
 def test_answer_without_its_reasoning_becomes_the_turn(chat_folder, monkeypatch):
     session = open_session(chat_folder)
-    session.processing_class = tiny_tokenizer(WORDS.replace("w50", "</think>"))
+    session.processing_class = tiny_tokenizer(CHAT_WORDS.replace("w50", "</think>"))
     template = session.processing_class.chat_template
     session.processing_class.chat_template = template.replace(
         "m['content']", "m['content'].split('</think>')[-1]|trim"

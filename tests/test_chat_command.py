@@ -8,9 +8,8 @@ import sys
 
 import pytest
 from helpers.adapters import save_adapter
-from helpers.commands import open_session, psr, talk
+from helpers.commands import CHAT_WORDS, open_session, psr, talk
 from helpers.models import tiny_model
-from helpers.runs import WORDS
 from helpers.tokenizers import tiny_tokenizer
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -52,7 +51,7 @@ def test_models_that_will_not_do(chat_folder, tmp_path):
     with pytest.raises(ValueError, match="Adapter 'formal' .* does not fit the model"):
         load_chat_model(tiny_chat_path(), {"formal": str(chat_folder / "formal")})
     tiny_model().save_pretrained(tmp_path / "plain")
-    tokenizer = tiny_tokenizer(WORDS)
+    tokenizer = tiny_tokenizer(CHAT_WORDS)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "plain")
     with pytest.raises(ValueError, match="has no chat template"):

@@ -62,7 +62,7 @@ def test_recipes(tmp_path):
 
 
 def test_draft(tmp_path):
-    from unruly_server import MODEL, UnrulyServer
+    from helpers.unruly_server import MODEL, UnrulyServer
 
     draft = {
         "instruction": [{"pos": f"Be formal in way {i}.", "neg": f"Be casual in way {i}."} for i in range(5)],
@@ -82,7 +82,7 @@ def test_draft(tmp_path):
 
 
 def test_more_fields_of_each_request(tmp_path):
-    from unruly_server import MODEL, UnrulyServer
+    from helpers.unruly_server import MODEL, UnrulyServer
 
     fields = {"chat_template_kwargs": {"enable_thinking": False}}
     seen = []

@@ -47,7 +47,7 @@ def launch(folder: Path, base: Path, config: dict, cases: list[str]) -> str:
               "mixed_precision": "no", "use_cpu": True, "main_process_port": 0, **config}  # fmt: skip
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml")]
-    command += [distributed_training.__file__, str(base), str(folder), *cases]
+    command += ["-m", distributed_training.__name__, str(base), str(folder), *cases]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stderr[-4000:]

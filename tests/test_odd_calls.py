@@ -220,6 +220,7 @@ def test_autocast_of_some_layers_does_not_reach_the_edit():
     torch.testing.assert_close(got, stream, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_layers_compiled_by_themselves_follow_every_strength():
     torch._dynamo.reset()
     model = steered(tiny_model())

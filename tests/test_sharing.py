@@ -63,7 +63,7 @@ def test_dry_run_checks_and_changes_nothing(adapter, hub, api):
 def test_one_adapter_of_a_model(hub, api):
     model = named_model(name="formal", seed=1)
     model.add_adapter("pirate", PSRConfig(base_model_name_or_path=BASE, r=2, positions="all"))
-    randomize(model, "pirate", 2)
+    randomize(model, "psr_unit.pirate.", seed=2)
     with pytest.raises(ValueError, match="Name one PSR adapter .*: formal, pirate"):
         push_adapter(model, "me/pirate", api=api)
     with pytest.raises(ValueError, match="'grumpy'"):

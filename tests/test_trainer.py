@@ -225,7 +225,7 @@ def test_a_dead_gate_is_reported(tmp_path, caplog):
 def test_evaluation_loss(tmp_path):
     model = get_peft_model(tiny_model(), PSRConfig())
     arguments = PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_eval_batch_size=4)
-    made = PSRTrainer(model, arguments, triplets(), held_out=triplets(), processing_class=tiny_tokenizer())
+    made = PSRTrainer(model, arguments, triplets(), eval_dataset=triplets(), processing_class=tiny_tokenizer())
     loss = made.compute_loss(model, made.data_collator(triplets())).item()
     assert made.evaluate()["eval_loss"] == pytest.approx(loss, rel=1e-5)
 

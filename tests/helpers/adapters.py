@@ -79,8 +79,13 @@ def weights_of(model, adapter_name="default"):
 def save_adapter(folder, base, seed, model=None, std=0.2, gate_std=0.1, **settings):
     """An adapter of a base model that is the folder `base`: directions and gates are drawn by the seed."""
     model = get_peft_model(tiny_model() if model is None else model, PSRConfig(**settings))
-    randomize(model, ".direction", seed=seed, std=std)
-    randomize(model, ".gate_weight", seed=seed + 100, std=gate_std)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.psr_layers().values():
+            unit = layer.unit("default")
+            unit.direction.normal_(std=std, generator=generator)
+            if unit.gate_weight is not None:
+                unit.gate_weight.normal_(std=gate_std, generator=generator)
     model.save_pretrained(str(folder))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))

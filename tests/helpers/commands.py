@@ -21,7 +21,9 @@ def psr(*arguments, **settings):
     return result
 
 
-WORDS = " ".join(f"w{i}" for i in range(57))  # one for each of the model's tokens, so that text can be encoded again
+CHAT_WORDS = " ".join(
+    f"w{i}" for i in range(57)
+)  # one for each of the model's tokens, so that text can be encoded again
 
 
 def open_session(folder, *names, **settings):
