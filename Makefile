@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 # what `make test-versions` runs in each of its two environments
-ADAPTER_TESTS := $(addprefix tests/test_,$(addsuffix .py,upstream caches odd_calls call_state adapter adapter_files \
-  adapter_mistakes doors modes modes_training layouts compile mixed_batches beside_lora many_traits sharing \
-  peft_checks trainer train_together chat chat_command llm_judge local_sampler ifeval))
+ADAPTER_TESTS := $(foreach name,upstream caches odd_calls call_state adapter adapter_files adapter_mistakes hooks modes \
+  modes_training layouts compile mixed_batches beside_lora many_traits sharing peft_checks trainer train_several chat \
+  chat_command llm_judge local_sampler ifeval,$(shell find tests -name test_$(name).py))
 
 .PHONY: demo test test-versions lint
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from peft_psr.evaluation.demo import tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
 from peft_psr.training import PSRTrainer, PSRTrainingArguments
-from peft_psr.training.step_progress import silence
+from peft_psr.training.trainer.step_progress import silence
 
 
 def trainer_of(model: PeftModel, train: Any, held_out: Any, tokenizer, folder: str, **settings: Any) -> PSRTrainer:

@@ -15,12 +15,12 @@ import statistics
 import time
 from pathlib import Path
 
+from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.files import write_json
-from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.training import LocalSampler
-from peft_psr.training.assembly import prompt_pairs
-from peft_psr.training.draws import Completion, Draw, draws_on
-from peft_psr.training.recipe import load_recipe
+from peft_psr.training.data.draws import Completion, Draw, draws_on
+from peft_psr.training.runs.triplets.assembly import prompt_pairs
+from peft_psr.training.runs.triplets.recipe import load_recipe
 
 
 def draws(recipe: str, count: int, seed: int) -> list[Draw]:

@@ -32,9 +32,9 @@ from transformers import (
 )
 
 from peft_psr import PSRConfig
+from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.evaluation.experiment import Experiment
 from peft_psr.files import write_json
-from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.training import PSRTrainer, Triplet, TripletCollator, initialize_psr_weights
 
 

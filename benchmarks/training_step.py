@@ -32,8 +32,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from variants import SHAPES, build_model
 
 from peft_psr import PSRConfig
+from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.files import write_json
-from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.training import Triplet, TripletCollator
 
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from peft_psr import PSRConfig
-from peft_psr.caches import cache_name
+from peft_psr.base_model.caches import cache_name
 
 
 CACHE = cache_name(LlamaForCausalLM.forward)

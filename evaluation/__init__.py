@@ -1,17 +1,16 @@
 """Measuring steering: scores, calibration of alpha, faithfulness to the prompt, side effects, plots, the demo."""
 
-from .benchmarks import (
+from peft_psr.evaluation.benchmarks.registry import (
     evaluate_axbench,
     evaluate_faithfulness,
     evaluate_ifeval,
     evaluate_persona,
     evaluate_side_effects,
 )
-from .calibration import Calibration, calibrate_alpha
-from .faithfulness import intervention_strength, prompt_recovery, relative_rmse
-from .report import Report
-from .scoring import SteeringScore, score_model
-from .side_effects import (
+from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alpha
+from peft_psr.evaluation.measures.faithfulness import intervention_strength, prompt_recovery, relative_rmse
+from peft_psr.evaluation.measures.scoring import SteeringScore, score_model
+from peft_psr.evaluation.measures.side_effects import (
     NeutralKL,
     SideEffects,
     TextPerplexity,
@@ -24,7 +23,8 @@ from .side_effects import (
     text_triplets,
     usable_alpha_range,
 )
-from .strength import at_strength
+from peft_psr.evaluation.measures.strength import at_strength
+from peft_psr.evaluation.reports.report import Report
 
 
 __all__ = [

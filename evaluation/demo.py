@@ -12,22 +12,23 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from peft_psr.chat import last_text
-from peft_psr.facts import AdapterFacts, package_versions
+from peft_psr.base_model.loading import load_model, load_tokenizer
+from peft_psr.evaluation.inspection.shading import shaded_answer
+from peft_psr.evaluation.measures.faithfulness import intervention_strength, relative_rmse
+from peft_psr.evaluation.methods.registry import DEMO, METHODS
+from peft_psr.evaluation.reports.plots import rmse_by_layer, strength_by_token, trait_against_coherence
 from peft_psr.files import as_png, check_new_folder, write_json, write_whole
-from peft_psr.loading import load_model, load_tokenizer
-from peft_psr.model_card import write_model_card
+from peft_psr.hub.facts import AdapterFacts, package_versions
+from peft_psr.hub.model_card import write_model_card
 from peft_psr.positions import encode_chat
-from peft_psr.tiny_chat import TRAITS, GrammarJudge, instructions, prompt_messages, questions, tiny_chat_path
+from peft_psr.prompts.conversations import last_text
+from peft_psr.tiny_chat import TRAITS, instructions, prompt_messages, questions, tiny_chat_path
 from peft_psr.training import add_instruction, sample_completions
-from peft_psr.training.branches import unedited
+from peft_psr.training.judges.grammar import GrammarJudge
+from peft_psr.training.passes.branches import unedited
 from peft_psr.training.progress import Progress
 
 from .experiment import Experiment, Outcome, Sizes, SteeringTask, as_row
-from .faithfulness import intervention_strength, relative_rmse
-from .methods import DEMO, METHODS
-from .plots import rmse_by_layer, strength_by_token, trait_against_coherence
-from .shading import shaded_answer
 
 
 MAX_NEW_TOKENS = 96

@@ -16,13 +16,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from peft_psr.judging import Judge, Message
+from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alpha
+from peft_psr.evaluation.measures.faithfulness import prompt_recovery, relative_rmse
+from peft_psr.evaluation.measures.scoring import SteeringScore, score_model
+from peft_psr.evaluation.methods.method import FitSettings, Method
+from peft_psr.prompts.messages import Message
 from peft_psr.training import Triplet, add_instruction, filter_triplets, generate_triplets
-
-from .calibration import Calibration, calibrate_alpha
-from .faithfulness import prompt_recovery, relative_rmse
-from .method import FitSettings, Method
-from .scoring import SteeringScore, score_model
+from peft_psr.training.judges.base import Judge
 
 
 @dataclass(frozen=True)

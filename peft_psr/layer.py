@@ -20,10 +20,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from peft_psr.base_model.decoder import hidden_of
+
+from .call_state import SteeringState, Strength, check_row_count
 from .config import PSRConfig
-from .decoder import hidden_of
 from .rows import BASE, EACH_ROW, RowAdapters
-from .state import SteeringState, Strength, check_row_count
 
 
 def add_edit(stream: torch.Tensor, gates: torch.Tensor, direction: torch.Tensor, strength: Strength) -> torch.Tensor:

@@ -12,16 +12,17 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_mod
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from . import beside
-from .composition import check_combination, check_weights, combine
+from peft_psr.base_model import other_adapters
+from peft_psr.base_model.decoder import layer_index, output_width
+from peft_psr.base_model.fit import KEY_OF_UNIT, check_fit, place_weights, saved_key
+from peft_psr.base_model.targets import ExactTarget, layers_to_edit
+
+from .combination import check_combination, check_weights, combine
 from .config import PSRConfig, check_strength
-from .decoder import layer_index, output_width
-from .doors import attach_state, detach_state, prompt_of
-from .fit import KEY_OF_UNIT, check_fit, place_weights, saved_key
+from .hooks import attach_state, detach_state, prompt_of
 from .layer import PSRLayer, check_weights_at_hand, edit_output
 from .rank_cut import cut_adapter
 from .rows import check_names, rows_named
-from .targets import ExactTarget, layers_to_edit
 
 
 class PSRModel(BaseTuner):
@@ -43,7 +44,7 @@ class PSRModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
         """As `BaseTuner`; configurations of another type's adapters beneath stay as they are."""
-        theirs = beside.configs_beneath(model, peft_config)
+        theirs = other_adapters.configs_beneath(model, peft_config)
         if theirs:
             self.peft_config = {}
         super().__init__(model, peft_config, adapter_name, **kwargs)
@@ -110,11 +111,13 @@ class PSRModel(BaseTuner):
             # PEFT cuts a key before ".psr_" to find the layer's name; our child module stands between the two
             state_dict = {key.replace(".psr.psr_", ".psr_"): value for key, value in state_dict.items()}
         present = [config for name, config in self._configs().items() if name != adapter_name]
-        beside.check_no_shared_modules(model, adapter_name, cast(PSRConfig, self.peft_config[adapter_name]), present)
+        other_adapters.check_no_shared_modules(
+            model, adapter_name, cast(PSRConfig, self.peft_config[adapter_name]), present
+        )
         first = not self.psr_layers()
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict, **kwargs)
         if first:  # PEFT freezes the model beneath a first adapter, but for other adapters on it
-            beside.freeze_others(model, self._own_modules())
+            other_adapters.freeze_others(model, self._own_modules())
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
@@ -174,16 +177,16 @@ class PSRModel(BaseTuner):
         Unlike PEFT's `disable_adapter` it leaves on what else is on the model, a LoRA for one, and all weights as
         trainable as they are.
         """
-        return beside.switched_off(self._own_modules())
+        return other_adapters.switched_off(self._own_modules())
 
     def _saved_modules(self) -> dict[str, AuxiliaryTrainingWrapper]:
-        return beside.saved_modules(self.model, list(self._configs().values()))
+        return other_adapters.saved_modules(self.model, list(self._configs().values()))
 
     def _own_modules(self) -> list[nn.Module]:
         return [*self.psr_layers().values(), *self._saved_modules().values()]
 
     def _others_left_alone(self) -> AbstractContextManager[None]:
-        return beside.others_left_alone(self.model, list(self._saved_modules().values()))
+        return other_adapters.others_left_alone(self.model, list(self._saved_modules().values()))
 
     def unmerge_adapter(self) -> None:
         """Refused like merging, with `ValueError`."""

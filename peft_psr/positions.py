@@ -17,9 +17,10 @@ from collections.abc import Sequence
 import torch
 from jinja2 import TemplateError
 
-from .chat import Prompt, begins_answer, encode_prompt, pad_id, render_prompt, render_turns
+from peft_psr.prompts.conversations import Prompt, begins_answer, encode_prompt, pad_id, render_prompt, render_turns
+from peft_psr.prompts.messages import Message, content_text
+
 from .config import POSITIONS
-from .judging import Message, content_text
 
 
 # Stands for a turn's text when looking for where it ends or begins; no template's default system turn ends in it.

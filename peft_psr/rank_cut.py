@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .decoder import hidden_of
-from .doors import prompt_of
+from peft_psr.base_model.decoder import hidden_of
+
+from .hooks import prompt_of
 from .layer import PSRLayer, PSRUnit
 
 

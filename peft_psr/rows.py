@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .call_state import SteeringState, check_row_count
 from .config import PSRConfig
-from .state import SteeringState, check_row_count
 
 
 if TYPE_CHECKING:

@@ -27,18 +27,11 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from peft_psr.judging import Message
-from peft_psr.tiny_chat import (
-    TRAITS,
-    GrammarJudge,
-    instructions,
-    prompt_messages,
-    questions,
-    sample_conversation,
-    tiny_chat_path,
-)
+from peft_psr.prompts.messages import Message
+from peft_psr.tiny_chat import TRAITS, instructions, prompt_messages, questions, sample_conversation, tiny_chat_path
 from peft_psr.tiny_chat.grammar import all_texts
 from peft_psr.tiny_chat.topics import split_tokens
+from peft_psr.training.judges.grammar import GrammarJudge
 
 
 PAD, UNKNOWN, BOS, END = "<|pad|>", "<|unk|>", "<|bos|>", "<|end|>"

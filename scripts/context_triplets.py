@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from peft_psr.chat import encode_prompt
-from peft_psr.loading import load_model, load_tokenizer
+from peft_psr.base_model.loading import load_model, load_tokenizer
 from peft_psr.positions import pad_tokens
+from peft_psr.prompts.conversations import encode_prompt
 from peft_psr.training import Triplet, TripletCollator
 
 

@@ -18,15 +18,15 @@ import torch
 from peft import get_peft_model
 
 from peft_psr import PSRConfig
+from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.evaluation.demo import MAX_NEW_TOKENS, tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
-from peft_psr.evaluation.faithfulness import log_probs_at
-from peft_psr.evaluation.scoring import score_model
+from peft_psr.evaluation.measures.faithfulness import log_probs_at
+from peft_psr.evaluation.measures.scoring import score_model
 from peft_psr.files import write_json
-from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
-from peft_psr.tiny_chat import GrammarJudge
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator, initialize_psr_weights
-from peft_psr.training.step_progress import silence
+from peft_psr.training.judges.grammar import GrammarJudge
+from peft_psr.training.trainer.step_progress import silence
 
 
 def train(model, experiment: Experiment) -> None:

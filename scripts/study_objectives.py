@@ -32,11 +32,11 @@ from context_triplets import ContextTask, context_task
 from peft import PeftModel, get_peft_model
 
 from peft_psr import PSRConfig
+from peft_psr.base_model.loading import load_model, load_tokenizer
 from peft_psr.evaluation import prompt_recovery
 from peft_psr.files import read_json, write_json
-from peft_psr.loading import load_model, load_tokenizer
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, initialize_psr_weights
-from peft_psr.training.step_progress import silence
+from peft_psr.training.trainer.step_progress import silence
 
 
 DRAWN = 1000  # training triplets of each context and seed; variants take the first of them

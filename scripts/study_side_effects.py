@@ -33,6 +33,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_psr import PSRConfig
+from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.evaluation import (
     SteeringScore,
     least_alpha,
@@ -44,7 +45,6 @@ from peft_psr.evaluation import (
 from peft_psr.evaluation.demo import MAX_NEW_TOKENS, tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
 from peft_psr.files import read_json, write_json
-from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.tiny_chat import TRAITS, instructions, prompt_messages, questions, sample_answer
 from peft_psr.tiny_chat.traits import DROP_REQUESTS
 from peft_psr.training import (
@@ -56,7 +56,7 @@ from peft_psr.training import (
     initialize_psr_weights,
     sample_completions,
 )
-from peft_psr.training.step_progress import silence
+from peft_psr.training.trainer.step_progress import silence
 
 
 STRENGTHS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.4, 1.6, 2.0, 4.0)

@@ -26,13 +26,13 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from peft_psr import PSRConfig
+from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.evaluation import prompt_recovery, relative_rmse
 from peft_psr.evaluation.demo import tiny_task
 from peft_psr.evaluation.experiment import Experiment, Sizes
 from peft_psr.files import read_json, write_json
-from peft_psr.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, Triplet, initialize_psr_weights
-from peft_psr.training.step_progress import silence
+from peft_psr.training.trainer.step_progress import silence
 
 
 STARTS = ("linear", "live", "mean_difference", "ridge")

@@ -22,7 +22,7 @@ CHECKS = {
     "test_unload_restores_bit_for_bit": "unload",
     "test_gradient_reaches_every_unit_and_nothing_else": "gradients",
 }
-TABLES = {"modes": ("test_modes", "test_modes_training", "test_compile", "test_beside_lora"), "doors": ("test_doors",)}
+TABLES = {"modes": ("test_modes", "test_modes_training", "test_compile", "test_beside_lora"), "hooks": ("test_hooks",)}
 
 Outcomes = dict[tuple[str, str], dict[str, str]]
 """(test file, test) -> {parameters: "passes", "fails" or "skipped"}."""

@@ -1,18 +1,19 @@
 """Training PSR adapters: triplets, sampling, filtering, objectives, initialisation, the Trainer."""
 
-from peft_psr.facts import AdapterFacts, Part, Score
-from peft_psr.model_card import write_model_card
-
-from .arguments import PSRTrainingArguments
-from .collator import TripletCollator
-from .draws import Completion, Draw, Failure, PromptPair, Sampler
-from .filtering import filter_triplets
-from .initialization import initialize_psr_weights
-from .model_card import training_facts
-from .sampling import LocalSampler, sample_completions
-from .summary import TrainingSummary
-from .trainer import PSRTrainer
-from .triplets import Triplet, add_instruction, generate_triplets, read_triplets, write_triplets
+from peft_psr.hub.facts import AdapterFacts, Part, Score
+from peft_psr.hub.model_card import write_model_card
+from peft_psr.training.data.collator import TripletCollator
+from peft_psr.training.data.draws import Completion, Draw, Failure, PromptPair, Sampler
+from peft_psr.training.data.filtering import filter_triplets
+from peft_psr.training.data.placement import add_instruction
+from peft_psr.training.data.triplets import Triplet, read_triplets, write_triplets
+from peft_psr.training.runs.train.facts import training_facts
+from peft_psr.training.runs.triplets.generate import generate_triplets
+from peft_psr.training.sampling.local import LocalSampler, sample_completions
+from peft_psr.training.starts.initialization import initialize_psr_weights
+from peft_psr.training.trainer.arguments import PSRTrainingArguments
+from peft_psr.training.trainer.summary import TrainingSummary
+from peft_psr.training.trainer.trainer import PSRTrainer
 
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from peft_psr.tiny_chat.grammar import (
+from .grammar import (
     TOPICS,
     TRAITS,
     Question,
@@ -13,7 +13,6 @@ from peft_psr.tiny_chat.grammar import (
     sample_answer,
     sample_conversation,
 )
-from peft_psr.tiny_chat.judge import FAILURES, GrammarJudge
 
 
 def tiny_chat_path() -> str:
@@ -22,10 +21,8 @@ def tiny_chat_path() -> str:
 
 
 __all__ = [
-    "FAILURES",
     "TOPICS",
     "TRAITS",
-    "GrammarJudge",
     "Question",
     "instructions",
     "neutral_instructions",

@@ -5,18 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 
-from peft_psr.judging import Message
-from peft_psr.tiny_chat.topics import (
-    TOPICS,
-    Question,
-    Tokens,
-    join,
-    questions,
-    sentence_families,
-    split_tokens,
-    topic_of,
-)
-from peft_psr.tiny_chat.traits import (
+from peft_psr.prompts.messages import Message
+
+from .topics import TOPICS, Question, Tokens, join, questions, sentence_families, split_tokens, topic_of
+from .traits import (
     CHANGES,
     DROP_REQUESTS,
     FRAMES,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from peft_psr.tiny_chat.topics import TOPICS, Tokens, check_split, split_tokens
+from .topics import TOPICS, Tokens, check_split, split_tokens
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from peft_psr import cli
-from peft_psr.evaluation.chat import Chat, base_model_of, load_chat_model, name_adapters
-from peft_psr.evaluation.chat_session import ChatSession
+from peft_psr.hub.steered_model import base_model_of
+from peft_psr.serving.chat import Chat, load_chat_model, name_adapters
+from peft_psr.serving.chat_session import ChatSession
 
 
 def psr(*arguments, **settings):

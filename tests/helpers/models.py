@@ -12,7 +12,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from peft_psr.caches import cache_name
+from peft_psr.base_model.caches import cache_name
 
 
 VOCABULARY = 64

@@ -14,12 +14,12 @@ from helpers.models import tiny_model
 from helpers.tokenizers import tiny_tokenizer
 from helpers.triplets import SIX, triplets
 from peft_psr import PSRConfig
-from peft_psr.judging import JudgeScores
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, add_instruction
-from peft_psr.training.draws import Completion, Failure, PromptPair
-from peft_psr.training.recipe import load_recipe
-from peft_psr.training.run import FIGURE, MANIFEST, REPORT, TRIPLETS, TripletRun
-from peft_psr.training.train_recipe import TrainRecipe
+from peft_psr.training.data.draws import Completion, Failure, PromptPair
+from peft_psr.training.judges.base import JudgeScores
+from peft_psr.training.runs.train.recipe import TrainRecipe
+from peft_psr.training.runs.triplets.recipe import load_recipe
+from peft_psr.training.runs.triplets.run import FIGURE, MANIFEST, REPORT, TRIPLETS, TripletRun
 
 
 # ---------------------------------------------------------------- the trainer

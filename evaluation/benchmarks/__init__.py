@@ -1,0 +1,1 @@
+"""The benchmarks of `psr evaluate`, and the workbench that they share."""

@@ -1,0 +1,1 @@
+"""`psr evaluate axbench`: concepts brought into answers."""

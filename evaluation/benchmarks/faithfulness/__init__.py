@@ -1,0 +1,1 @@
+"""`psr evaluate faithfulness`: how near a method comes to the prompt."""

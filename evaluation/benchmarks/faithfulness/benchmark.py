@@ -1,0 +1,218 @@
+"""`psr evaluate faithfulness`: how near each method comes to the prompt, on held-out completions, without a judge.
+
+For each model, trait, method and seed, and each strength asked for: prompt recovery and relative RMSE by layer, with
+the trait's instruction in other words as the yardstick and a neutral instruction as the control. `movement` has the
+formulas. Intervals are over prompts: all completions on one prompt are drawn together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from pydantic import Field
+
+from peft_psr.base_model.decoder import layer_index
+from peft_psr.base_model.loading import EMBEDDED
+from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, PositiveAlphas
+from peft_psr.evaluation.benchmarks.workbench import Workbench
+from peft_psr.evaluation.inspection.token_map import map_tokens
+from peft_psr.evaluation.measures.faithfulness import measured_layers
+from peft_psr.evaluation.measures.movement import (
+    Movement,
+    movements,
+    neutral_sums,
+    squared_errors,
+    strengths,
+    token_correlations,
+)
+from peft_psr.evaluation.measures.strength import at_strength, has_lora
+from peft_psr.evaluation.reports.report import Report
+from peft_psr.prompts.conversations import Prompt
+from peft_psr.training import PromptPair, Triplet, add_instruction
+from peft_psr.training.runs.models import load_tokenizer
+from peft_psr.training.runs.recipe_fields import FREE
+
+from .report import PLACES, Cell, faithfulness_report
+
+
+NEUTRAL_INSTRUCTION = (
+    "You are a helpful assistant. Read the question with care, then answer it in the way you usually would."
+)
+EMBEDDED_NEUTRAL_INSTRUCTION = "Answer the question."
+
+
+class FaithfulnessRecipe(EvaluateRecipe):
+    """What `psr evaluate faithfulness` measures."""
+
+    alphas: PositiveAlphas = Field(
+        (1.0,), json_schema_extra=FREE, description="Strengths to measure at, with commas between them."
+    )
+    neutral_instruction: str | None = Field(
+        None,
+        description="The control: an instruction that does not ask for the trait, put where the trait's are; one "
+        "about answering the question by default.",
+    )
+
+    @property
+    def control(self) -> str:
+        """The neutral instruction."""
+        if self.neutral_instruction is not None:
+            return self.neutral_instruction
+        return EMBEDDED_NEUTRAL_INSTRUCTION if self.source == "embedded" else NEUTRAL_INSTRUCTION
+
+
+def check_faithfulness(bench: Workbench) -> None:
+    """Raises what can be known to be wrong before any long work.
+
+    Raises:
+        ValueError: there is no method, no test split, or the neutral instruction is blank or says what a model of few
+            words does not know; or whatever `Workbench.check` finds.
+    """
+    recipe = _recipe(bench)
+    if not bench.method_names():
+        raise ValueError("methods: faithfulness measures adapters; name a method, or give adapters.")
+    if recipe.source in ("ifeval", "axbench"):
+        raise ValueError(f"source: {recipe.source} has no test split to measure on; use personas or embedded.")
+    if not recipe.control.strip():
+        raise ValueError("neutral_instruction is blank; give a text, or leave it out.")
+    for model in recipe.models:
+        tokenizer = load_tokenizer(model, recipe)
+        unknown = tokenizer.unk_token_id
+        if unknown is not None and unknown in tokenizer(recipe.control, add_special_tokens=False)["input_ids"]:
+            known = f"; {EMBEDDED_NEUTRAL_INSTRUCTION!r} is one it knows" if model == EMBEDDED else ""
+            raise ValueError(f"neutral_instruction: {model} does not know all words of {recipe.control!r}{known}.")
+    bench.check()
+
+
+def run_faithfulness(bench: Workbench) -> Report:
+    """Measures every model, trait, method, seed and strength of the recipe.
+
+    Raises:
+        OSError: a model or an adapter can't be had.
+        ValueError: a method can't use the triplets, or the model answered every held-out prompt with nothing.
+    """
+    recipe = _recipe(bench)
+    bench.expect(
+        len(recipe.models) * len(bench.traits) * len(bench.method_names()) * len(recipe.seeds) * len(recipe.alphas)
+    )
+    cells = [
+        Cell(model, trait, method, seed, alpha, _cell(bench, model, trait, method, seed, alpha))
+        for model in recipe.models
+        for trait in bench.traits
+        for method in bench.method_names()
+        for seed in recipe.seeds
+        for alpha in recipe.alphas
+    ]
+    return faithfulness_report(recipe, recipe.control, recipe.alphas, cells)
+
+
+def _cell(bench: Workbench, model: str, trait: str, method: str, seed: int, alpha: float) -> dict[str, Any]:
+    def compute() -> dict[str, Any]:
+        recipe = _recipe(bench)
+        _, processing_class = bench.load(model)
+        triplets = bench.held_out(model, trait)
+        neutral = [add_instruction(row["prompt"], recipe.control, recipe.placement) for row in triplets]
+        reworded = reworded_prompts(triplets, bench.pairs("test")[trait])
+        with bench.fitted(model, trait, method, seed) as fitted:
+            return measure(fitted.model, processing_class, triplets, neutral, reworded, alpha)
+
+    return bench.cell({"model": model, "trait": trait, "method": method, "seed": seed, "alpha": alpha}, compute)
+
+
+def reworded_prompts(triplets: Sequence[Triplet], pairs: Sequence[PromptPair]) -> list[Prompt] | None:
+    """For each triplet the same prompt with the next of the trait's instructions; `None` if any prompt has but one."""
+    versions: dict[str, list[Prompt]] = {}
+    for pair in pairs:
+        versions.setdefault(json.dumps(pair.prompt), []).append(pair.steered_prompt)
+    found = []
+    for triplet in triplets:
+        known = versions.get(json.dumps(triplet["prompt"]), [])
+        own = [json.dumps(prompt) for prompt in known].index(json.dumps(triplet["steered_prompt"])) if known else 0
+        if len(known) < 2:
+            return None
+        found.append(known[(own + 1) % len(known)])
+    return found
+
+
+def measure(
+    model: PeftModel,
+    processing_class,
+    triplets: Sequence[Triplet],
+    neutral: Sequence[Prompt],
+    reworded: Sequence[Prompt] | None,
+    alpha: float,
+) -> dict[str, Any]:
+    """Everything of one adapter at one strength, as JSON; see `movement` for the formulas.
+
+    Returns:
+        `layers`: their numbers. `prompts`: for each bare prompt, sums over its completions: `kl`, `errors` (by layer),
+        `neutral` (by group of tokens: three sums by layer), and `correlations` with one entry a completion. `places`:
+        {name: mean strength over layers and completions by token}. `example`: of one completion the tokens, strengths
+        by layer and token, and for a PSR adapter `gates`, {layer: gate value by token}.
+    """
+    prompts: dict[str, dict[str, Any]] = {}
+    places: dict[str, np.ndarray] = {}
+    counts = np.zeros(PLACES)
+    example: dict[str, Any] = {}
+    in_response = torch.zeros(0, dtype=torch.bool)
+    moved = movements(model, triplets, processing_class, neutral, reworded, alpha)
+    for triplet, movement in zip(triplets, moved, strict=True):
+        known = prompts.setdefault(json.dumps(triplet["prompt"]), {"kl": {}, "errors": {}, "neutral": {}})
+        _add(known["kl"], movement.kl)
+        _add(known["errors"], squared_errors(movement))
+        _add(known["neutral"], neutral_sums(movement))
+        for name, value in token_correlations(movement).items():
+            known.setdefault("correlations", {}).setdefault(name, []).extend([] if value is None else [value])
+        by_token = strengths(movement)
+        shown = (movement.places >= 0) & (movement.places < PLACES)
+        at = movement.places[shown].numpy()
+        counts[at] += 1
+        for name, values in by_token.items():
+            places.setdefault(name, np.zeros(PLACES))[at] += values.mean(dim=0)[shown].numpy()
+        if not example:
+            in_response = movement.places >= 0
+            example = {"tokens": _texts(processing_class, movement), **_cut(by_token, in_response)}
+    if not has_lora(model):
+        with at_strength(model, alpha):
+            gates = map_tokens(model, processing_class, model.active_adapter, triplets[0]).gates
+        example["gates"] = {str(layer): values[in_response][:PLACES].tolist() for layer, values in gates.items()}
+    there = counts > 0
+    return {
+        "layers": [layer_index(name) for name in measured_layers(model)],
+        "prompts": [_rounded(known) for known in prompts.values()],
+        "places": {name: _rounded(sums[there] / counts[there]) for name, sums in places.items()},
+        "example": _rounded(example),
+    }
+
+
+def _add(sums: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        value = np.asarray(value, dtype=np.float64)
+        sums[name] = value if name not in sums else sums[name] + value
+
+
+def _texts(processing_class, movement: Movement) -> list[str]:
+    return [processing_class.decode([token]) for token in movement.tokens[movement.places >= 0][:PLACES].tolist()]
+
+
+def _cut(by_token: Mapping[str, torch.Tensor], in_response: torch.Tensor) -> dict[str, np.ndarray]:
+    return {name: values[:, in_response][:, :PLACES].numpy() for name, values in by_token.items()}
+
+
+def _rounded(data: Any) -> Any:
+    """The same as JSON with six digits of each number."""
+    if isinstance(data, dict):
+        return {name: _rounded(value) for name, value in data.items()}
+    if isinstance(data, (list, np.ndarray)) and np.ndim(data) > 0:
+        return [_rounded(value) for value in data]
+    return data if isinstance(data, str) else float(f"{float(data):.6g}")
+
+
+def _recipe(bench: Workbench) -> FaithfulnessRecipe:
+    assert isinstance(bench.recipe, FaithfulnessRecipe)
+    return bench.recipe

@@ -1,0 +1,1 @@
+"""`psr evaluate ifeval`: instructions followed without standing in the prompt."""

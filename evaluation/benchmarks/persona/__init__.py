@@ -1,0 +1,1 @@
+"""`psr evaluate persona`: trait against coherence."""

@@ -1,0 +1,1 @@
+"""`psr evaluate side-effects`: what changes besides the trait."""

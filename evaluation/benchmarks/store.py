@@ -1,0 +1,61 @@
+"""Results and adapters kept under the hash of all that decides them: whole, or not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from peft_psr.evaluation.methods.method import Fitted
+from peft_psr.files import read_json, write_json
+
+
+FIT = "fit.json"
+_KNOWN = ("dead_gates", "notes", "seconds", "bytes")
+
+
+def kept_result(path: Path, key: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds, or what is computed now and kept there.
+
+    Args:
+        path: Named by the hash of `key`.
+        key: What decides the result; kept beside it.
+        compute: Returns JSON.
+
+    Returns:
+        The result as JSON gives it back, so that a first run and a rerun see the same.
+    """
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, {**key, "result": compute()}, allow_nan=False)
+    return read_json(path)["result"]
+
+
+def kept_adapter(folder: Path, base: PreTrainedModel) -> Fitted | None:
+    """The adapter that `keep_adapter` left in a folder, on its base model; `None` if there is none."""
+    if not (folder / FIT).is_file():
+        return None
+    known = read_json(folder / FIT)
+    return Fitted(PeftModel.from_pretrained(base, folder).eval(), **{name: known[name] for name in _KNOWN})
+
+
+def keep_adapter(folder: Path, fitted: Fitted, parameters: Mapping[str, Any]) -> None:
+    """Save an adapter with what is known of it, and set its `bytes`.
+
+    Args:
+        folder: Named by the hash of `parameters`; not there yet.
+        fitted: The adapter.
+        parameters: What decided it.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    fitted.model.save_pretrained(str(partial))
+    fitted.bytes = (partial / "adapter_model.safetensors").stat().st_size
+    known = {name: getattr(fitted, name) for name in _KNOWN}
+    write_json(partial / FIT, {**known, "parameters": dict(parameters)}, allow_nan=False)
+    os.replace(partial, folder)

@@ -1,0 +1,1 @@
+"""Looking at single tokens: where an adapter acts, and what an instruction moves."""

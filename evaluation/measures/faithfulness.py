@@ -1,0 +1,205 @@
+"""How near the steered model comes to the prompted one, measured on the same tokens without any judge.
+
+    prompt recovery   1 - KL(prompted || steered) / KL(prompted || base), KL summed over response tokens
+    relative RMSE     RMS(A_{l|AS} - A_{l|PS}) / RMS(A_{l|PS} - A_l), for each layer l
+
+Recovery: 1 = the prompt replaced, 0 = nothing done, negative = worse than nothing. RMSE: 0 = the prompt itself, 1 = no
+steering; METHOD 6. Both on triplets held out from the adapter's training.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch.utils.data import DataLoader
+
+from peft_psr.base_model.decoder import decoder_layer_names, layer_index
+from peft_psr.prompts.conversations import Prompt
+from peft_psr.training import TripletCollator
+from peft_psr.training.data.dataset import encode_dataset
+from peft_psr.training.data.triplets import Triplet
+from peft_psr.training.passes.branches import Batch
+
+from .strength import adapter_config, edited_positions, run_adapter_branch
+
+
+def triplet_batches(
+    model: PeftModel, triplets: Sequence[Triplet], processing_class, batch_size: int, alpha: float
+) -> Iterator[Batch]:
+    """Batches of triplets at one strength, on the model's device.
+
+    Raises:
+        TypeError: the model has no PSR or LoRA adapter.
+        ValueError: no triplets, or one can't be used.
+    """
+    collator = TripletCollator(processing_class, edited_positions(model), alpha)
+    rows = encode_dataset(collator, triplets, "triplets")
+    device = next(model.parameters()).device
+    for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):  # type: ignore[arg-type]
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def measured_layers(model: PeftModel) -> list[str]:
+    """Names of the decoder layers, in order; `TypeError` without a PSR or LoRA adapter."""
+    pattern = adapter_config(model).layers_pattern
+    return decoder_layer_names(model.get_base_model(), pattern)
+
+
+def log_probs_at(logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the next token at some places; no other place's logits are copied or made float32.
+
+    Args:
+        logits: (batch, seq, vocabulary).
+        places: (batch, seq), 0/1.
+
+    Returns:
+        (places, vocabulary) float32, row after row.
+    """
+    return F.log_softmax(logits[places.bool()].float(), dim=-1)
+
+
+def response_log_probs(logits: torch.Tensor, batch: Batch, branch: str) -> torch.Tensor:
+    """Log-probabilities at the places that predict the response, which ends each right-padded row.
+
+    Args:
+        logits: (batch, seq, vocabulary), of that branch.
+        batch: From `TripletCollator`.
+        branch: "teacher", "base" or "student".
+
+    Returns:
+        (response tokens of all rows, vocabulary) float32.
+    """
+    attention_mask = batch["teacher_attention_mask" if branch == "teacher" else "attention_mask"]
+    lengths = (batch["labels"] != -100).sum(dim=1, keepdim=True)
+    positions = torch.arange(logits.shape[1], device=logits.device)
+    ends = attention_mask.sum(dim=1, keepdim=True) - 1
+    return log_probs_at(logits, (positions < ends) & (positions >= ends - lengths))
+
+
+@torch.no_grad()
+def log_probs_by_branch(
+    model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float, batch_size: int
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    """Yields for each batch {branch: (response tokens, vocabulary)} and the response tokens, (response tokens,).
+
+    The branches are "teacher", "base" and "student". Logits of one branch at a time are in memory, and the
+    log-probabilities of all three.
+
+    Raises:
+        ValueError: no triplets, or one that can't be used.
+    """
+    for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
+        log_probs = {}
+        for branch in ("teacher", "base", "student"):
+            logits = run_adapter_branch(model, batch, [], branch, logits=True).logits
+            assert logits is not None
+            log_probs[branch] = response_log_probs(logits, batch, branch)
+        yield log_probs, batch["labels"][batch["labels"] != -100]
+
+
+@torch.no_grad()
+def prompt_recovery(
+    model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float = 1.0, batch_size: int = 8
+) -> float:
+    """Share of the prompt's effect on the next-token distribution that the adapter brings about.
+
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplets: Held-out triplets; their scores do not matter.
+        processing_class: The tokenizer.
+        alpha: Strength.
+        batch_size: Triplets a forward pass.
+
+    Returns:
+        At most 1; 0 for an adapter that does nothing.
+
+    Raises:
+        ValueError: no triplets, or the prompt does not change the model's predictions on any of them.
+    """
+    steered = base = 0.0
+    for log_probs, _ in log_probs_by_branch(model, triplets, processing_class, alpha, batch_size):
+        steered += F.kl_div(log_probs["student"], log_probs["teacher"], log_target=True, reduction="sum").item()
+        base += F.kl_div(log_probs["base"], log_probs["teacher"], log_target=True, reduction="sum").item()
+    if base <= 0:
+        raise ValueError("The prompt does not change the model's predictions on any triplet: nothing to recover.")
+    return 1.0 - steered / base
+
+
+@torch.no_grad()
+def relative_rmse(
+    model: PeftModel,
+    triplets: Sequence[Triplet],
+    processing_class,
+    alpha: float = 1.0,
+    reworded_prompts: Sequence[Prompt] | None = None,
+    batch_size: int = 32,
+) -> dict[int | str, float]:
+    """How far the steered stream is from the prompted one at each decoder layer, in units of the prompt's own effect.
+
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplets: Held-out triplets.
+        processing_class: The tokenizer.
+        alpha: Strength.
+        reworded_prompts: Measure the model under these prompts, one a triplet, in place of the adapter: the yardstick,
+            how far two wordings of one instruction are apart.
+        batch_size: Triplets a forward pass.
+
+    Returns:
+        {layer: RMSE >= 0}, over the tokens that a PSR adapter edits; for a LoRA, over the response.
+
+    Raises:
+        ValueError: no triplets, or not one reworded prompt for each.
+    """
+    names = measured_layers(model)
+    error: dict[str, float] = defaultdict(float)
+    effect: dict[str, float] = defaultdict(float)
+    for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
+        teacher = run_adapter_branch(model, batch, names, "teacher").hidden
+        base = run_adapter_branch(model, batch, names, "base").hidden
+        steered = None if reworded_prompts is not None else run_adapter_branch(model, batch, names, "student").hidden
+        for name in names:
+            effect[name] += (teacher[name].float() - base[name].float()).square().sum().item()
+            if steered is not None:
+                error[name] += (teacher[name].float() - steered[name].float()).square().sum().item()
+    if reworded_prompts is not None:
+        pairs = zip(triplets, reworded_prompts, strict=True)
+        reworded: list[Triplet] = [{**triplet, "prompt": prompt} for triplet, prompt in pairs]
+        for batch in triplet_batches(model, reworded, processing_class, batch_size, alpha):
+            teacher = run_adapter_branch(model, batch, names, "teacher").hidden
+            other = run_adapter_branch(model, batch, names, "base").hidden
+            for name in names:
+                error[name] += (teacher[name].float() - other[name].float()).square().sum().item()
+    return {layer_index(name): (error[name] / effect[name]) ** 0.5 for name in names if effect[name] > 0}
+
+
+@torch.no_grad()
+def intervention_strength(
+    model: PeftModel, triplet: Triplet, processing_class, alpha: float = 1.0
+) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """How strongly the prompt, and the adapter, move each token's residual stream.
+
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplet: One triplet.
+        processing_class: The tokenizer.
+        alpha: Strength.
+
+    Returns:
+        The edited tokens as text, and for the prompt and for the adapter |difference to the plain run| / |plain run|,
+        each (layers, tokens) float32.
+    """
+    names = measured_layers(model)
+    (batch,) = triplet_batches(model, [triplet], processing_class, 1, alpha)
+    base = run_adapter_branch(model, batch, names, "base").hidden
+    moved = []
+    for branch in ("teacher", "student"):
+        hidden = run_adapter_branch(model, batch, names, branch).hidden
+        norms = [(hidden[n].float() - base[n].float()).norm(dim=-1) / base[n].float().norm(dim=-1) for n in names]
+        moved.append(torch.stack(norms).cpu())
+    ids = batch["input_ids"][batch["steering_mask"].bool()].tolist()
+    return [processing_class.decode([token]) for token in ids], moved[0], moved[1]

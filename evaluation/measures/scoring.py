@@ -1,0 +1,197 @@
+"""Trait and coherence scores, 0-100, of what a model answers: plain, prompted, or steered at several strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft_psr.hub.facts import Score
+from peft_psr.prompts.conversations import Prompt
+from peft_psr.prompts.messages import Message
+from peft_psr.training.judges.base import Judge, JudgeScores, judge_answers
+
+from .strength import sample_steered
+
+
+@dataclass(frozen=True)
+class SteeringScore:
+    """Mean scores of a batch of completions.
+
+    Attributes:
+        alpha: Strength of the adapter, or `None` where there is none.
+        trait: Mean trait score, 0-100.
+        coherence: Mean coherence score, 0-100.
+        completions: How many completions the means are over: those with both scores.
+    """
+
+    alpha: float | None
+    trait: float
+    coherence: float
+    completions: int
+
+    def for_card(self) -> Score:
+        """As an adapter's facts and its model card have it."""
+        return Score(self.trait, self.coherence, self.alpha)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered at one strength.
+
+    Attributes:
+        alpha: The strength, or `None` without an adapter.
+        questions: For each answer, which of the questions it is to, from 0.
+        texts: The answers.
+        scores: The judge's.
+    """
+
+    alpha: float | None
+    questions: list[int]
+    texts: list[str]
+    scores: list[JudgeScores]
+
+    @property
+    def mean(self) -> SteeringScore:
+        """Means over the answers that have both scores.
+
+        Raises:
+            ValueError: none has.
+        """
+        return mean_score(self.alpha, self.scores)
+
+    def by_question(self) -> list[list[list[float]]]:
+        """For each question the [trait, coherence] of its answers that have both scores, 0-100."""
+        grouped: list[list[list[float]]] = [[] for _ in range(max(self.questions) + 1)]
+        for question, score in zip(self.questions, self.scores, strict=True):
+            if score.trait is not None and score.coherence is not None:
+                grouped[question].append([round(score.trait, 3), round(score.coherence, 3)])
+        return grouped
+
+
+def judged_answers(
+    model,
+    processing_class,
+    prompts: Sequence[Prompt],
+    bare_prompts: Sequence[Prompt],
+    questions: Sequence[int],
+    judge: Judge,
+    sampling: Mapping[str, Any],
+    alphas: Sequence[float] | None = None,
+) -> list[Answers]:
+    """Sample an answer to every prompt at every strength, and have them judged.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        processing_class: Its tokenizer.
+        prompts: What the model is given; repeated for several draws.
+        bare_prompts: What the judge is shown of them.
+        questions: For each prompt, which question it asks, from 0.
+        judge: Scores the answers.
+        sampling: As `sample_completions` takes it.
+        alphas: Strengths of the adapter; `None` for a model without one.
+
+    Returns:
+        For each strength the answers in the order of the prompts; one in all without `alphas`.
+
+    Raises:
+        ConnectionError: the judge failed on an answer.
+    """
+    strengths: list[float | None] = [None] if alphas is None else list(alphas)
+    completions = sample_steered(
+        model,
+        processing_class,
+        [prompt for _ in strengths for prompt in prompts],
+        None if alphas is None else [alpha for alpha in alphas for _ in prompts],
+        **sampling,
+    )
+    texts = [completion.text for completion in completions]
+    scores = judge_answers(
+        judge,
+        [prompt for _ in strengths for prompt in bare_prompts],
+        [completion.answer for completion in completions],
+    )
+    check_answered([score.failure for score in scores])
+    size = len(prompts)
+    return [
+        Answers(alpha, list(questions), texts[k * size : (k + 1) * size], scores[k * size : (k + 1) * size])
+        for k, alpha in enumerate(strengths)
+    ]
+
+
+def check_answered(failures: Sequence[str | None]) -> None:
+    """Raise `ConnectionError` if a judge failed on anything it was asked: what it has said is kept, the rest is not.
+
+    Args:
+        failures: For each question why there is no answer, or `None` where there is one.
+    """
+    failed = [reason for reason in failures if reason is not None]
+    if failed:
+        raise ConnectionError(
+            f"The judge failed on {len(failed)} of {len(failures)} questions ({failed[0]}). What it has said is kept; "
+            "the same command asks again."
+        )
+
+
+def score_model(
+    model,
+    processing_class,
+    prompts: Sequence[Sequence[Message]],
+    judge: Judge,
+    max_new_tokens: int,
+    alphas: Sequence[float] | None = None,
+    bare_prompts: Sequence[Sequence[Message]] | None = None,
+    num_draws: int = 1,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: str | None = None,
+) -> list[SteeringScore]:
+    """Sample answers and have them judged; rows of all strengths of a PSR adapter are sampled together.
+
+    Args:
+        model: A causal language model.
+        processing_class: Its tokenizer.
+        prompts: What the model is given.
+        judge: Scores the answers.
+        max_new_tokens: Longest answer, in tokens.
+        alphas: Strengths of the PSR or LoRA adapter; `None` for a model without one.
+        bare_prompts: What the judge is shown; `None` if that is the same as `prompts`.
+        num_draws: Answers for each prompt and strength.
+        temperature: Of the sampling.
+        batch_size: Answers sampled together.
+        seed: Of the sampling.
+        progress: Title of a progress bar, or `None`.
+
+    Returns:
+        One score for each strength, in order; one in all without `alphas`.
+
+    Raises:
+        ConnectionError: the judge failed on an answer.
+        ValueError: no prompts, or the judge scored none of the answers.
+    """
+    if not prompts:
+        raise ValueError("score_model needs at least one prompt.")
+    rows = [i for i in range(len(prompts)) for _ in range(num_draws)]
+    shown = prompts if bare_prompts is None else bare_prompts
+    sampling = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size, "seed": seed,
+        "progress": progress,
+    }  # fmt: skip
+    answers = judged_answers(
+        model, processing_class, [prompts[i] for i in rows], [shown[i] for i in rows], rows, judge, sampling, alphas
+    )
+    return [one.mean for one in answers]
+
+
+def mean_score(alpha: float | None, scores: Sequence[Any]) -> SteeringScore:
+    """Means over the completions that have both scores.
+
+    Raises:
+        ValueError: none has.
+    """
+    both = [(s.trait, s.coherence) for s in scores if s.trait is not None and s.coherence is not None]
+    if not both:
+        raise ValueError(f"The judge scored none of {len(scores)} completions.")
+    trait, coherence = (sum(column) / len(both) for column in zip(*both, strict=True))
+    return SteeringScore(alpha, trait, coherence, len(both))

@@ -1,0 +1,1 @@
+"""Every method of the benchmarks' tables, one a file, and their registry."""

@@ -1,0 +1,46 @@
+"""Activation addition: the difference that one pair of prompts makes, added to the residual stream; no training.
+
+    z = A_l(x') - A_l(x)  at the last token of either prompt, of a single pair        h <- h + alpha * z
+
+Source: ActAdd (Turner et al., arXiv 2308.10248): a steering vector from one contrast pair, in one forward pass each.
+
+What differs from the source. There the pair is two short texts, such as "Love" and "Hate", padded to one length; their
+difference is kept for every position and added to the first tokens of the prompt alone, at the input of a layer. Those
+tokens are the chat template's own here, and text steered towards is not given but an instruction. So the pair is a
+prompt with and without the instruction, drawn by `FitSettings.seed`; their question, being the same, cancels as far
+as it can. Prompts of different lengths share their last token, so the difference is taken there, and added to the
+output of the layer on the tokens that every other method edits. What is kept is what makes it ActAdd and not a
+difference in means: one pair, whose accidents stay in the vector. Other seeds draw other pairs.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel
+
+from peft_psr import PSRConfig
+from peft_psr.evaluation.methods.fitting.contrast import contrast_pairs, last_token_stream
+from peft_psr.training import Triplet
+from peft_psr.training.passes.branches import psr_model
+
+from .method import FitSettings, Fitted, Method
+
+
+def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
+    pairs = contrast_pairs(triplets, processing_class)
+    pair = random.Random(settings.seed).choice(pairs)
+    plain, prompted = last_token_stream(model, processing_class, pair, settings.layer, batch_size=2)
+    config = PSRConfig(gate="constant", layers_to_transform=settings.layer, positions=settings.positions)
+    steered = get_peft_model(model, config)
+    (layer,) = psr_model(steered).psr_layers().values()
+    with torch.no_grad():
+        layer.unit("default").direction.copy_(prompted - plain)
+    notes = {"prompt": pair.plain, "steered_prompt": pair.prompted, "pairs_to_draw_from": len(pairs)}
+    return Fitted(steered.eval(), notes=notes)
+
+
+ACTIVATION_ADDITION = Method("S-Const ActAdd", _fit, "none", "one pair of prompts", "arXiv 2308.10248")

@@ -1,0 +1,128 @@
+"""Training of an edit of one layer that becomes a PSR adapter only afterwards: what it adds may be any function of h.
+
+    h_i  <-  h_i + m_i * edit(h)_i                      m: the mask of `TripletCollator`, as PSR has it
+
+The base model is frozen and in eval mode; the optimiser sees the edit's own weights alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
+
+from peft_psr.base_model.decoder import decoder_layer_names, hidden_of
+from peft_psr.evaluation.methods.method import FitSettings
+from peft_psr.layer import PSRUnit
+from peft_psr.training.objectives.prediction import prediction_losses
+from peft_psr.training.passes.branches import Batch, psr_model, run_branch
+
+from .trainer_settings import text_arguments, train_quietly
+
+
+Edit = Callable[[torch.Tensor], torch.Tensor]
+"""From the layer's output (batch, seq, d), float32, to what is added to it, which broadcasts over the same."""
+
+Loss = Callable[[Batch, float], torch.Tensor]
+"""From a batch and the share of training done (0-1) to a loss for each triplet, (batch,)."""
+
+
+def only_unit(model: PeftModel) -> PSRUnit:
+    """The weights of a single-layer PSR adapter named "default"."""
+    (layer,) = psr_model(model).psr_layers().values()
+    return layer.unit("default")
+
+
+@contextmanager
+def edited(model: PeftModel, edit: Edit, mask: torch.Tensor) -> Iterator[None]:
+    """Inside, the layer that the PSR adapter of `model` belongs to returns h + m * edit(h).
+
+    Args:
+        model: A PEFT model with a PSR adapter on one layer, switched off.
+        edit: What is added; computed in float32 on the device of `mask`, then cast back.
+        mask: (batch, seq), the tokens to edit.
+    """
+    (layer,) = psr_model(model).psr_layers().values()
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        hidden = hidden_of(output, layer.name)
+        stream = hidden.to(mask.device, torch.float32)
+        new = (stream + mask[..., None] * edit(stream)).to(hidden)
+        return new if isinstance(output, torch.Tensor) else (new, *output[1:])
+
+    handle = model.get_base_model().get_submodule(layer.name).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def mean_log_likelihood(model: PeftModel, batch: Batch, edit: Edit | None = None) -> torch.Tensor:
+    """(1 / |y|) log p(y | x) of each row's response y under the base model, or under the edited one; nats.
+
+    Args:
+        model: A PEFT model with a PSR adapter on one layer, switched off.
+        batch: From `TripletCollator`, on one device.
+        edit: What is added to the layer's output; `None` for nothing.
+
+    Returns:
+        (batch,) float32, with the graph of the edit.
+    """
+    last = decoder_layer_names(model.get_base_model())[-1]
+    with edited(model, edit or torch.zeros_like, batch["steering_mask"]):
+        student = run_branch(model, batch, [last], "student")
+    return -prediction_losses(model, ["ll"], student, last, None, batch)["ll"].to(batch["alpha"].device)
+
+
+def train_edit(
+    model: PeftModel,
+    edit: nn.Module,
+    loss: Loss,
+    rows: Sequence[Any],
+    collate: Callable[[Sequence[Any]], Batch],
+    settings: FitSettings,
+    learning_rate: float,
+) -> None:
+    """Train an edit's weights in place: AdamW without weight decay, linear to zero, gradients clipped at norm 1.
+
+    Args:
+        model: The base model with a PSR adapter on the layer to edit, switched off; left as it is.
+        edit: Holds what is trained; moved to the model's device.
+        loss: What is minimised, averaged over the batch.
+        rows: The training examples, encoded.
+        collate: Makes a batch of some of them.
+        settings: Epochs for objectives on text, batch size, seed, learning rate in place of the method's, `on_step`.
+        learning_rate: The method's own.
+
+    Raises:
+        FloatingPointError: the loss is infinite or not a number.
+        ValueError: the process would spread the model over several GPUs with `nn.DataParallel`.
+    """
+    with TemporaryDirectory() as folder:
+        rate = settings.learning_rate or learning_rate
+        arguments = text_arguments(folder, model, settings, rate, data_seed=settings.seed)
+        train_quietly(_EditTrainer(loss, edit, arguments, collate, cast(Any, list(rows))), settings.on_step)
+
+
+class _EditTrainer(Trainer):
+    """transformers' Trainer of the edit's weights; the model that they edit is no part of what it sees."""
+
+    def __init__(self, loss: Loss, *args: Any) -> None:
+        super().__init__(*args)
+        self.loss = loss
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The mean over the batch; () float32."""
+        value = self.loss(inputs, self.state.global_step / self.state.max_steps).mean()
+        if not torch.isfinite(value):
+            raise FloatingPointError(
+                f"Step {self.state.global_step}: the loss is {value.item()}. A smaller learning_rate may help."
+            )
+        return value

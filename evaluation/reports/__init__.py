@@ -1,0 +1,1 @@
+"""What a benchmark has to say: tables with intervals, figures, pages."""

@@ -1,0 +1,136 @@
+"""`psr triplets`, `psr recipes` and `psr draft`: training data and how to describe it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from peft_psr.training.runs.triplets.recipe import Recipe
+from peft_psr.training.runs.yaml_reading import read_yaml
+
+from .common import (
+    CONFIG,
+    DRY_RUN,
+    RECIPE,
+    RUN_FOLDER,
+    errors,
+    home,
+    plain_console,
+    quiet_transformers,
+    recipe_options,
+    show_progress_of_runs,
+)
+
+
+@recipe_options(Recipe)
+def triplets(
+    recipe: str = RECIPE,
+    output: Path = RUN_FOLDER,
+    dry_run: bool = DRY_RUN,
+    **options: str | bool | None,
+) -> None:
+    """Draw, judge and filter triplets. Stopped at any moment, the same command goes on where it was."""
+    from peft_psr.training.runs.triplets.assembly import judge_maker, make_sampler, prompt_pairs
+    from peft_psr.training.runs.triplets.estimate import estimate
+    from peft_psr.training.runs.triplets.recipe import load_recipe
+    from peft_psr.training.runs.triplets.run import MANIFEST, REPORT, TRIPLETS, TripletRun
+    from peft_psr.training.sampling.chat_server import ServerError, TooManyFailures
+
+    show_progress_of_runs()
+    console = plain_console()
+    with errors(console, ServerError, TooManyFailures, ImportError):
+        given = {name: value for name, value in options.items() if value is not None}
+        chosen = load_recipe(recipe or None, given)
+        pairs = prompt_pairs(chosen)
+        run = TripletRun(output, chosen, pairs, lambda: make_sampler(chosen), judge_maker(chosen, pairs, output))
+        run.check()
+        if dry_run:
+            cost = estimate(chosen, pairs)
+            about = "" if cost.counted else "about "
+            traits = len({pair.trait for pair in pairs})
+            console.print(f"would draw {cost.completions} completions on {len(pairs)} prompts of {traits} trait(s) "
+                          f"from {chosen.model} ({chosen.sampler})")  # fmt: skip
+            console.print(f"prompts: {about}{cost.prompt_tokens:,} tokens; completions: at most "
+                          f"{cost.most_completion_tokens:,} tokens")  # fmt: skip
+            if cost.judge_calls:
+                console.print(f"judge: {cost.judge_calls:,} questions to {chosen.judge_model} ({chosen.model_judge}), "
+                              f"at most about {cost.most_judge_tokens:,} tokens")  # fmt: skip
+            else:
+                console.print(f"judge: {chosen.judge}, without a model")
+            console.print(f"first prompt: {pairs[0].steered_prompt}")
+            console.print(f"and write to {output}/")
+            return
+        try:
+            counts = run.run()
+        except KeyboardInterrupt:
+            console.print(f"stopped; the same command goes on from what is in {output}/")
+            raise typer.Exit(130) from None
+        console.print(f"kept {counts.kept} of {counts.drawn} completions as triplets in {output / TRIPLETS}"
+                      + (f", and {counts.negatives} negatives" if counts.negatives else ""))  # fmt: skip
+        if counts.dropped:
+            console.print(f"dropped: {counts.why()}")
+        if missing := counts.planned - counts.judged:
+            console.print(f"{missing} draws have failed; the same command tries them again")
+        console.print(f"what was drawn, kept and dropped: {output / REPORT}; how it was made: {output / MANIFEST}")
+
+
+def recipes(
+    name: str = typer.Argument("", help="Print this one, to make your own of it: psr recipes embedded > my.yaml"),
+) -> None:
+    """List the recipes for `psr triplets`, `psr train` and `psr evaluate` that ship, or print one."""
+    from peft_psr.evaluation.benchmarks.registry import shipped_by_benchmark
+    from peft_psr.training.runs.train.recipe import shipped_train_recipes
+    from peft_psr.training.runs.triplets.recipe import shipped_recipes
+
+    kinds = {"psr triplets": shipped_recipes(), "psr train": shipped_train_recipes()}
+    kinds |= {f"psr evaluate {benchmark}": found for benchmark, found in shipped_by_benchmark().items()}
+    shipped = {title: path for recipes in kinds.values() for title, path in recipes.items()}
+    console = plain_console()
+    with errors(console):
+        if name and name not in shipped:
+            raise ValueError(f"No recipe {name!r} ships; there are: {', '.join(shipped)}.")
+    if name:
+        typer.echo(shipped[name].read_bytes(), nl=False)  # whatever the terminal's encoding: a recipe is UTF-8
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for command, recipes in kinds.items():
+        for title, path in recipes.items():
+            table.add_row(command, title, read_yaml(path)["description"])
+    Console(highlight=False).print(table)
+
+
+def draft(
+    name: str = typer.Argument(help="The trait's name: small letters, digits, - and _."),
+    description: str = typer.Argument(help="What the trait is, in a sentence or two."),
+    model: str = typer.Option(..., callback=home, help="A chat model: Hub name or folder, or its name on the server."),
+    output: Path = typer.Option(
+        Path("traits"), callback=home, help="Folder for the trait's files, as `source: personas` reads it."
+    ),
+    server_url: str = typer.Option("", help="An OpenAI-compatible server, such as http://localhost:8000/v1."),
+    key_variable: str = typer.Option("OPENAI_API_KEY", help="Environment variable with the server's key."),
+    max_new_tokens: int = typer.Option(8192, min=1, help="Longest answer, in tokens."),
+    temperature: float = typer.Option(0.7, min=0, help="Of the sampling."),
+    seed: int = typer.Option(0, min=0, help="Of the sampling."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be done, do nothing."),
+    config: Path | None = CONFIG,
+) -> None:
+    """Draft a new trait's instructions, questions and judge prompt with a chat model, for you to read over."""
+    from peft_psr.text import check_unicode
+    from peft_psr.training.runs.triplets.assembly import make_chat
+    from peft_psr.training.sampling.chat_server import ServerError, TooManyFailures
+    from peft_psr.training.sources.drafting import draft_trait
+
+    quiet_transformers()
+    console = plain_console()
+    with errors(console, ServerError, TooManyFailures):
+        if dry_run:
+            console.print(f"would ask {model} at {server_url or 'this machine'} for {name!r} and write to {output}/")
+            return
+        check_unicode(description, "The description")
+        chat = make_chat(model, server_url or None, key_variable, max_new_tokens, temperature, seed)
+        for path in draft_trait(name, description, chat, output).values():
+            console.print(f"wrote {path}")
+        console.print("a draft: read both files over, correct them, then remove the note in them")

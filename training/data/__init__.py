@@ -1,0 +1,1 @@
+"""Triplets and what becomes of them: pairs of prompts, placement of the instruction, filtering, batches."""

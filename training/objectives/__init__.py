@@ -1,0 +1,1 @@
+"""The losses that an adapter is trained by, and the penalties beside them."""

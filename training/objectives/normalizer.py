@@ -1,0 +1,57 @@
+"""What the MSE is before any training, which `normalize_loss` divides by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from peft_psr.training.passes.branches import Batch, run_branch
+from peft_psr.training.passes.frozen import FrozenModel
+
+from .losses import mse_by_layer
+
+
+def untrained_loss(
+    frozen: FrozenModel,
+    layers: Sequence[str],
+    batches: Iterable[Batch],
+    adapters: Sequence[str],
+    gather: Callable[[torch.Tensor], Any],
+) -> dict[str, torch.Tensor]:
+    """{layer: (adapters,)}: mean squared difference between the branches without any edit.
+
+    Neutral triplets do not count: there is no difference.
+
+    Args:
+        frozen: The model.
+        layers: The decoder layers from the first edited one on.
+        batches: All triplets.
+        adapters: Names of the adapters, for errors; one without a name is the only one.
+        gather: Makes all processes' values, row by row, of this one's.
+
+    Raises:
+        ValueError: the instruction changes nothing on any triplet of an adapter.
+    """
+    parts: list[torch.Tensor] = []
+    owners: list[torch.Tensor] = []
+    for batch in batches:
+        teacher = frozen.teacher(batch)
+        base = run_branch(frozen.model, batch, layers, "base")
+        losses = mse_by_layer(base.hidden, teacher, batch["steering_mask"])
+        by_triplet = torch.stack([loss.to(batch["index"].device) for loss in losses.values()], dim=1)
+        owner = torch.where(batch["neutral"], -1, batch["adapter"])
+        parts += gather(by_triplet)
+        owners += gather(owner)
+    by_triplet, owner = torch.stack(parts), torch.stack(owners)
+    means = torch.stack([by_triplet[owner == i].mean(dim=0) for i in range(len(adapters))])
+    for name, mean in zip(adapters, means, strict=True):
+        if not mean.nan_to_num().any():
+            raise ValueError(
+                "The instruction changes nothing inside the model on any triplet"
+                + (f" of {name!r}" if name else "")
+                + " (its activations are equal with and without it), so the loss can't be normalised and there is "
+                "nothing to learn."
+            )
+    return dict(zip(layers, means.T, strict=True))

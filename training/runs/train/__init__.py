@@ -1,0 +1,1 @@
+"""A run of `psr train`: an adapter for each trait."""

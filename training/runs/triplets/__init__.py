@@ -1,0 +1,1 @@
+"""A run of `psr triplets`: draw, judge, filter, report."""

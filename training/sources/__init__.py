@@ -1,0 +1,1 @@
+"""Where pairs of prompts come from: the embedded grammar, persona traits, IFEval, AxBench."""

@@ -1,0 +1,1 @@
+"""Starts made from the data, without a gradient step."""

@@ -1,0 +1,1 @@
+"""`PSRTrainer`: its arguments, several adapters at once, checkpoints, the summary."""
