@@ -61,7 +61,7 @@ def tests_table(outcomes: Outcomes, modules: Iterable[str]) -> str:
     """Each test's docstring, name and outcome."""
     lines = ["| what is seen | test | outcome |", "|---|---|---|"]
     for module in modules:
-        tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
+        tree = ast.parse((ROOT / "tests" / "adapter" / f"{module}.py").read_text())
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 runs = outcomes[module, node.name]
