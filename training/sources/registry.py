@@ -9,7 +9,12 @@ from .base import Source
 
 SOURCES: Registry[Source] = Registry(
     "source",
-    {name: f"peft_psr.training.sources.{name}:SOURCE" for name in ("embedded", "personas", "ifeval", "axbench")},
+    {
+        "embedded": "peft_psr.training.sources.embedded:SOURCE",
+        "personas": "peft_psr.training.sources.personas:SOURCE",
+        "ifeval": "peft_psr.training.sources.ifeval:SOURCE",
+        "axbench": "peft_psr.training.sources.axbench:SOURCE",
+    },
 )
 
 
