@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -9,6 +10,11 @@ from typing import Any
 
 from peft_psr.text import check_unicode, parse_json, text_lines
 from peft_psr.training.data.draws import PromptPair
+
+from .base import Selection, Source
+
+
+logger = logging.getLogger(__name__)
 
 
 def read_ifeval(path: str | Path, instruction_ids: Collection[str] | None = None) -> list[PromptPair]:
@@ -59,6 +65,30 @@ def read_ifeval(path: str | Path, instruction_ids: Collection[str] | None = None
         asked = "" if instruction_ids is None else f" with {', '.join(sorted(instruction_ids))}"
         raise ValueError(f"{path} holds no prompts{asked}. Its instructions: {', '.join(sorted(found)) or 'none'}.")
     return pairs
+
+
+class IFEvalSource(Source):
+    """IFEval's prompts, whose instruction is part of their text."""
+
+    needs_data = True
+    takes_instruction = False
+    judge = "ifeval"
+
+    def pairs(self, wanted: Selection) -> list[PromptPair]:
+        """As `Source.pairs`, without the prompts that are the same without their instruction."""
+        seen: Counter[str] = Counter()
+        pairs = []
+        for pair in read_ifeval(wanted.data or "", wanted.traits or None):
+            if pair.prompt == pair.steered_prompt:  # the published files have a few
+                logger.warning("%s is left out: its prompt is the same without the instruction.", pair.id)
+                continue
+            seen[pair.trait] += 1
+            if wanted.questions is None or seen[pair.trait] <= wanted.questions:
+                pairs.append(pair)
+        return pairs
+
+
+SOURCE = IFEvalSource()
 
 
 def _checked_row(line: str, where: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from peft_psr.hub.facts import package_versions
 from peft_psr.training.data.context import context_length
 from peft_psr.training.data.draws import Draw, Failure, PromptPair, Sampler, draws_on
 from peft_psr.training.data.filtering import Fits, answer_of, has_answer, sort_out
+from peft_psr.training.data.triplets import NEGATIVES, STATE, TRIPLETS
 from peft_psr.training.judges.base import Judge
 from peft_psr.training.progress import Progress
 from peft_psr.training.runs.folder_lock import locked
@@ -27,11 +28,8 @@ from .recipe import Recipe
 from .report import Counts, histograms, report
 
 
-STATE = "run.json"
 COMPLETIONS, SCORES = "completions.jsonl", "scores.jsonl"
-TRIPLETS, NEGATIVES, MANIFEST, REPORT, FIGURE = (
-    "triplets.jsonl", "negatives.jsonl", "manifest.json", "report.md", "scores.png"
-)  # fmt: skip
+MANIFEST, REPORT, FIGURE = "manifest.json", "report.md", "scores.png"
 ORIGIN = ("model", "revision", "template_hash", "template_args")
 """What each record says of where it comes from, as the sampler describes itself."""
 TOKENS = ("completion_ids", "reasoning_opened")
