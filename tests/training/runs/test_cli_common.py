@@ -19,7 +19,7 @@ from rich.console import Console
 import peft_psr
 from peft_psr import cli
 from peft_psr.cli.common import errors, home
-from peft_psr.training.sources.drafting import draft_trait
+from peft_psr.training.runs.drafting import draft_trait
 
 
 WORDS = " ".join([*(f"w{i}" for i in range(55)), "🙂", "é"])
