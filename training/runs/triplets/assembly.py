@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft_psr.files import check_file
-from peft_psr.text import read_text
 from peft_psr.training.data.draws import PromptPair, Sampler
 from peft_psr.training.data.placement import check_placement
-from peft_psr.training.judges.answer_cache import AnswerCache
 from peft_psr.training.judges.base import Judge
-from peft_psr.training.judges.grammar import GrammarJudge
-from peft_psr.training.judges.language_model import ServerJudge
-from peft_psr.training.judges.local import LocalJudge, number_tokens
-from peft_psr.training.judges.prompts import COHERENCE_PROMPT, TRAIT_PROMPT
-from peft_psr.training.runs.models import load_judge, load_judge_tokenizer, load_model, load_tokenizer
+from peft_psr.training.judges.prompts import COHERENCE_PROMPT, read_prompt
+from peft_psr.training.judges.registry import JUDGES
+from peft_psr.training.judges.settings import JudgeSettings
+from peft_psr.training.runs.models import load_model, load_tokenizer
 from peft_psr.training.sampling.chat_server import ChatServer
 from peft_psr.training.sampling.local import LocalSampler
 from peft_psr.training.sampling.server import ServerSampler
-from peft_psr.training.sources.ifeval import IFEvalJudge
 from peft_psr.training.sources.registry import SOURCES
 
 from .recipe import DrawFields, Recipe
@@ -45,18 +40,6 @@ def prompt_pairs(recipe: Recipe) -> list[PromptPair]:
     return pairs
 
 
-def _server(url: str | None, model: str, key_variable: str, more: Mapping[str, Any], recipe: Recipe) -> ChatServer:
-    return ChatServer(
-        url or "",
-        model,
-        api_key_variable=key_variable,
-        concurrency=recipe.concurrency,
-        timeout=recipe.timeout,
-        max_failure_share=recipe.max_failure_share,
-        extra_body=more,
-    )
-
-
 def check_template(recipe: DrawFields, tokenizer: Any) -> None:
     """Raises `ValueError` if the model takes no instruction where the recipe puts it."""
     if SOURCES[recipe.source].takes_instruction:
@@ -71,7 +54,15 @@ def make_sampler(recipe: Recipe) -> Sampler:
         ValueError: the model takes no instruction where the recipe puts it, or a server's setting is wrong.
     """
     if recipe.sampler == "server":
-        server = _server(recipe.server_url, recipe.model, recipe.server_key_variable, recipe.request_fields, recipe)
+        server = ChatServer(
+            recipe.server_url or "",
+            recipe.model,
+            api_key_variable=recipe.server_key_variable,
+            concurrency=recipe.concurrency,
+            timeout=recipe.timeout,
+            max_failure_share=recipe.max_failure_share,
+            extra_body=recipe.request_fields,
+        )
         return ServerSampler(server, recipe.max_new_tokens, recipe.temperature)
     tokenizer = load_tokenizer(recipe.model, recipe)
     check_template(recipe, tokenizer)
@@ -95,70 +86,49 @@ def judge_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Ca
 
     Raises:
         FileNotFoundError: a prompt file is not there.
-        ValueError: a prompt has no place for the answer.
+        ValueError: a prompt has no place for the answer, or the judge can't score these prompts.
     """
-    if recipe.judge == "grammar":
-        return GrammarJudge
-    if recipe.model_judge == "local":  # whether it can judge shows before anything is drawn
-        number_tokens(load_judge_tokenizer(recipe))
-    if recipe.judge != "ifeval":
-        return _language_model_maker(recipe, pairs, folder)
-    make_coherence = _language_model_maker(recipe, pairs, folder) if recipe.coherence_judge else None
-    IFEvalJudge(pairs)  # so does what has no checker
-
-    @cache
-    def judge() -> IFEvalJudge:
-        return IFEvalJudge(pairs, make_coherence("") if make_coherence else None)
-
-    return lambda trait: judge()
+    own, coherence = judge_prompts(recipe, pairs)
+    return JUDGES[recipe.judge].maker(replace(judge_settings(recipe, folder), pairs=pairs, trait_prompts=own,
+                                              coherence_prompt=coherence))  # fmt: skip
 
 
-def _language_model_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Callable[[str], Judge]:
-    trait_prompts, coherence_prompt = judge_prompts(recipe, pairs)
-    judge_model = recipe.judge_model or ""
+def judge_settings(recipe: DrawFields, folder: Path) -> JudgeSettings:
+    """Returns what a recipe says of its judge, prompts aside.
 
-    if recipe.model_judge == "server":
-        url = recipe.judge_url or recipe.server_url
-        server = _server(url, judge_model, recipe.judge_key_variable, recipe.judge_fields, recipe)
-
-    def make(trait: str) -> Judge:
-        answers = AnswerCache(recipe.judge_cache or folder / "judge_answers.sqlite")
-        settings: dict[str, Any] = {
-            "trait": trait,
-            # a judge of coherence alone asks that question twice, which counts as once
-            "trait_prompt": trait_prompts.get(trait, TRAIT_PROMPT) if trait else coherence_prompt,
-            "coherence_prompt": coherence_prompt,
-            "cache": answers,
-        }
-        if recipe.model_judge == "server":
-            return ServerJudge(server, **settings)
-        return LocalJudge(
-            load_judge(recipe), load_judge_tokenizer(recipe), **settings, batch_size=recipe.judge_batch_size
-        )
-
-    return make
+    Args:
+        recipe: What to do.
+        folder: The run's, for the cache of answers.
+    """
+    return JudgeSettings(
+        cache=Path(recipe.judge_cache or folder / "judge_answers.sqlite"),
+        coherence_judge=recipe.coherence_judge,
+        model=recipe.judge_model or "",
+        revision=recipe.judge_revision,
+        dtype=recipe.dtype,
+        device_map=recipe.device_map,
+        trust_remote_code=recipe.trust_remote_code,
+        batch_size=recipe.judge_batch_size,
+        url=recipe.judge_server or "",
+        key_variable=recipe.judge_key_variable,
+        fields=recipe.judge_fields,
+        concurrency=recipe.concurrency,
+        timeout=recipe.timeout,
+        max_failure_share=recipe.max_failure_share,
+    )
 
 
 def judge_prompts(recipe: Recipe, pairs: Sequence[PromptPair]) -> tuple[dict[str, str], str]:
-    """Returns {trait: trait prompt}, as far as traits have their own, and the coherence prompt.
+    """Returns {trait: trait prompt}, as far as traits have their own, and the coherence prompt, if a model judges.
 
     Raises:
         FileNotFoundError: a prompt file of the recipe is not there.
         ValueError: such a file has no `{answer}` in it.
     """
-    prompts = {name: _read_prompt(recipe, name) for name in ("trait_prompt", "coherence_prompt")}
+    if not recipe.model_judge:
+        return {}, ""
     own = SOURCES[recipe.source].judge_prompts(recipe.selection)
-    if prompts["trait_prompt"]:
-        own = dict.fromkeys({pair.trait for pair in pairs}, prompts["trait_prompt"])
-    return own, prompts["coherence_prompt"] or COHERENCE_PROMPT
-
-
-def _read_prompt(recipe: Recipe, name: str) -> str | None:
-    file = getattr(recipe, name)
-    if file is None:
-        return None
-    check_file(file, name)
-    text = read_text(file)
-    if "{answer}" not in text:
-        raise ValueError(f"{name}: {file} must hold {{answer}}, where the completion goes.")
-    return text
+    if recipe.trait_prompt:
+        own = dict.fromkeys({pair.trait for pair in pairs}, read_prompt(recipe.trait_prompt, "trait_prompt"))
+    coherence = recipe.coherence_prompt and read_prompt(recipe.coherence_prompt, "coherence_prompt")
+    return own, coherence or COHERENCE_PROMPT

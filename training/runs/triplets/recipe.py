@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from peft_psr.base_model.loading import EMBEDDED
 from peft_psr.training.data.filtering import FilterSettings
 from peft_psr.training.data.placement import Placement
+from peft_psr.training.judges.registry import JUDGES
 from peft_psr.training.runs.model_fields import ModelFields
 from peft_psr.training.runs.recipe_fields import (
     FREE,
@@ -32,6 +33,7 @@ from peft_psr.training.sources.registry import SOURCES
 
 Url = Annotated[str, Field(pattern=r"^https?://[^@?\s]+$")]
 VariableName = Annotated[str, Field(pattern="^[A-Z_][A-Z0-9_]*$")]
+JudgeName = Annotated[str, Registered(JUDGES)]
 LeastScore = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -79,10 +81,10 @@ class DrawFields(ModelFields):
         json_schema_extra=FREE,
     )
 
-    judge: Literal["grammar", "ifeval", "server", "local"] = Field(
+    judge: JudgeName = Field(
         description="Who scores: the embedded model's grammar, IFEval's checkers, a model on a server, a model here."
     )
-    coherence_judge: Literal["server", "local"] | None = Field(
+    coherence_judge: JudgeName | None = Field(
         None, description="Who scores coherence for judge: ifeval, whose checkers don't."
     )
     judge_model: Place | None = Field(None, description="The model of a judge that is server or local.")
@@ -136,12 +138,15 @@ class DrawFields(ModelFields):
                 f"judge: {self.judge} can score source: {' or '.join(judged)} alone, got source: {self.source}. Use "
                 "judge: server or judge: local."
             )
-        if self.coherence_judge and self.judge != "ifeval":
+        scores_coherence = JUDGES[self.judge].scores_coherence
+        if self.coherence_judge and scores_coherence:
             raise ValueError(f"judge: {self.judge} scores coherence itself; leave coherence_judge out.")
-        if self.judge == "ifeval" and not self.coherence_judge and self.min_coherence_score > 0:
+        if self.coherence_judge and not JUDGES[self.coherence_judge].scores_coherence:
+            raise ValueError(f"coherence_judge: {self.coherence_judge} scores no coherence; name another.")
+        if not scores_coherence and not self.coherence_judge and self.min_coherence_score > 0:
             raise ValueError(
-                "judge: ifeval scores no coherence. Name a coherence_judge, or set min_coherence_score: 0 to keep "
-                "completions without that score."
+                f"judge: {self.judge} scores no coherence. Name a coherence_judge, or set min_coherence_score: 0 to "
+                "keep completions without that score."
             )
         for name in source.no_choice:
             field = type(self).model_fields.get(name)
@@ -151,8 +156,19 @@ class DrawFields(ModelFields):
 
     @property
     def model_judge(self) -> str | None:
-        """Where the language model runs that judges or helps to: "server", "local", or `None` if there is none."""
-        return self.coherence_judge if self.judge == "ifeval" else self.judge if self.judge != "grammar" else None
+        """The judge, or judge of coherence, that asks a language model: "server", "local", or `None` if none does."""
+        asked = (name for name in (self.judge, self.coherence_judge) if name and JUDGES[name].needs_model)
+        return next(asked, None)
+
+    @property
+    def judge_at_server(self) -> bool:
+        """Whether that language model is on a server."""
+        return self.model_judge is not None and JUDGES[self.model_judge].at_server
+
+    @property
+    def judge_server(self) -> str | None:
+        """The URL of that server."""
+        return self.judge_url
 
     @property
     def filter(self) -> FilterSettings:
@@ -190,8 +206,10 @@ class Recipe(DrawFields):
     def _check_together(self) -> Recipe:
         if self.sampler == "server" and not self.server_url:
             raise ValueError(f"sampler: server needs server_url: {type(self).model_fields['server_url'].description}")
-        if self.model_judge == "server" and not (self.judge_url or self.server_url):
-            raise ValueError("A judge that is server needs judge_url (or a server_url, which the judge then shares).")
+        if self.judge_at_server and not self.judge_server:
+            raise ValueError(
+                f"A judge that is {self.model_judge} needs judge_url (or a server_url, which the judge then shares)."
+            )
         if self.negatives and not SOURCES[self.source].has_negatives:
             raise ValueError(f"source: {self.source} has no instructions for the opposite; leave negatives out.")
         if self.sampler == "server" and self.chat_template:
@@ -205,6 +223,11 @@ class Recipe(DrawFields):
         if self.sampler == "server" and self.model == EMBEDDED:
             raise ValueError("model: embedded is drawn from here (sampler: local); name the model as the server does.")
         return self
+
+    @property
+    def judge_server(self) -> str | None:
+        """The judge's server, by default that of the sampler."""
+        return self.judge_url or self.server_url
 
     @property
     def selection(self) -> Selection:
