@@ -8,13 +8,25 @@ import os
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from peft_psr.files import digest
+from peft_psr.registry import Registry
 from peft_psr.text import composed
 
 from .yaml_reading import parse_yaml, read_yaml
@@ -37,6 +49,17 @@ TraitNames = Annotated[Names, AfterValidator(lambda names: tuple(map(composed, n
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file, a folder, or a name on the Hub; `~` is the user's folder, as in a shell."""
 Places = Annotated[Names, AfterValidator(lambda places: tuple(map(os.path.expanduser, places)))]
+
+
+@dataclass(frozen=True)
+class NameIn:
+    """As an annotation of a text, `Annotated[str, NameIn(REGISTRY)]`: it is a name of the registry."""
+
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Has pydantic ask the registry."""
+        return core_schema.no_info_after_validator_function(self.registry.check, handler(source))
 
 
 class RecipeFields(BaseModel):
@@ -187,12 +210,24 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def _bare_kinds(kind: type[RecipeFields], name: str) -> list[Any]:
-    """What a field may be, without constraints."""
-    parts = _kinds(kind.model_fields[name].annotation)
-    return [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
+    """What a field may be, without constraints; `NameIn` for a registry's names."""
+    field = kind.model_fields[name]
+    return [
+        _names_in(part, field.metadata) or (get_args(part)[0] if get_origin(part) is Annotated else part)
+        for part in _kinds(field.annotation)
+    ]
+
+
+def _names_in(kind: Any, constraints: Sequence[Any]) -> NameIn | None:
+    """The registry that a text has to be a name of, if any."""
+    own = get_args(kind)[1:] if get_origin(kind) is Annotated else constraints if kind is str else ()
+    return next((constraint for constraint in own if isinstance(constraint, NameIn)), None)
 
 
 def _kind_in_words(kind: Any, constraints: Sequence[Any]) -> str:
+    names = _names_in(kind, constraints)
+    if names is not None:
+        return " | ".join(names.registry)
     if get_origin(kind) is Annotated:
         kind, *own = get_args(kind)
         constraints = [*constraints, *(constraint for field in own for constraint in getattr(field, "metadata", []))]
