@@ -52,13 +52,17 @@ Places = Annotated[Names, AfterValidator(lambda places: tuple(map(os.path.expand
 
 
 @dataclass(frozen=True)
-class NameIn:
-    """As an annotation of a text, `Annotated[str, NameIn(REGISTRY)]`: it is a name of the registry."""
+class Registered:
+    """The name of what is in a registry when a recipe is read: `Annotated[str, Registered(SOURCES)]`.
+
+    Attributes:
+        registry: What may be named.
+    """
 
     registry: Registry[Any]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Has pydantic ask the registry."""
+        """The text's schema, with the registry's check."""
         return core_schema.no_info_after_validator_function(self.registry.check, handler(source))
 
 
@@ -210,7 +214,7 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def _bare_kinds(kind: type[RecipeFields], name: str) -> list[Any]:
-    """What a field may be, without constraints; `NameIn` for a registry's names."""
+    """What a field may be, without constraints; `Registered` for a registry's names."""
     field = kind.model_fields[name]
     return [
         _names_in(part, field.metadata) or (get_args(part)[0] if get_origin(part) is Annotated else part)
@@ -218,10 +222,10 @@ def _bare_kinds(kind: type[RecipeFields], name: str) -> list[Any]:
     ]
 
 
-def _names_in(kind: Any, constraints: Sequence[Any]) -> NameIn | None:
+def _names_in(kind: Any, constraints: Sequence[Any]) -> Registered | None:
     """The registry that a text has to be a name of, if any."""
     own = get_args(kind)[1:] if get_origin(kind) is Annotated else constraints if kind is str else ()
-    return next((constraint for constraint in own if isinstance(constraint, NameIn)), None)
+    return next((constraint for constraint in own if isinstance(constraint, Registered)), None)
 
 
 def _kind_in_words(kind: Any, constraints: Sequence[Any]) -> str:

@@ -40,6 +40,11 @@ def objective_weights(objective: Any) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight}
 
 
+def learns_from_text(objective: Any) -> bool:
+    """Whether a training looks at the answers' text alone, at nothing of the prompted model's pass over them."""
+    return all(OBJECTIVES[name].layers == "none" for name in objective_weights(objective))
+
+
 @dataclass
 class PSRTrainingArguments(TrainingArguments):
     """Arguments of `PSRTrainer`.

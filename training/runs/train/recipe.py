@@ -16,8 +16,8 @@ from peft_psr.training.runs.model_fields import ModelFields
 from peft_psr.training.runs.recipe_fields import (
     FREE,
     Count,
-    NameIn,
     Place,
+    Registered,
     TraitNames,
     read_recipe,
     split,
@@ -29,7 +29,7 @@ from peft_psr.training.starts.registry import STARTS
 Layer = Annotated[int, Field(ge=0)]
 Layers = Annotated[tuple[Layer, ...], Field(min_length=1), BeforeValidator(split)]
 Weight = Annotated[float, Field(ge=0)]
-Objective = Annotated[str, NameIn(OBJECTIVES)]
+Objective = Annotated[str, Registered(OBJECTIVES)]
 
 
 class TrainRecipe(ModelFields):
@@ -79,7 +79,7 @@ class TrainRecipe(ModelFields):
         None, description="Decoder layers to edit, from 0, with commas between them; none: all of them."
     )
     positions: Literal["response", "question_and_response", "all"] = Field("response", description="Edited tokens.")
-    start: Annotated[str, NameIn(STARTS)] = Field(
+    start: Annotated[str, Registered(STARTS)] = Field(
         "live",
         description="At random as a linear layer (the reported runs), a no-op with open gates, the mean difference "
         "with open gates, or gates fitted to it by ridge regression.",
