@@ -21,8 +21,7 @@ from peft_psr.base_model.decoder import layer_index
 from peft_psr.base_model.loading import EMBEDDED
 from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
-from peft_psr.evaluation.inspection.token_map import map_tokens
-from peft_psr.evaluation.measures.faithfulness import measured_layers
+from peft_psr.evaluation.measures.faithfulness import edited_gates, measured_layers
 from peft_psr.evaluation.measures.movement import (
     Movement,
     movements,
@@ -31,7 +30,6 @@ from peft_psr.evaluation.measures.movement import (
     strengths,
     token_correlations,
 )
-from peft_psr.evaluation.measures.strength import at_strength, has_lora
 from peft_psr.evaluation.reports.report import Report
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import PromptPair, Triplet, add_instruction
@@ -147,9 +145,7 @@ def measure(
         if not example:
             in_response = movement.places >= 0
             example = {"tokens": _texts(processing_class, movement), **_cut(by_token, in_response)}
-    if not has_lora(model):
-        with at_strength(model, alpha):
-            gates = map_tokens(model, processing_class, model.active_adapter, triplets[0]).gates
+    if gates := edited_gates(model, triplets[0], processing_class, alpha):
         example["gates"] = {str(layer): values[in_response][:PLACES].tolist() for layer, values in gates.items()}
     there = counts > 0
     return {
