@@ -34,6 +34,7 @@ from peft_psr.evaluation.reports.report import Report
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import PromptPair, Triplet, add_instruction
 from peft_psr.training.runs.models import load_tokenizer
+from peft_psr.training.sources.registry import check_test_split
 
 from .recipe import EMBEDDED_NEUTRAL_INSTRUCTION, FaithfulnessRecipe
 from .report import PLACES, faithfulness_report
@@ -49,8 +50,7 @@ def check_faithfulness(bench: Workbench[FaithfulnessRecipe]) -> None:
     recipe = bench.recipe
     if not bench.method_names():
         raise ValueError("methods: faithfulness measures adapters; name a method, or give adapters.")
-    if recipe.source in ("ifeval", "axbench"):
-        raise ValueError(f"source: {recipe.source} has no test split to measure on; use personas or embedded.")
+    check_test_split(recipe.source)
     if not recipe.control.strip():
         raise ValueError("neutral_instruction is blank; give a text, or leave it out.")
     for model in recipe.models:
