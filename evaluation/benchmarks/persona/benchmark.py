@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.inspection.token_map import map_tokens
-from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alpha
-from peft_psr.evaluation.measures.faithfulness import intervention_strength, prompt_recovery, relative_rmse
+from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alphas
+from peft_psr.evaluation.measures.faithfulness import intervention_strength, recovery_and_rmse
 from peft_psr.evaluation.measures.scoring import Answers, SteeringScore, judged_answers
 from peft_psr.evaluation.measures.strength import at_strength, has_lora
 from peft_psr.evaluation.methods.method import PROMPT
@@ -170,16 +170,15 @@ def _adapter(bench: Workbench[PersonaRecipe], cell: Cell, prompted_coherence: fl
         scorer = _Scorer(bench, cell)
         curve = scorer.measure(fitted.model, processing_class, recipe.strengths)
 
-        def score(alpha: float) -> SteeringScore:
-            return scorer.measure(fitted.model, processing_class, [alpha])[0]
-
-        c80 = calibrate_alpha(score, 80.0, max_steps=recipe.calibration_steps, max_alpha=MAX_ALPHA, curve=curve)
-        cp = calibrate_alpha(
-            score, prompted_coherence, max_steps=recipe.calibration_steps, max_alpha=MAX_ALPHA, curve=c80.curve
+        c80, cp = calibrate_alphas(
+            partial(scorer.measure, fitted.model, processing_class),
+            [80.0, prompted_coherence],
+            max_steps=recipe.calibration_steps,
+            max_alpha=MAX_ALPHA,
+            curve=curve,
         )
         held_out = bench.held_out(cell.model, cell.trait)
-        recovery = prompt_recovery(fitted.model, held_out, processing_class)
-        rmse = relative_rmse(fitted.model, held_out, processing_class)
+        recovery, rmse = recovery_and_rmse(fitted.model, held_out, processing_class)
         example = _example(fitted.model, processing_class, held_out[0])
     at = {"alpha1": 1.0, "c80": c80.alpha, "cp": cp.alpha}
     return {
