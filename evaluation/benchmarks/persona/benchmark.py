@@ -65,12 +65,22 @@ def run_persona(bench: Workbench[PersonaRecipe]) -> Report:
         ConnectionError: the judge failed on answers after every retry.
         ValueError: the judge scored nothing, or no trait is left.
     """
+    cells, left_out = persona_cells(bench)
+    return persona_report(bench.recipe, cells, left_out)
+
+
+def persona_cells(bench: Workbench[PersonaRecipe]) -> tuple[list[Cell], list[str]]:
+    """What is measured, without a report: the cells, and what was left out and why.
+
+    Raises:
+        ConnectionError, ValueError: as `run_persona`.
+    """
     bench.expect(len(bench.matrix()))
     left_out: list[str] = []
     cells = bench.cells(_with_triplets(bench, left_out), partial(_measure, bench))
     if not cells:
         raise ValueError(" ".join(left_out))
-    return persona_report(bench.recipe, cells, left_out)
+    return cells, left_out
 
 
 def _with_triplets(bench: Workbench[PersonaRecipe], left_out: list[str]) -> Iterator[Cell]:
