@@ -21,11 +21,11 @@ from .common import CONFIG, DRY_RUN, RECIPE, RUN_FOLDER, errors, plain_console, 
 class _Benchmarks(TyperGroup):
     """A subcommand for each benchmark that there is by the time it is asked for."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(BENCHMARKS)
 
-    def get_command(self, ctx: typer.Context, name: str) -> Any:
-        return _command(BENCHMARKS[name]) if name in BENCHMARKS else None
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _command(BENCHMARKS[cmd_name]) if cmd_name in BENCHMARKS else None
 
 
 evaluate = typer.Typer(
