@@ -62,8 +62,3 @@ METHODS = Registry(
     },
 )
 """Methods by name."""
-
-DEMO = (
-    "S-Const DiM", "S-Const MSE", "S-PSR MSE", "S-PSR LL", "A-Const MSE", "A-PSR MSE", "A-PSR LL", "A-PSR MSE ridge",
-)  # fmt: skip
-"""Those that `psr demo` compares."""

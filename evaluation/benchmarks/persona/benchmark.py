@@ -21,13 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
-from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alpha
-from peft_psr.evaluation.measures.faithfulness import (
-    edited_gates,
-    intervention_strength,
-    prompt_recovery,
-    relative_rmse,
-)
+from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alphas
+from peft_psr.evaluation.measures.faithfulness import edited_gates, intervention_strength, recovery_and_rmse
 from peft_psr.evaluation.measures.scoring import Answers, SteeringScore, judged_answers
 from peft_psr.evaluation.methods.method import PROMPT
 from peft_psr.evaluation.reports.report import Report
@@ -66,12 +61,22 @@ def run_persona(bench: Workbench[PersonaRecipe]) -> Report:
         ConnectionError: the judge failed on answers after every retry.
         ValueError: the judge scored nothing, or no trait is left.
     """
+    cells, left_out = persona_cells(bench)
+    return persona_report(bench.recipe, cells, left_out)
+
+
+def persona_cells(bench: Workbench[PersonaRecipe]) -> tuple[list[Cell], list[str]]:
+    """What is measured, without a report: the cells, and what was left out and why.
+
+    Raises:
+        ConnectionError, ValueError: as `run_persona`.
+    """
     bench.expect(len(bench.matrix()))
     left_out: list[str] = []
     cells = bench.cells(_with_triplets(bench, left_out), partial(_measure, bench))
     if not cells:
         raise ValueError(" ".join(left_out))
-    return persona_report(bench.recipe, cells, left_out)
+    return cells, left_out
 
 
 def _with_triplets(bench: Workbench[PersonaRecipe], left_out: list[str]) -> Iterator[Cell]:
@@ -171,16 +176,15 @@ def _adapter(bench: Workbench[PersonaRecipe], cell: Cell, prompted_coherence: fl
         scorer = _Scorer(bench, cell)
         curve = scorer.measure(fitted.model, processing_class, recipe.strengths)
 
-        def score(alpha: float) -> SteeringScore:
-            return scorer.measure(fitted.model, processing_class, [alpha])[0]
-
-        c80 = calibrate_alpha(score, 80.0, max_steps=recipe.calibration_steps, max_alpha=MAX_ALPHA, curve=curve)
-        cp = calibrate_alpha(
-            score, prompted_coherence, max_steps=recipe.calibration_steps, max_alpha=MAX_ALPHA, curve=c80.curve
+        c80, cp = calibrate_alphas(
+            partial(scorer.measure, fitted.model, processing_class),
+            [80.0, prompted_coherence],
+            max_steps=recipe.calibration_steps,
+            max_alpha=MAX_ALPHA,
+            curve=curve,
         )
         held_out = bench.held_out(cell.model, cell.trait)
-        recovery = prompt_recovery(fitted.model, held_out, processing_class)
-        rmse = relative_rmse(fitted.model, held_out, processing_class)
+        recovery, rmse = recovery_and_rmse(fitted.model, held_out, processing_class)
         example = _example(fitted.model, processing_class, held_out[0])
     at = {"alpha1": 1.0, "c80": c80.alpha, "cp": cp.alpha}
     return {

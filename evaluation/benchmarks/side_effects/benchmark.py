@@ -11,11 +11,10 @@ within a point of the prompted model's; 1 where none is, and the report says so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from math import log
 from typing import Any
 
 from peft import PeftModel
@@ -35,7 +34,7 @@ from peft_psr.evaluation.measures.neutral import (
 )
 from peft_psr.evaluation.measures.refusals import is_refusal
 from peft_psr.evaluation.measures.scoring import Answers, judged_answers
-from peft_psr.evaluation.measures.side_effects import least_alpha, neutral_kl, neutral_triplets, text_perplexity
+from peft_psr.evaluation.measures.side_effects import kl_by_row, least_alpha, losses_by_row, neutral_triplets
 from peft_psr.evaluation.measures.strength import at_strength, sample_steered
 from peft_psr.evaluation.methods.method import PROMPT
 from peft_psr.evaluation.reports.report import Report
@@ -49,6 +48,8 @@ from .report import side_effects_report
 
 MARGIN = 1.0
 """Points of trait score within which two means count as equal."""
+BATCH = 8
+"""Triplets a forward pass: three branches' log-probabilities of a batch are in memory."""
 
 
 def check_side_effects(bench: Workbench[SideEffectsRecipe]) -> None:
@@ -162,20 +163,19 @@ class _Task:
         prompts = instructed([row["prompt"] for row in rows], self.instructions, self.recipe.placement)
         answers: list[Triplet] = [{**row, "steered_prompt": p} for row, p in zip(rows, prompts, strict=True)]
         texts = text_rows(self.data, self.instructions)
+        kl, tokens = kl_by_row(model, [*answers, *texts], self.processing_class, alpha, BATCH)
+        kls = _rows({"steered": kl["student"], "prompted": kl["teacher"], "tokens": tokens})
+        losses, tokens = losses_by_row(model, texts, self.processing_class, alpha, BATCH)
+        named = {"base": losses["base"], "steered": losses["student"], "prompted": losses["teacher"]}
         return {
-            "kl": [self._kl(model, row, alpha) for row in answers],
-            "text_kl": [self._kl(model, row, alpha) for row in texts],
-            "text_losses": [self._losses(model, row, alpha) for row in texts],
+            "kl": kls[: len(answers)],
+            "text_kl": kls[len(answers) :],
+            "text_losses": _rows({**named, "tokens": tokens}),
         }
 
-    def _kl(self, model: PeftModel, row: Triplet, alpha: float) -> dict[str, float]:
-        kl = neutral_kl(model, [row], self.processing_class, alpha)
-        return {"steered": kl.steered * kl.tokens, "prompted": kl.prompted * kl.tokens, "tokens": kl.tokens}
 
-    def _losses(self, model: PeftModel, row: Triplet, alpha: float) -> dict[str, float]:
-        found = text_perplexity(model, [row], self.processing_class, alpha)
-        losses = {name: log(getattr(found, name)) * found.tokens for name in ("base", "steered", "prompted")}
-        return {**losses, "tokens": found.tokens}
+def _rows(columns: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def neutral_data(recipe: SideEffectsRecipe, processing_class: PreTrainedTokenizerBase) -> NeutralData:
