@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from peft_psr.base_model.loading import EMBEDDED
+from peft_psr.tiny_chat import EMBEDDED
 from peft_psr.training.data.filtering import FilterSettings
 from peft_psr.training.runs.model_fields import ModelFields
 from peft_psr.training.runs.recipe_fields import FREE, Count, Place, Share, TraitNames, read_recipe, yaml_files
