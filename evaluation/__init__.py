@@ -6,7 +6,7 @@ from peft_psr._lazy import lazily
 
 
 if TYPE_CHECKING:
-    from peft_psr.evaluation.benchmarks.registry import (
+    from peft_psr.evaluation.benchmarks.run import (
         evaluate_axbench,
         evaluate_faithfulness,
         evaluate_ifeval,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "peft_psr.evaluation.benchmarks.registry": "evaluate_axbench evaluate_faithfulness "
+        "peft_psr.evaluation.benchmarks.run": "evaluate_axbench evaluate_faithfulness "
         "evaluate_ifeval evaluate_persona evaluate_side_effects",
         "peft_psr.evaluation.measures.calibration": "Calibration calibrate_alpha",
         "peft_psr.evaluation.measures.faithfulness": "intervention_strength prompt_recovery relative_rmse",

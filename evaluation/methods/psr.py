@@ -4,71 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import torch
 from peft import get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.trainer_settings import train_quietly
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, Triplet, initialize_psr_weights
 from peft_psr.training.trainer.arguments import objective_weights
 
-from .method import FitSettings, Fitted, Method
+from .method import FitSettings, Fitted
 
 
-PAPER = "arXiv 2605.03907"
 LEARNING_RATE = 5e-3
 
 
-def psr_method(
-    name: str,
+def fit(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
     gate: str,
     all_layers: bool,
-    objective: Literal["mse", "ll", "kl"] | dict[str, float],
-    start: Literal["live", "mean_difference", "ridge"] = "live",
+    objective: str | dict[str, float],
+    start: str = "live",
     r: int = 1,
-    source: str = PAPER,
     learning_rate: float = LEARNING_RATE,
-) -> Method:
-    """A method that trains a PSR adapter.
+) -> Fitted:
+    """Trains a PSR adapter; see `Method`.
 
     Args:
-        name: In tables.
+        model: The base model.
+        processing_class: Its tokenizer.
+        triplets: To train on.
+        settings: As every method is given them.
         gate: "relu" or "constant".
         all_layers: Edit every layer rather than one.
         objective: As `PSRTrainingArguments` takes it.
-        start: The configuration's own, or what `initialize_psr_weights` does before training.
+        start: "live", which is the configuration's own, or what `initialize_psr_weights` does before training.
         r: Rank.
-        source: Where the method comes from.
         learning_rate: Unless the settings have another.
     """
-
-    def fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
-        torch.manual_seed(settings.seed)
-        layers = None if all_layers else settings.layer
-        config = PSRConfig(r=r, gate=gate, layers_to_transform=layers, positions=settings.positions)
-        steered = get_peft_model(model, config)
-        if start != "live":
-            initialize_psr_weights(steered, triplets, start, processing_class=processing_class, progress=False)
-        with TemporaryDirectory() as folder:
-            arguments = PSRTrainingArguments(
-                output_dir=folder,
-                objective=objective,
-                alpha=settings.alpha,
-                num_train_epochs=settings.epochs[set(objective_weights(objective)) == {"ll"}],
-                learning_rate=settings.learning_rate or learning_rate,
-                per_device_train_batch_size=settings.batch_size,
-                train_sampling_strategy="group_by_length",
-                seed=settings.seed,
-                data_seed=settings.seed,
-                dataloader_pin_memory=torch.cuda.is_available(),
-                save_strategy="no",
-                logging_strategy="no",
-            )
-            trainer = PSRTrainer(steered, arguments, triplets, processing_class=processing_class)
-            train_quietly(trainer, settings.on_step)
-        return Fitted(steered.eval(), trainer.dead_gates)
-
-    return Method(name, fit, str(objective), "open gates" if start == "live" else start, source)
+    torch.manual_seed(settings.seed)
+    layers = None if all_layers else settings.layer
+    config = PSRConfig(r=r, gate=gate, layers_to_transform=layers, positions=settings.positions)
+    steered = get_peft_model(model, config)
+    if start != "live":
+        initialize_psr_weights(steered, triplets, start, processing_class=processing_class, progress=False)
+    with TemporaryDirectory() as folder:
+        arguments = PSRTrainingArguments(
+            output_dir=folder,
+            objective=objective,
+            alpha=settings.alpha,
+            num_train_epochs=settings.epochs[set(objective_weights(objective)) == {"ll"}],
+            learning_rate=settings.learning_rate or learning_rate,
+            per_device_train_batch_size=settings.batch_size,
+            train_sampling_strategy="group_by_length",
+            seed=settings.seed,
+            data_seed=settings.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            save_strategy="no",
+            logging_strategy="no",
+        )
+        trainer = PSRTrainer(steered, arguments, triplets, processing_class=processing_class)
+        train_quietly(trainer, settings.on_step)
+    return Fitted(steered.eval(), trainer.dead_gates)
