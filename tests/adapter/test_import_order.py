@@ -109,10 +109,10 @@ folder = {str(tmp_path)!r}
 codes = [
     f"import peft_psr, pickle; assert pickle.load(open('{{folder}}/config.pickle', 'rb')).r == 3",
     f"import pickle; assert pickle.load(open('{{folder}}/config.pickle', 'rb')).r == 3",
-    f"import peft_psr; from peft import AutoPeftModelForCausalLM as Auto; Auto.from_pretrained('{{folder}}/formal')",
-    f"import peft_psr; from transformers import AutoModelForCausalLM as Auto; Auto.from_pretrained('{{folder}}/formal')",
-    f"import peft_psr; from transformers import AutoModelForCausalLM as Auto; "
-    f"Auto.from_pretrained('{{folder}}/base').load_adapter('{{folder}}/formal')",
+    f"import peft_psr; from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{{folder}}/formal')",
+    f"import peft_psr; from transformers import AutoModelForCausalLM as M; M.from_pretrained('{{folder}}/formal')",
+    f"import peft_psr; from transformers import AutoModelForCausalLM as M; "
+    f"M.from_pretrained('{{folder}}/base').load_adapter('{{folder}}/formal')",
 ]
 print("failed:", sum(alone(code) for code in codes))
 """
