@@ -68,7 +68,7 @@ class _AfterPeft(MetaPathFinder):
         others = (finder for finder in sys.meta_path if not isinstance(finder, _AfterPeft))
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = self._followed(spec.loader.exec_module)  # type: ignore[method-assign]
+            spec.loader.exec_module = self._followed(spec.loader.exec_module)  # type: ignore[assignment, method-assign]
         return spec
 
     def _followed(self, run: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:

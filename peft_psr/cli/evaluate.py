@@ -22,10 +22,10 @@ from .options import RunOptions, recipe_command
 class _Benchmarks(TyperGroup):
     """A subcommand for each benchmark that there is by the time it is asked for."""
 
-    def list_commands(self, ctx: typer.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(BENCHMARKS)
 
-    def get_command(self, ctx: typer.Context, name: str) -> Any:
+    def get_command(self, ctx: Any, name: str) -> Any:
         return _command(BENCHMARKS[name]) if name in BENCHMARKS else None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
@@ -161,7 +161,7 @@ def _described(
             given = typer.Argument(None, help=about)
         else:
             metavar = None if annotation == bool | None else "VALUE"
-            given = typer.Option(None, *extra.get("flags", ()), help=about, metavar=metavar)
+            given = typer.Option(None, *cast(list[str], extra.get("flags", [])), help=about, metavar=metavar)
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=annotation)
         )

@@ -54,6 +54,22 @@ def alone(code):
 """
 
 
+THREADS = """
+import peft_psr, sys, threading, time, importlib
+def other():
+    while "peft" not in sys.modules:
+        time.sleep(0)
+    importlib.import_module({module!r})
+threads = [threading.Thread(target=importlib.import_module, args=("peft",)), threading.Thread(target=other)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+"""One imports PEFT, whose registration needs a module that the other is importing and that waits for PEFT.
+
+PEFT's own modules can't be imported by two threads at once, so the other begins with one that wants `peft` itself.
+"""
+
+
 def run(code):
     """What a fresh Python prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -62,7 +78,11 @@ def run(code):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_registered_in_any_order():
+def test_registered_in_any_order(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    save_adapter(tmp_path / "formal", tmp_path / "base", seed=1)
+    (tmp_path / "config").write_bytes(pickle.dumps(peft_psr.PSRConfig(r=3)))
+    base, formal, pickled = (str(tmp_path / name) for name in ("base", "formal", "config"))
     orders = [
         "import peft, peft_psr",
         "import peft_psr, peft",
@@ -76,47 +96,14 @@ def test_registered_in_any_order():
         "from peft_psr.evaluation import calibrate_alpha",
         "import peft_psr.chat",  # an old path
         *(f"import {module}, peft" for module in MODULES),
+        *(THREADS.format(module=f"peft_psr.{module}") for module in ("config", "rows", "hub.push") * 3),
+        f"import pickle; assert pickle.load(open({pickled!r}, 'rb')).r == 3",
+        f"import peft_psr; from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({formal!r})",
+        f"import peft_psr; from transformers import AutoModelForCausalLM as M; M.from_pretrained({formal!r})",
+        f"import peft_psr; from transformers import AutoModelForCausalLM as M; "
+        f"M.from_pretrained({base!r}).load_adapter({formal!r})",
     ]
-    assert run(f"{PREPARED}\nprint(sum(alone(order) for order in {orders!r}))") == "0"
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_registered_by_threads_that_need_each_other():
-    """One imports PEFT, whose registration needs a module that the other is importing and that waits for PEFT.
-
-    PEFT's own modules can't be imported by two threads at once, so the other begins with one that wants `peft` itself.
-    """
-    code = """
-import peft_psr, sys, threading, time, importlib
-def other():
-    while "peft" not in sys.modules:
-        time.sleep(0)
-    importlib.import_module({module!r})
-threads = [threading.Thread(target=importlib.import_module, args=("peft",)), threading.Thread(target=other)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-"""
-    orders = [code.format(module=f"peft_psr.{module}") for module in ("config", "rows", "hub.push")]
-    assert run(f"{PREPARED}\nprint(sum(alone(order) for order in {orders!r} * 3))") == "0"
-
-
-def test_registered_where_transformers_or_a_pickle_imports_peft(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "base")
-    save_adapter(tmp_path / "formal", tmp_path / "base", seed=1)
-    (tmp_path / "config.pickle").write_bytes(pickle.dumps(peft_psr.PSRConfig(r=3)))
-    code = f"""{PREPARED}
-folder = {str(tmp_path)!r}
-codes = [
-    f"import peft_psr, pickle; assert pickle.load(open('{{folder}}/config.pickle', 'rb')).r == 3",
-    f"import pickle; assert pickle.load(open('{{folder}}/config.pickle', 'rb')).r == 3",
-    f"import peft_psr; from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{{folder}}/formal')",
-    f"import peft_psr; from transformers import AutoModelForCausalLM as M; M.from_pretrained('{{folder}}/formal')",
-    f"import peft_psr; from transformers import AutoModelForCausalLM as M; "
-    f"M.from_pretrained('{{folder}}/base').load_adapter('{{folder}}/formal')",
-]
-print("failed:", sum(alone(code) for code in codes))
-"""
-    assert run(code).endswith("failed: 0")
+    assert run(f"{PREPARED}\nprint('failed:', sum(alone(order) for order in {orders!r}))").endswith("failed: 0")
 
 
 def test_importing_the_packages_imports_nothing_heavy():
@@ -131,9 +118,7 @@ def test_public_names_are_what_type_checkers_see(package):
     tree = ast.parse(Path(module.__file__).read_text())
     checking = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.name: node.module for node in checking.body for alias in node.names}
-    assert {*seen, "__version__"} == {*module.__all__, "__version__"} and len(set(module.__all__)) == len(seen) + (
-        package == "peft_psr"
-    )
+    assert set(seen) == set(module.__all__) - {"__version__"}
     for name in seen:
         value = getattr(module, name)
         assert value.__name__ == name and value.__module__.startswith("peft_psr.") and name in dir(module)
