@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from itertools import dropwhile
 from threading import Lock, local
 from types import ModuleType
 
@@ -62,30 +64,28 @@ class _AfterPeft(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """What the other finders find; running it is followed by the registration."""
+        """What the finders after this one find; running it is followed by the registration."""
         if fullname != "peft" and not fullname.startswith("peft_psr."):
             return None
-        others = (finder for finder in sys.meta_path if not isinstance(finder, _AfterPeft))
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            spec.loader.exec_module = self._followed(spec.loader.exec_module)  # type: ignore[assignment, method-assign]
+        after = list(dropwhile(lambda finder: finder is not self, sys.meta_path))[1:]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in after)), None)
+        loader = None if spec is None else spec.loader
+        if loader is not None and not isinstance(loader.exec_module, partial):  # some loaders serve several modules
+            loader.exec_module = partial(self._exec, loader.exec_module)  # type: ignore[method-assign]
         return spec
 
-    def _followed(self, run: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-        def exec_module(module: ModuleType) -> None:
-            outermost = not getattr(self._thread, "inside", False)
+    def _exec(self, run: Callable[[ModuleType], None], module: ModuleType) -> None:
+        outermost = not getattr(self._thread, "inside", False)
+        if outermost:
+            self._enter(1)
+        try:
+            run(module)
+            self._peft_has_run |= module.__name__ == "peft"
+            if outermost and self._peft_has_run and self in sys.meta_path:
+                self._register()
+        finally:
             if outermost:
-                self._enter(1)
-            try:
-                run(module)
-                self._peft_has_run |= module.__name__ == "peft"
-                if outermost and self._peft_has_run and self in sys.meta_path:
-                    self._register()
-            finally:
-                if outermost:
-                    self._enter(-1)
-
-        return exec_module
+                self._enter(-1)
 
     def _enter(self, step: int) -> None:
         with self._lock:

@@ -92,6 +92,7 @@ def test_registered_in_any_order(tmp_path):
         "import peft_psr; peft_psr.layer.PSRLayer",
         "import peft_psr, importlib; importlib.reload(peft_psr); import peft; importlib.reload(peft)",
         "import peft_psr, peft, importlib; importlib.reload(peft_psr)",
+        "import peft_psr, sys; [sys.modules.pop(name) for name in {*sys.modules} if 'peft_psr' in name]; import peft",
         "import peft_psr.training; peft_psr.training.PSRTrainer",
         "from peft_psr.evaluation import calibrate_alpha",
         "import peft_psr.chat",  # an old path
