@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -28,13 +28,13 @@ from peft_psr.files import digest, sha256
 from peft_psr.hub.facts import package_versions
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, write_triplets
 from peft_psr.training.data.by_trait import folder_name, read_traits, scan_traits
-from peft_psr.training.data.placement import check_placement
 from peft_psr.training.judges.base import Judge
 from peft_psr.training.progress import Progress
 from peft_psr.training.runs.folder_lock import locked
 from peft_psr.training.runs.models import load_config, load_model, load_tokenizer
-from peft_psr.training.runs.triplets.assembly import judge_maker, judge_prompts, prompt_pairs
+from peft_psr.training.runs.triplets.assembly import check_template, judge_maker, judge_prompts, prompt_pairs
 from peft_psr.training.runs.triplets.run import TripletRun
+from peft_psr.training.sources.registry import SOURCES, check_test_split
 
 from .cell import Cell, Result
 from .given_adapters import check_adapter
@@ -91,8 +91,7 @@ class Workbench(Generic[Recipe]):
             processing_class = load_tokenizer(model, self.recipe)
             config = load_config(model, self.recipe)
             self.recipe.fit_settings(config.get_text_config().num_hidden_layers, 0)
-            if self.recipe.source != "ifeval":  # its prompts hold their instructions
-                check_placement(processing_class, self.recipe.placement)
+            check_template(self.recipe, processing_class)
             if self.recipe.triplets:
                 read_given(self.recipe, model, self.traits)
         for name, source in self.recipe.adapters.items():
@@ -191,8 +190,7 @@ class Workbench(Generic[Recipe]):
         return self._triplets[model, trait]
 
     def _draw(self, model: str, pairs: Sequence[PromptPair]) -> list[Triplet]:
-        # an AxBench concept is asked for by its number
-        name = str(pairs[0].metadata.get("concept_id", pairs[0].trait))
+        name = SOURCES[self.recipe.source].trait_name(pairs[0])
         folder = self.folder / TRIPLETS / folder_name(model) / folder_name(name)
         recipe = self.recipe.triplet_recipe(model, (name,))
         self._say(f"triplets: {name}")
@@ -210,8 +208,7 @@ class Workbench(Generic[Recipe]):
         Raises:
             ValueError: the source has no test split, or the model answered with nothing.
         """
-        if self.recipe.source in ("ifeval", "axbench"):
-            raise ValueError(f"source: {self.recipe.source} has no test split of its own.")
+        check_test_split(self.recipe.source)
         if (model, trait) not in self._held_out:
             pairs = self.pairs("test")[trait]
             drawn_on = digest([[pair.prompt, pair.steered_prompt] for pair in pairs], 16)
@@ -323,11 +320,12 @@ class Workbench(Generic[Recipe]):
             groups: Cells that can be.
             measure: Returns the results, in order, of those of a group that are not kept yet.
         """
-        done = []
-        for group in groups:
-            results = self._results([cell.parameters for cell in group], partial(_measure_some, measure, group))
-            done += [replace(cell, result=result) for cell, result in zip(group, results, strict=True)]
-        return done
+        return [cell for group in groups for cell in self._group(group, measure)]
+
+    def _group(self, group: Sequence[Cell], measure: Callable[[Sequence[Cell]], Sequence[Result]]) -> list[Cell]:
+        of = [cell.parameters for cell in group]
+        results = self._results(of, lambda missing: measure([group[i] for i in missing]))
+        return [replace(cell, result=result) for cell, result in zip(group, results, strict=True)]
 
     def kept(self, cell: Cell) -> Result:
         """What was measured of a cell before.
@@ -399,9 +397,3 @@ class Workbench(Generic[Recipe]):
     def _say(self, what: str) -> None:
         if self._progress:
             self._progress.title = f"{self.benchmark}, {what}"
-
-
-def _measure_some(
-    measure: Callable[[Sequence[Cell]], Sequence[Result]], group: Sequence[Cell], chosen: list[int]
-) -> Sequence[Result]:
-    return measure([group[i] for i in chosen])

@@ -24,7 +24,8 @@ from peft_psr.training.data.dataset import encode_dataset
 from peft_psr.training.data.triplets import Triplet
 from peft_psr.training.passes.branches import Batch
 
-from .strength import adapter_config, edited_positions, run_adapter_branch
+from .adapters.registry import kind_of
+from .strength import at_strength, run_adapter_branch
 
 
 def triplet_batches(
@@ -36,7 +37,7 @@ def triplet_batches(
         TypeError: the model has no PSR or LoRA adapter.
         ValueError: no triplets, or one can't be used.
     """
-    collator = TripletCollator(processing_class, edited_positions(model), alpha)
+    collator = TripletCollator(processing_class, kind_of(model).positions(model), alpha)
     rows = encode_dataset(collator, triplets, "triplets")
     device = next(model.parameters()).device
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):  # type: ignore[arg-type]
@@ -45,7 +46,8 @@ def triplet_batches(
 
 def measured_layers(model: PeftModel) -> list[str]:
     """Names of the decoder layers, in order; `TypeError` without a PSR or LoRA adapter."""
-    pattern = adapter_config(model).layers_pattern
+    kind_of(model)
+    pattern = getattr(model.active_peft_config, "layers_pattern", None)
     return decoder_layer_names(model.get_base_model(), pattern)
 
 
@@ -203,3 +205,23 @@ def intervention_strength(
         moved.append(torch.stack(norms).cpu())
     ids = batch["input_ids"][batch["steering_mask"].bool()].tolist()
     return [processing_class.decode([token]) for token in ids], moved[0], moved[1]
+
+
+@torch.no_grad()
+def edited_gates(
+    model: PeftModel, triplet: Triplet, processing_class, alpha: float = 1.0
+) -> dict[int | str, torch.Tensor]:
+    """An adapter's gate values at the edited tokens of a triplet, summed over ranks.
+
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplet: One triplet.
+        processing_class: The tokenizer.
+        alpha: Strength.
+
+    Returns:
+        {layer: (tokens,) float32, 0 or more}, in model order; empty for a kind of adapter without gates.
+    """
+    (batch,) = triplet_batches(model, [triplet], processing_class, 1, alpha)
+    with at_strength(model, alpha):
+        return kind_of(model).gates(model, batch)

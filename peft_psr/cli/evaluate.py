@@ -25,8 +25,8 @@ class _Benchmarks(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(BENCHMARKS)
 
-    def get_command(self, ctx: Any, name: str) -> Any:
-        return _command(BENCHMARKS[name]) if name in BENCHMARKS else None
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _command(BENCHMARKS[cmd_name]) if cmd_name in BENCHMARKS else None
 
 
 evaluate = typer.Typer(

@@ -105,9 +105,8 @@ def draft(options: DraftOptions) -> None:
     """Draft a new trait's instructions, questions and judge prompt with a chat model, for you to read over."""
     quiet_transformers()
     from peft_psr.text import check_unicode
-    from peft_psr.training.runs.triplets.assembly import make_chat
+    from peft_psr.training.runs.drafting import draft_trait, make_chat
     from peft_psr.training.sampling.chat_server import ServerError, TooManyFailures
-    from peft_psr.training.sources.drafting import draft_trait
 
     console, name, output = plain_console(), options.name, options.output
     with errors(console, ServerError, TooManyFailures):

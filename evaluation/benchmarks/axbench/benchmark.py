@@ -28,7 +28,9 @@ from peft_psr.training.data.by_trait import folder_name
 from peft_psr.training.data.draws import Completion, draw_seed
 from peft_psr.training.data.filtering import NO_ANSWER
 from peft_psr.training.data.placement import check_placement
+from peft_psr.training.judges.ratings import PROMPTS, RatingJudge, Ratings
 from peft_psr.training.runs.models import load_tokenizer
+from peft_psr.training.runs.triplets.assembly import judge_settings
 from peft_psr.training.sources.axbench import (
     Concept,
     axbench_pairs,
@@ -37,7 +39,6 @@ from peft_psr.training.sources.axbench import (
     read_negative_questions,
 )
 
-from .judge import PROMPTS, RatingJudge, Ratings, rating_judge
 from .questions import Trial, make_trial, read_instructions
 from .recipe import AxBenchRecipe
 from .report import axbench_report
@@ -92,7 +93,7 @@ def run_axbench(bench: Workbench[AxBenchRecipe]) -> Report:
     ]
     bench.expect(sum(map(len, groups)))
     by_id = {trial.concept.id: trial for trial in tried}
-    measure = partial(_measure, bench, rating_judge(recipe, bench.folder), by_id)
+    measure = partial(_measure, bench, RatingJudge.of(recipe.judge, judge_settings(recipe, bench.folder)), by_id)
     return axbench_report(recipe, bench.cells_together(groups, measure))
 
 

@@ -7,14 +7,16 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, PositiveAlphas
+from peft_psr.training.judges.ratings import check_rates
 from peft_psr.training.runs.recipe_fields import Place
+from peft_psr.training.runs.triplets.recipe import JudgeName
 
 
 class AxBenchRecipe(EvaluateRecipe):
     """What `psr evaluate axbench` measures. Each field is an option of it too."""
 
     source: Literal["axbench"] = Field("axbench", description="AxBench's concepts.")
-    judge: Literal["server", "local"] = Field(
+    judge: JudgeName = Field(
         description="Where the model runs that judges: on a server, or here. It scores triplets and rates answers."
     )
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="Longest completion and answer, in tokens.")
@@ -43,6 +45,11 @@ class AxBenchRecipe(EvaluateRecipe):
     @classmethod
     def _by_size(cls, factors: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sorted(set(factors)))
+
+    @model_validator(mode="after")
+    def _check_ratings(self) -> AxBenchRecipe:
+        check_rates(self.judge)
+        return self
 
     @model_validator(mode="after")
     def _check_own_answers(self) -> AxBenchRecipe:

@@ -21,8 +21,7 @@ from peft_psr.base_model.decoder import layer_index
 from peft_psr.base_model.loading import EMBEDDED
 from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
-from peft_psr.evaluation.inspection.token_map import map_tokens
-from peft_psr.evaluation.measures.faithfulness import measured_layers
+from peft_psr.evaluation.measures.faithfulness import edited_gates, measured_layers
 from peft_psr.evaluation.measures.movement import (
     Movement,
     movements,
@@ -31,11 +30,11 @@ from peft_psr.evaluation.measures.movement import (
     strengths,
     token_correlations,
 )
-from peft_psr.evaluation.measures.strength import at_strength, has_lora
 from peft_psr.evaluation.reports.report import Report
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import PromptPair, Triplet, add_instruction
 from peft_psr.training.runs.models import load_tokenizer
+from peft_psr.training.sources.registry import check_test_split
 
 from .recipe import EMBEDDED_NEUTRAL_INSTRUCTION, FaithfulnessRecipe
 from .report import PLACES, faithfulness_report
@@ -51,8 +50,7 @@ def check_faithfulness(bench: Workbench[FaithfulnessRecipe]) -> None:
     recipe = bench.recipe
     if not bench.method_names():
         raise ValueError("methods: faithfulness measures adapters; name a method, or give adapters.")
-    if recipe.source in ("ifeval", "axbench"):
-        raise ValueError(f"source: {recipe.source} has no test split to measure on; use personas or embedded.")
+    check_test_split(recipe.source)
     if not recipe.control.strip():
         raise ValueError("neutral_instruction is blank; give a text, or leave it out.")
     for model in recipe.models:
@@ -147,9 +145,7 @@ def measure(
         if not example:
             in_response = movement.places >= 0
             example = {"tokens": _texts(processing_class, movement), **_cut(by_token, in_response)}
-    if not has_lora(model):
-        with at_strength(model, alpha):
-            gates = map_tokens(model, processing_class, model.active_adapter, triplets[0]).gates
+    if gates := edited_gates(model, triplets[0], processing_class, alpha):
         example["gates"] = {str(layer): values[in_response][:PLACES].tolist() for layer, values in gates.items()}
     there = counts > 0
     return {

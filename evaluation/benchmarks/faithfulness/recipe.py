@@ -6,6 +6,7 @@ from pydantic import Field
 
 from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, PositiveAlphas
 from peft_psr.training.runs.recipe_fields import FREE
+from peft_psr.training.sources.registry import SOURCES
 
 
 NEUTRAL_INSTRUCTION = (
@@ -31,4 +32,4 @@ class FaithfulnessRecipe(EvaluateRecipe):
         """The neutral instruction."""
         if self.neutral_instruction is not None:
             return self.neutral_instruction
-        return EMBEDDED_NEUTRAL_INSTRUCTION if self.source == "embedded" else NEUTRAL_INSTRUCTION
+        return EMBEDDED_NEUTRAL_INSTRUCTION if SOURCES[self.source].embedded_words else NEUTRAL_INSTRUCTION

@@ -21,15 +21,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
-from peft_psr.evaluation.inspection.token_map import map_tokens
 from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alpha
-from peft_psr.evaluation.measures.faithfulness import intervention_strength, prompt_recovery, relative_rmse
+from peft_psr.evaluation.measures.faithfulness import (
+    edited_gates,
+    intervention_strength,
+    prompt_recovery,
+    relative_rmse,
+)
 from peft_psr.evaluation.measures.scoring import Answers, SteeringScore, judged_answers
-from peft_psr.evaluation.measures.strength import at_strength, has_lora
 from peft_psr.evaluation.methods.method import PROMPT
 from peft_psr.evaluation.reports.report import Report
 from peft_psr.training import Triplet, TripletCollator
 from peft_psr.training.runs.triplets.run import NothingKeptError
+from peft_psr.training.sources.registry import check_test_split
 
 from .recipe import PersonaRecipe
 from .report import persona_report
@@ -49,10 +53,7 @@ def check_persona(bench: Workbench[PersonaRecipe]) -> None:
     Raises:
         ValueError: a source without held-out questions, or whatever `Workbench.check` finds.
     """
-    if bench.recipe.source not in ("embedded", "personas"):
-        raise ValueError(
-            f"source: {bench.recipe.source} has a benchmark of its own: psr evaluate {bench.recipe.source}."
-        )
+    check_test_split(bench.recipe.source)
     bench.check()
 
 
@@ -203,10 +204,7 @@ def _adapter(bench: Workbench[PersonaRecipe], cell: Cell, prompted_coherence: fl
 def _example(model: PeftModel, processing_class, triplet: Triplet) -> dict[str, Any]:
     """What prompt and adapter move at strength 1 in one held-out completion, and a PSR adapter's gates, by layer."""
     tokens, prompt, adapter = intervention_strength(model, triplet, processing_class)
-    gates = {}
-    if not has_lora(model):
-        with at_strength(model, 1.0):
-            gates = map_tokens(model, processing_class, model.active_adapter, triplet).gates
+    gates = edited_gates(model, triplet, processing_class)
     row = TripletCollator(processing_class, alpha=1.0).encode(triplet)
     first = (
         len(tokens) - (len(row["input_ids"]) - row["prompt_length"]) - 1
