@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +26,9 @@ from peft_psr.base_model.caches import (
 )
 from peft_psr.base_model.fit import CheckedLoad
 
-from .call_state import Generation, SteeringState, check_mask
+from .call_state import Generation, SteeringState, check_mask, check_row_count
 from .layer import PSRLayer
+from .rows import BASE, gather_rows
 
 
 class SteeredGenerate:
@@ -265,3 +268,51 @@ def detach_state(model: nn.Module) -> None:
     generate = model.__dict__.pop("generate", None)
     if isinstance(generate, SteeredGenerate) and generate.original is not None:
         model.generate = generate.original  # type: ignore[assignment]
+
+
+def check_names(names: Sequence[Any], known: Sequence[str], prompt: Any) -> None:
+    """Raise `ValueError` if `adapter_names` of a call are not one adapter's name for each row of its prompt."""
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names must be one adapter's name for each row, got {names!r}.")
+    if isinstance(prompt, torch.Tensor):
+        check_row_count(names, prompt.shape[0])
+    missing = sorted(set(names) - {BASE, *known})
+    if missing:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(missing)}. There are: "
+            f"{', '.join(known)}, and {BASE!r} for none."
+        )
+
+
+@contextmanager
+def rows_named(
+    state: SteeringState, layers: Collection[PSRLayer], saved: Iterable[nn.Module], names: Sequence[str]
+) -> Iterator[None]:
+    """Inside, each row of a batch is edited by its own adapter.
+
+    Args:
+        state: Of the model.
+        layers: Its PSR layers.
+        saved: Its modules of `modules_to_save`.
+        names: One adapter's name for each row.
+    """
+    state.adapter_names = list(names)
+    for layer in layers:
+        layer.rows = gather_rows({name: layer.unit(name) for name in layer.psr_unit}, layer.config, names)
+    handles = [
+        module.register_forward_pre_hook(partial(_name_rows, names=list(names)), with_kwargs=True) for module in saved
+    ]
+    try:
+        yield
+    finally:
+        state.adapter_names = None
+        for layer in layers:
+            layer.rows = None
+        for handle in handles:
+            handle.remove()
+
+
+def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:
+    """Pre-hook that tells a module of `modules_to_save` each row's adapter; beams repeat a row."""
+    times = len(args[0]) // len(names)
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}
