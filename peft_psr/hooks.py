@@ -42,7 +42,7 @@ class SteeredGenerate:
         self.model = model
         self.original = model.__dict__.get("generate")
 
-    def __call__(self, *args: Any, steering_mask: torch.Tensor | None = None, alpha: Any = None, **kwargs: Any):
+    def __call__(self, *args: Any, steering_mask: torch.Tensor | None = None, alpha: Any = None, **kwargs: Any) -> Any:
         """Generate, steered from the prompt on.
 
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -60,7 +61,9 @@ class PSRModel(BaseTuner):
         """Find the decoder layers to edit; nothing is touched yet, so errors leave the model as it was."""
         self._layer_names = layers_to_edit(peft_config, model)
 
-    def _check_target_module_exists(self, peft_config: PSRConfig, key: str):  # type: ignore[override]
+    def _check_target_module_exists(  # type: ignore[override]
+        self, peft_config: PSRConfig, key: str
+    ) -> bool | re.Match[str] | None:
         if peft_config.target_modules is not None:
             # a pattern such as "lin0.*" fits the layer of an earlier adapter too
             if isinstance(self.model.get_submodule(key), PSRLayer):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def text_config(model: nn.Module):
+def text_config(model: nn.Module) -> Any:
     """The configuration of the model's language part, or `None` for a model without a transformers configuration."""
     get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
     return None if get_text_config is None else get_text_config(decoder=True)
@@ -101,7 +102,7 @@ def capture_layer_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[di
     """
     outputs: dict[str, torch.Tensor] = {}
 
-    def recorder(name: str):
+    def recorder(name: str) -> Callable[[nn.Module, tuple, object], None]:
         def record(module: nn.Module, args: tuple, output: object) -> None:
             outputs[name] = hidden_of(output, name)
 
