@@ -24,6 +24,7 @@ from peft_psr.base_model.caches import (
     mark_prompt_end,
     tokens_in,
 )
+from peft_psr.base_model.decoder import is_encoder_decoder
 from peft_psr.base_model.fit import CheckedLoad
 
 from .call_state import Generation, SteeringState, check_mask, check_row_count
@@ -137,11 +138,6 @@ def prompt_of(args: tuple, kwargs: dict[str, Any]) -> Any:
     """The prompt among the arguments of `forward` or `generate`, ids or embeddings, or `None`."""
     named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
     return first_given((*args[:1], *named))
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model reads its prompt with an encoder, such as T5's."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def begin_steered_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

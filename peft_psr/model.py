@@ -188,7 +188,7 @@ class PSRModel(BaseTuner):
         return [*self.psr_layers().values(), *self._saved_modules().values()]
 
     def _others_left_alone(self) -> AbstractContextManager[None]:
-        return other_adapters.others_left_alone(self.model, list(self._saved_modules().values()))
+        return other_adapters.others_left_alone(self.model, self._own_modules())
 
     def unmerge_adapter(self) -> None:
         """Refused like merging, with `ValueError`."""

@@ -17,6 +17,11 @@ def text_config(model: nn.Module) -> Any:
     return None if get_text_config is None else get_text_config(decoder=True)
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads its prompt with an encoder, such as T5's."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def decoder_layer_names(model: nn.Module, layers_pattern: str | list[str] | None = None) -> list[str]:
     """Names of the decoder layers of `model`, in order, as `model.get_submodule` takes them.
 

@@ -13,9 +13,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
-from peft_psr.base_model.decoder import layer_index
+from peft_psr.base_model.decoder import is_encoder_decoder, layer_index
 from peft_psr.base_model.loading import tokenizer_of
-from peft_psr.hooks import is_encoder_decoder
 from peft_psr.training.data.collator import TripletCollator
 from peft_psr.training.data.context import check_rows
 from peft_psr.training.data.dataset import encode_datasets
