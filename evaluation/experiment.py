@@ -22,7 +22,7 @@ from peft_psr.evaluation.measures.scoring import SteeringScore, score_model
 from peft_psr.evaluation.methods.method import FitSettings, Method
 from peft_psr.prompts.messages import Message
 from peft_psr.training import Triplet, add_instruction, filter_triplets, generate_triplets
-from peft_psr.training.judges.base import Judge
+from peft_psr.training.judges.base import Judging
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SteeringTask:
     """
 
     name: str
-    judge: Judge
+    judge: Judging
     train_instructions: list[str]
     test_instructions: list[str]
     train_prompts: list[list[Message]]

@@ -18,8 +18,8 @@ from huggingface_hub import constants, hf_api
 LONG = """
 axbench_benchmark baselines_lora baselines_trained benchmarks cli_train compile context_triplets distributed doors
 evaluate evaluation faithfulness_benchmark frozen ifeval ifeval_benchmark initialization layouts live_lora partial
-peft_checks prompt_ends recipe run run_another sharing side_effects_benchmark template_file tiny_chat train_compiled
-train_resume train_robust train_run train_together trainer
+own_source peft_checks prompt_ends recipe run run_another sharing side_effects_benchmark template_file tiny_chat
+train_compiled train_resume train_robust train_run train_together trainer
 """.split()
 """Files that train, start processes or try every layout: not in the fast half, `-m "not slow and not long"`."""
 

@@ -25,6 +25,7 @@ from peft_psr.training.runs.recipe_fields import (
     yaml_files,
 )
 from peft_psr.training.runs.triplets.recipe import DrawFields, Recipe
+from peft_psr.training.sources.registry import SOURCES
 
 
 Positions = Literal["response", "question_and_response", "all"]
@@ -105,7 +106,8 @@ class EvaluateRecipe(DrawFields):
     @model_validator(mode="after")
     def _check_matrix(self) -> EvaluateRecipe:
         chosen(self.methods)
-        if self.methods and self.positions != "response" and (self.placement != "system" or self.source == "ifeval"):
+        own_turn = SOURCES[self.source].takes_instruction
+        if self.methods and self.positions != "response" and not (own_turn and self.placement == "system"):
             raise ValueError(
                 f"positions: {self.positions} needs the instruction in the system turn: in the user's, the question's "
                 "own tokens differ. Use positions: response."
@@ -130,7 +132,7 @@ class EvaluateRecipe(DrawFields):
             ValueError: as a recipe of `psr triplets`.
         """
         shared: dict[str, Any] = {name: getattr(self, name) for name in DrawFields.model_fields}
-        one_split = {} if self.source in ("ifeval", "axbench") else {"split": split}
+        one_split = {"split": split} if SOURCES[self.source].has_test_split else {}
         try:
             return Recipe.model_validate({**shared, **one_split, "model": model, "traits": traits})
         except ValidationError as error:

@@ -28,14 +28,14 @@ from peft_psr.files import digest, sha256, write_json
 from peft_psr.hub.facts import package_versions
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, write_triplets
 from peft_psr.training.data.by_trait import folder_name, read_traits, scan_traits
-from peft_psr.training.data.placement import check_placement
 from peft_psr.training.judges.base import Judge
 from peft_psr.training.progress import Progress
 from peft_psr.training.runs.folder_lock import locked
 from peft_psr.training.runs.models import load_config, load_model, load_tokenizer
 from peft_psr.training.runs.run_folder import begun_run, check_same_recipe
-from peft_psr.training.runs.triplets.assembly import judge_maker, judge_prompts, prompt_pairs
+from peft_psr.training.runs.triplets.assembly import check_template, judge_maker, judge_prompts, prompt_pairs
 from peft_psr.training.runs.triplets.run import TripletRun
+from peft_psr.training.sources.registry import SOURCES, check_test_split
 
 from .given_adapters import check_adapter
 from .given_triplets import read_given
@@ -89,8 +89,7 @@ class Workbench:
             processing_class = load_tokenizer(model, self.recipe)
             config = load_config(model, self.recipe)
             self.recipe.fit_settings(config.get_text_config().num_hidden_layers, 0)
-            if self.recipe.source != "ifeval":  # its prompts hold their instructions
-                check_placement(processing_class, self.recipe.placement)
+            check_template(self.recipe, processing_class)
             if self.recipe.triplets:
                 read_given(self.recipe, model, self.traits)
         for name, source in self.recipe.adapters.items():
@@ -203,8 +202,7 @@ class Workbench:
         return self._triplets[model, trait]
 
     def _draw(self, model: str, pairs: Sequence[PromptPair]) -> list[Triplet]:
-        # an AxBench concept is asked for by its number
-        name = str(pairs[0].metadata.get("concept_id", pairs[0].trait))
+        name = SOURCES[self.recipe.source].trait_name(pairs[0])
         folder = self.folder / TRIPLETS / folder_name(model) / folder_name(name)
         recipe = self.recipe.triplet_recipe(model, (name,))
         self._say(f"triplets: {name}")
@@ -222,8 +220,7 @@ class Workbench:
         Raises:
             ValueError: the source has no test split, or the model answered with nothing.
         """
-        if self.recipe.source in ("ifeval", "axbench"):
-            raise ValueError(f"source: {self.recipe.source} has no test split of its own.")
+        check_test_split(self.recipe.source)
         if (model, trait) not in self._held_out:
             pairs = self.pairs("test")[trait]
             drawn_on = digest([[pair.prompt, pair.steered_prompt] for pair in pairs], 16)

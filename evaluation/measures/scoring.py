@@ -9,7 +9,7 @@ from typing import Any
 from peft_psr.hub.facts import Score
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.prompts.messages import Message
-from peft_psr.training.judges.base import Judge, JudgeScores, judge_answers
+from peft_psr.training.judges.base import JudgeScores, Judging, check_answered, judge_answers
 
 from .strength import sample_steered
 
@@ -75,7 +75,7 @@ def judged_answers(
     prompts: Sequence[Prompt],
     bare_prompts: Sequence[Prompt],
     questions: Sequence[int],
-    judge: Judge,
+    judge: Judging,
     sampling: Mapping[str, Any],
     alphas: Sequence[float] | None = None,
 ) -> list[Answers]:
@@ -119,25 +119,11 @@ def judged_answers(
     ]
 
 
-def check_answered(failures: Sequence[str | None]) -> None:
-    """Raise `ConnectionError` if a judge failed on anything it was asked: what it has said is kept, the rest is not.
-
-    Args:
-        failures: For each question why there is no answer, or `None` where there is one.
-    """
-    failed = [reason for reason in failures if reason is not None]
-    if failed:
-        raise ConnectionError(
-            f"The judge failed on {len(failed)} of {len(failures)} questions ({failed[0]}). What it has said is kept; "
-            "the same command asks again."
-        )
-
-
 def score_model(
     model,
     processing_class,
     prompts: Sequence[Sequence[Message]],
-    judge: Judge,
+    judge: Judging,
     max_new_tokens: int,
     alphas: Sequence[float] | None = None,
     bare_prompts: Sequence[Sequence[Message]] | None = None,

@@ -119,9 +119,8 @@ def draft(
 ) -> None:
     """Draft a new trait's instructions, questions and judge prompt with a chat model, for you to read over."""
     from peft_psr.text import check_unicode
-    from peft_psr.training.runs.triplets.assembly import make_chat
+    from peft_psr.training.runs.drafting import draft_trait, make_chat
     from peft_psr.training.sampling.chat_server import ServerError, TooManyFailures
-    from peft_psr.training.sources.drafting import draft_trait
 
     quiet_transformers()
     console = plain_console()

@@ -108,10 +108,10 @@ HARNESS_NEEDS = [
     Need("lm_eval.models.huggingface:HFLM.model", "evaluation/measures/capability.py"),
     Need("lm_eval.models.huggingface:HFLM.batch_size", "evaluation/measures/capability.py"),
     Need("lm_eval.api.model:CacheHook.add_partial", "evaluation/measures/capability.py"),
-    Need("lm_eval.tasks.ifeval.instructions_registry:INSTRUCTION_DICT", "training/sources/ifeval.py"),
-    Need("lm_eval.tasks.ifeval.utils:InputExample", "training/sources/ifeval.py",
+    Need("lm_eval.tasks.ifeval.instructions_registry:INSTRUCTION_DICT", "training/judges/ifeval.py"),
+    Need("lm_eval.tasks.ifeval.utils:InputExample", "training/judges/ifeval.py",
          ("key", "instruction_id_list", "prompt", "kwargs")),
-    Need("lm_eval.tasks.ifeval.utils:test_instruction_following_loose", "training/sources/ifeval.py",
+    Need("lm_eval.tasks.ifeval.utils:test_instruction_following_loose", "training/judges/ifeval.py",
          ("inp", "response")),
 ]  # fmt: skip
 

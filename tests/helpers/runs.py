@@ -16,7 +16,7 @@ from helpers.triplets import SIX, triplets
 from peft_psr import PSRConfig
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, add_instruction
 from peft_psr.training.data.draws import Completion, Failure, PromptPair
-from peft_psr.training.judges.base import JudgeScores
+from peft_psr.training.judges.base import Judge, JudgeScores
 from peft_psr.training.runs.train.recipe import TrainRecipe
 from peft_psr.training.runs.triplets.recipe import load_recipe
 from peft_psr.training.runs.triplets.run import FIGURE, MANIFEST, REPORT, TRIPLETS, TripletRun
@@ -174,27 +174,26 @@ class FakeSampler:
                 )
 
 
-class FakeJudge:
+class FakeJudge(Judge):
     """Scores by the text; shown the bare prompt."""
 
     def __init__(self, failing=(), stop=False):
         self.failing, self.stop = failing, stop
-        self.usage = {"prompt_tokens": 0, "completion_tokens": 0, "calls": 0}
         self.asked = 0
 
     def describe(self):
         return {"judge": "fake"}
 
-    def __call__(self, prompts, completions):
+    def score(self, prompts, completions, pairs=None):
         assert all([turn["role"] for turn in prompt] == ["user"] for prompt in prompts)
         self.asked += len(completions)
         self.usage["prompt_tokens"] += 100 * len(completions)
         self.usage["calls"] += len(completions)
         if self.stop:
             raise KeyboardInterrupt
-        return [self.score(text) for text in completions]
+        return [self.score_of(text) for text in completions]
 
-    def score(self, text):
+    def score_of(self, text):
         if text.split()[0] in self.failing:
             return JudgeScores(None, None, "connection cut")
         return JudgeScores(sum(map(ord, text)) % 101, 100.0 - len(set(text.split())))

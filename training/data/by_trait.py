@@ -14,13 +14,12 @@ from typing import Any
 
 from peft_psr.prompts.chat_template import template_args_of
 from peft_psr.text import composed
-from peft_psr.training.runs.triplets.run import NEGATIVES, STATE, TRIPLETS
 
 from .collator import TripletCollator
 from .context import row_length, too_long
 from .draws import template_hash
 from .filtering import TOO_LONG, UNFIT
-from .triplets import Triplet, check_scale, scan_triplets
+from .triplets import NEGATIVES, STATE, TRIPLETS, Triplet, check_scale, scan_triplets
 
 
 Traits = dict[str, list[Triplet]]

@@ -20,6 +20,8 @@ from peft_psr.text import parse_json
 
 
 SCORES = ("trait_score", "coherence_score")
+STATE, TRIPLETS, NEGATIVES = "run.json", "triplets.jsonl", "negatives.jsonl"
+"""Files of a run of `psr triplets`: what it is, what it kept, and what it kept of draws for the opposite."""
 
 
 class _Required(TypedDict):

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft_psr.files import encode, sha256
+from peft_psr.training.data.draws import Failure
 
 
 KEYS_A_QUERY = 500
@@ -79,3 +81,32 @@ class AnswerCache:
                 f"The answer cache {self.path}: {error}. Check its disk; if it is damaged or another program's file, "
                 "move it away or choose another place."
             ) from error
+
+
+def ask_once(
+    texts: Iterable[str],
+    key: Callable[[str], str],
+    ask: Callable[[list[str]], Generator[dict[str, Any | Failure]]],
+    cache: AnswerCache | None,
+    usage: Counter[str],
+) -> dict[str, Any | Failure]:
+    """The answer to each text: from the cache, or asked for and put there as it comes.
+
+    Args:
+        texts: What is asked; the same text is asked about once.
+        key: A text's in the cache.
+        ask: Yields {text: answer (JSON) or why there is none}, some at a time.
+        cache: Where answers are kept, if anywhere; failures are not.
+        usage: Its `cached` counts the answers found.
+    """
+    keys = {text: key(text) for text in texts}
+    known = cache.get(keys.values()) if cache else {}
+    answers: dict[str, Any | Failure] = {text: known[key] for text, key in keys.items() if key in known}
+    usage["cached"] += len(answers)
+    if missing := [text for text in keys if text not in answers]:
+        with closing(ask(missing)) as batches:
+            for batch in batches:
+                answers |= batch
+                if cache:
+                    cache.put({keys[text]: a for text, a in batch.items() if not isinstance(a, Failure)})
+    return answers

@@ -10,19 +10,22 @@ opens with a number, that answer is read as text too (`score_text`): no score if
 
 Tokenizers that write 85 as "8" "5" (Qwen, Gemma, Llama 2) break this: their first token is a digit, and the mean of
 digits is no score. A server tells too little to repair that, since it shows one continuation only, so the number in
-the text is taken. A local model can be asked for every number: see `local_judge`.
+the text is taken. A local model can be asked for every number: see `number_scores`.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from peft_psr.prompts.reasoning import split_reasoning
-from peft_psr.training.sampling.server_replies import ServerAnswer, TopTokens
 
 from .score_text import score_text
+
+
+if TYPE_CHECKING:
+    from peft_psr.training.sampling.server_replies import ServerAnswer, TopTokens
 
 
 TOP_TOKENS = 20

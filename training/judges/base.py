@@ -1,11 +1,20 @@
-"""What a judge is: anything that scores completions for a trait and for coherence, both 0-100."""
+"""What a judge is: one object that scores completions for a trait and for coherence, both 0-100.
+
+To add one: a subclass of `Judge` in a file of its own, and its name in `registry`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
-from peft_psr.prompts.messages import Message
+from peft_psr.prompts.conversations import Prompt
+from peft_psr.training.data.draws import PromptPair
+
+from .settings import JudgeSettings
 
 
 class JudgeScores(NamedTuple):
@@ -23,31 +32,120 @@ class JudgeScores(NamedTuple):
     failure: str | None = None
 
 
-class Judge(Protocol):
-    """Scores completions in batches.
+Judging = Callable[[Sequence[Prompt], Sequence[str]], list[JudgeScores]]
+"""A judge as a plain function of prompts and completions; every `Judge` is one too."""
+
+
+class Judge(ABC):
+    """Scores completions in batches. What is said here holds for most; a subclass says what is otherwise.
 
     A judge is shown the *bare* prompt x (without the instruction that elicits the trait), so that the prompted and the
-    steered model are judged alike. A judge may have `describe() -> dict`, which says as JSON what it is and how it
-    scores, for the manifest of a run.
+    steered model are judged alike.
+
+    Attributes:
+        needs_model: It asks a language model, which the recipe must name as `judge_model`.
+        at_server: That model is on a server.
+        scores_coherence: Where not, a recipe may name a `coherence_judge` beside it.
     """
 
-    def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[JudgeScores]:
-        """Score `completions[i]` as an answer to `prompts[i]`; one `JudgeScores` per completion, in order."""
-        ...
+    needs_model: ClassVar[bool] = False
+    at_server: ClassVar[bool] = False
+    scores_coherence: ClassVar[bool] = True
+
+    @classmethod
+    def maker(cls, given: JudgeSettings) -> Callable[[str], Judge]:
+        """Returns what makes each trait's judge; what can be known to be wrong shows here, before anything is drawn.
+
+        Args:
+            given: What it may be made of.
+
+        Raises:
+            ValueError: it can't be made of that, or can't score those prompts.
+        """
+        return lambda trait: cls()
+
+    @abstractmethod
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], pairs: Sequence[PromptPair] | None = None
+    ) -> list[JudgeScores]:
+        """Score `completions[i]` as an answer to `prompts[i]`; one `JudgeScores` per completion, in order.
+
+        Args:
+            prompts: Bare prompts.
+            completions: As many.
+            pairs: What each was drawn for, where that is known: for a judge that must know the instruction, since one
+                bare prompt may occur with several.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """What it is and how it scores, as JSON, for the manifest of a run."""
+        return {"judge": type(self).__name__}
+
+    @cached_property
+    def usage(self) -> Counter[str]:
+        """What was spent so far, where that is counted: `calls`, `cached`, `prompt_tokens`, `completion_tokens`."""
+        return Counter()
+
+    def __call__(self, prompts: Sequence[Prompt], completions: Sequence[str]) -> list[JudgeScores]:
+        """`score`, as a plain function; raises `ValueError` if there are not as many completions as prompts."""
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one for each.")
+        return self.score(prompts, completions)
 
 
-def judge_answers(judge: Judge, prompts: Sequence[Any], answers: Sequence[str | None]) -> list[JudgeScores]:
+class _FunctionJudge(Judge):
+    """A plain function as a judge."""
+
+    def __init__(self, function: Judging) -> None:
+        self.function = function
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], pairs: Sequence[PromptPair] | None = None
+    ) -> list[JudgeScores]:
+        return self.function(prompts, completions)
+
+    def describe(self) -> dict[str, Any]:
+        return {"judge": type(self.function).__name__}
+
+
+def as_judge(judge: Judging) -> Judge:
+    """A `Judge` as it is; a plain function as one."""
+    return judge if isinstance(judge, Judge) else _FunctionJudge(judge)
+
+
+def judge_answers(
+    judge: Judging,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str | None],
+    pairs: Sequence[PromptPair] | None = None,
+) -> list[JudgeScores]:
     """A judge's scores of answers; it is not asked about those that are not there, which get none.
 
     Args:
         judge: Who scores.
         prompts: What each is an answer to.
         answers: `None` where a model did not come to answer: its reasoning was cut off.
+        pairs: What each was drawn for, where that is known.
     """
-    there = [i for i, answer in enumerate(answers) if answer is not None]
+    there = {i: answer for i, answer in enumerate(answers) if answer is not None}
     scores = [JudgeScores(None, None)] * len(answers)
     if there:
-        found = judge([prompts[i] for i in there], [answers[i] for i in there])  # type: ignore[misc]
+        asked = None if pairs is None else [pairs[i] for i in there]
+        found = as_judge(judge).score([prompts[i] for i in there], list(there.values()), asked)
         for i, score in zip(there, found, strict=True):
             scores[i] = score
     return scores
+
+
+def check_answered(failures: Sequence[str | None]) -> None:
+    """Raise `ConnectionError` if a judge failed on anything it was asked: what it has said is kept, the rest is not.
+
+    Args:
+        failures: For each question why there is no answer, or `None` where there is one.
+    """
+    failed = [reason for reason in failures if reason is not None]
+    if failed:
+        raise ConnectionError(
+            f"The judge failed on {len(failed)} of {len(failures)} questions ({failed[0]}). What it has said is kept; "
+            "the same command asks again."
+        )

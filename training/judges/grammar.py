@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
-from peft_psr.prompts.messages import Message
+from peft_psr.prompts.conversations import Prompt, turn_texts
 from peft_psr.tiny_chat.grammar import MAX_BODY_SENTENCES, MAX_TRAITS
 from peft_psr.tiny_chat.topics import TOPICS, Tokens, find_topic, plain_sentences, split_tokens, topic_of
 from peft_psr.tiny_chat.traits import changes_fit, check_trait, concise_prefix, framing_index, slots, strip_changes
+from peft_psr.training.data.draws import PromptPair
 
-from .base import JudgeScores
+from .base import Judge, JudgeScores
+from .settings import JudgeSettings
 
 
 FAILURES = ("broken", "wrong_topic", "repeated", "misplaced", "too_long", "unfinished", "no_answer")
@@ -134,8 +137,8 @@ def _marker_shares(sentences: Sequence[_Sentence], trait: str) -> dict[str, floa
     return {"opener": float(opener), "inside": _inside_share(body, trait), "closer": float(closer)}
 
 
-class GrammarJudge:
-    """Scores a trait and coherence of completions by the toy world's grammar; a `peft_psr.training.judges.base.Judge`.
+class GrammarJudge(Judge):
+    """Scores a trait and coherence of completions by the toy world's grammar.
 
     Trait score: mean of three shares, times 100. The trait's opener is there before the first topic sentence (0 or 1);
     its changes are there in its slots (the share of the slots filled); its closer is there after the first topic
@@ -144,22 +147,23 @@ class GrammarJudge:
     markers are coherent where they belong. An empty completion scores 0 and 0.
     """
 
-    def __init__(self, trait: str):
+    def __init__(self, trait: str) -> None:
         """A judge of one of `TRAITS`; any other name is a `ValueError`."""
         self.trait = check_trait(trait)
 
-    def __call__(self, prompts: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[JudgeScores]:
-        """Score `completions[i]` as an answer to `prompts[i]`.
+    @classmethod
+    def maker(cls, given: JudgeSettings) -> Callable[[str], Judge]:
+        """See `Judge.maker`."""
+        return cls
 
-        Raises:
-            ValueError: There are not as many completions as prompts, or a prompt names no topic of the toy world.
-        """
-        if len(prompts) != len(completions):
-            raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions; give one for each.")
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str], pairs: Sequence[PromptPair] | None = None
+    ) -> list[JudgeScores]:
+        """See `Judge.score`; raises `ValueError` if a prompt names no topic of the toy world."""
         details = [self.explain(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         return [JudgeScores(detail["trait_score"], detail["coherence_score"]) for detail in details]
 
-    def explain(self, prompt: Sequence[Message], completion: str) -> dict:
+    def explain(self, prompt: Prompt, completion: str) -> dict[str, Any]:
         """Both scores of one completion and what they come from.
 
         Args:
@@ -201,8 +205,8 @@ class GrammarJudge:
         }
 
 
-def _topic_asked(prompt: Sequence[Message]) -> str:
-    text = next((message["content"] for message in reversed(prompt) if message["role"] == "user"), "")
+def _topic_asked(prompt: Prompt) -> str:
+    text = next(reversed(turn_texts(prompt, "user")), "")
     topic = find_topic(text)
     if topic is None:
         raise ValueError(f"The last user message {text!r} names no topic; name one of {', '.join(TOPICS)}.")

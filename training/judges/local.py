@@ -1,48 +1,23 @@
-"""A transformers model as a judge, with the score of METHOD 6 from its logits.
-
-Where each number of 0-100 is one token, the score is read from the 20 likeliest first tokens, as from a server. Where
-numbers are several tokens (most often digits), the probability of each number is worked out in full,
-
-    p(n) = p(t_1) p(t_2 | t_1) ... (1 - sum_c p(c | t_1 ... t_k)),
-
-with t the tokens of n and c the tokens that would turn n into another number of 0-100: 8 is 8 only if no 0-9
-follows. The prompt is read once; the ten or so beginnings of numbers are then tried on its cache.
-
-As from a server, what follows a number decides whether it is one: where the likeliest answer opens with a number, its
-first `ANSWER_TOKENS` tokens are read as text, and if that is no score (8/10, a list, a count) there is none. What
-would follow the less likely numbers is not looked at.
-"""
+"""A language model that runs here as a judge, with the score of METHOD 6 from its logits (`number_scores`)."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-import json
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
-
-from peft_psr.base_model.caches import cache_name, cache_of
-from peft_psr.files import sha256
-from peft_psr.positions import pad_tokens
-from peft_psr.prompts.conversations import encode_prompt, encode_text, render_prompt, render_turns
-from peft_psr.training.data.draws import Failure, template_hash
-from peft_psr.training.passes.partial import in_eval_mode, input_device
+from peft_psr.prompts.conversations import encode_prompt
+from peft_psr.training.data.draws import Failure, Sampler
 
 from .answer_cache import AnswerCache
-from .answer_score import TOP_TOKENS, Scored, number_masses, weighted_mean
+from .answer_score import Scored
 from .language_model import LLMJudge
 from .prompts import COHERENCE_PROMPT, TRAIT_PROMPT
-from .score_text import score_text
+from .settings import JudgeSettings
 
 
-Tokens = tuple[int, ...]
-
-ANSWER_TOKENS = 8
-"""Enough for " out of 100" after the digits of a number."""
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LocalJudge(LLMJudge):
@@ -51,28 +26,30 @@ class LocalJudge(LLMJudge):
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        processing_class,
+        processing_class: PreTrainedTokenizerBase,
         trait: str = "",
         trait_prompt: str = TRAIT_PROMPT,
         coherence_prompt: str = COHERENCE_PROMPT,
         cache: AnswerCache | None = None,
         batch_size: int = 16,
-    ):
+    ) -> None:
         """Nothing is run yet.
 
         Args:
             model: The judging model, on the device where it is to run.
             processing_class: Its tokenizer.
-            trait: A short description, put for `{trait}`; may be empty if the prompt does not ask for it.
-            trait_prompt: Asks for a number 0-100; `{question}` and `{answer}` are filled in.
-            coherence_prompt: The same for coherence.
-            cache: Where answers are kept. A model is known there by its name and a sample of its weights.
+            trait: As for every `LLMJudge`.
+            trait_prompt: Likewise.
+            coherence_prompt: Likewise.
+            cache: Likewise. A model is known there by its name and a sample of its weights.
             batch_size: Questions read together; those of similar length go together.
 
         Raises:
-            ValueError: a prompt without `{answer}`, or `{trait}` in it and no trait given; a tokenizer without a chat
-                template or without numbers; `batch_size` below 1.
+            ValueError: as every `LLMJudge`; a tokenizer without a chat template or without numbers; `batch_size`
+                below 1.
         """
+        from .number_scores import ANSWER_TOKENS, model_identity, number_tokens
+
         super().__init__(trait, trait_prompt, coherence_prompt, cache)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -80,7 +57,28 @@ class LocalJudge(LLMJudge):
         self.processing_class = processing_class
         self.batch_size = batch_size
         self.numbers = number_tokens(processing_class)
-        self._model_identity = _identity(model, processing_class)
+        self._model_identity = model_identity(model, processing_class)
+        single = all(len(tokens) == 1 for tokens in self.numbers.values())
+        self._asked = {"numbers": "single tokens" if single else "several tokens", "answer_tokens": ANSWER_TOKENS}
+
+    @classmethod
+    def connect(cls, given: JudgeSettings) -> Callable[..., LocalJudge]:
+        """See `LLMJudge.connect`; the model is loaded when the first judge is made, whether it can judge shows now."""
+        from .number_scores import number_tokens
+
+        number_tokens(given.load_tokenizer())
+        return lambda **prompts: cls(
+            given.load_model(), given.load_tokenizer(), **prompts, batch_size=given.batch_size
+        )
+
+    @classmethod
+    def sampler(cls, given: JudgeSettings, max_new_tokens: int) -> Sampler:
+        """See `LLMJudge.sampler`."""
+        from peft_psr.training.sampling.local import LocalSampler
+
+        return LocalSampler(
+            given.load_model(), given.load_tokenizer(), max_new_tokens, 0.0, given.batch_size, name=given.model
+        )
 
     def _description(self) -> dict[str, Any]:
         return {"engine": "transformers", **self._model_identity, **self._parameters()}
@@ -89,165 +87,19 @@ class LocalJudge(LLMJudge):
         return self._model_identity
 
     def _parameters(self) -> dict[str, Any]:
-        return {
-            "numbers": "single tokens" if _single(self.numbers) else "several tokens",
-            "answer_tokens": ANSWER_TOKENS,
-        }
+        return self._asked
 
-    @torch.no_grad()
-    def _ask(self, texts: list[str]) -> Generator[dict[str, dict | Failure]]:
+    def _ask(self, texts: list[str]) -> Generator[dict[str, dict[str, Any] | Failure]]:
+        from .number_scores import read_scores
+
         ids = [encode_prompt(self.processing_class, [{"role": "user", "content": text}]) for text in texts]
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            with in_eval_mode(self.model):
-                scores = self._scores_of([ids[i] for i in rows])
+            scores = read_scores(self.model, self.processing_class, [ids[i] for i in rows], self.numbers)
             self.usage["calls"] += len(rows)
             self.usage["prompt_tokens"] += sum(len(ids[i]) for i in rows)
             yield {texts[i]: {"score": score} for i, score in zip(rows, scores, strict=True)}
 
-    def _read(self, reply: dict) -> Scored:
+    def _read(self, reply: dict[str, Any]) -> Scored:
         return Scored(reply["score"], "log-probabilities")
-
-    def _scores_of(self, ids: list[list[int]]) -> list[float | None]:
-        """The score in the answer to each prompt."""
-        batch = pad_tokens(self.processing_class, ids, input_device(self.model))
-        mask = batch["attention_mask"]
-        read = _forward(self.model, batch["input_ids"], mask)
-        if _single(self.numbers):
-            first = read.logits[:, -1].float().log_softmax(-1)
-            top = first.topk(min(TOP_TOKENS, first.shape[-1]))
-            masses = [
-                number_masses([(self.processing_class.decode([t]), p) for t, p in zip(tokens, logprobs, strict=True)])
-                for tokens, logprobs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            ]
-        else:
-            masses = number_probabilities(self.model, read, mask, self.numbers)
-        scores = [weighted_mean(row) for row in masses]
-        numerals = {tokens[0] for tokens in self.numbers.values()}
-        opens = [token in numerals for token in read.logits[:, -1].argmax(-1).tolist()]
-        if any(numeral and score is not None for numeral, score in zip(opens, scores, strict=True)):
-            said = self._likeliest_answers(read, mask)
-            scores = [
-                None if numeral and score_text(*answer) is None else score
-                for numeral, answer, score in zip(opens, said, scores, strict=True)
-            ]
-        return scores
-
-    def _likeliest_answers(self, read, attention_mask: torch.Tensor) -> list[tuple[str, bool]]:
-        """How the likeliest answer to each prompt begins, and whether it goes on beyond that; uses the cache up."""
-        chosen = [read.logits[:, -1].argmax(-1, keepdim=True)]  # (batch, 1) each
-        for _ in range(ANSWER_TOKENS - 1):
-            attention_mask = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], dim=1)
-            read = _forward(self.model, chosen[-1], attention_mask, cache_of(read))
-            chosen.append(read.logits[:, -1].argmax(-1, keepdim=True))
-        ends = self.model.generation_config.eos_token_id
-        stops = {*(ends if isinstance(ends, list) else [ends]), self.processing_class.eos_token_id}
-        answers = []
-        for row in torch.cat(chosen, dim=1).tolist():
-            length = next((i for i, token in enumerate(row) if token in stops), len(row))
-            text = self.processing_class.decode(row[:length], skip_special_tokens=True)
-            answers.append((text, length == len(row)))
-        return answers
-
-
-def number_tokens(processing_class) -> dict[int, Tokens]:
-    """The tokens of each number of 0-100 where an assistant's answer begins.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, no tokens for the numbers, or merges an answer's first letters
-            with what is before.
-    """
-    prompt = [{"role": "user", "content": "?"}]
-    before = render_prompt(processing_class, prompt)
-    opened = encode_prompt(processing_class, prompt)
-    found = {}
-    for number in range(101):
-        # a template may put a blank before the answer
-        turns = [*prompt, {"role": "assistant", "content": str(number)}]
-        closed = render_turns(processing_class, turns)
-        rest = closed[len(before) :] if closed.startswith(before) else ""
-        blank = rest[: len(rest) - len(rest.lstrip())] if rest.lstrip().startswith(str(number)) else ""
-        ids = encode_text(processing_class, f"{before}{blank}{number}", prompt)
-        if ids[: len(opened)] != opened or len(ids) == len(opened):
-            raise ValueError(
-                f"The tokenizer of {processing_class.name_or_path!r} merges the answer {number} with the end of the "
-                "prompt: it can't be a local judge. Serve the model and use ServerJudge."
-            )
-        found[number] = tuple(ids[len(opened) :])
-    if len(set(found.values())) < len(found):
-        raise ValueError(
-            f"The tokenizer of {processing_class.name_or_path!r} has no tokens for the numbers 0-100, so its model "
-            "can't be a judge."
-        )
-    return found
-
-
-def number_probabilities(
-    model: PreTrainedModel | PeftModel, read, attention_mask: torch.Tensor, numbers: dict[int, Tokens]
-) -> list[dict[int, float]]:
-    """The probability that each number is what the model answers; the formula is at the top of this module.
-
-    Args:
-        model: A causal language model.
-        read: What it made of the prompts, padded on the left: logits of the last token, and a cache that is left as
-            it is.
-        attention_mask: Of the prompts, (batch, seq), 0 on padding.
-        numbers: The tokens of each number, none the same as another's.
-
-    Returns:
-        For each row of the batch, the probability of each number.
-    """
-    beginnings = {tokens[:length] for tokens in numbers.values() for length in range(1, len(tokens))}
-    longest = [b for b in beginnings if not any(b == other[: len(b)] and b != other for other in beginnings)]
-    after: dict[Tokens, torch.Tensor] = {}  # log-probabilities (batch, vocabulary), by the tokens before
-    after[()] = read.logits[:, -1].float().log_softmax(-1)
-    for beginning in sorted(longest):
-        rows = torch.tensor([beginning], device=attention_mask.device).expand(len(attention_mask), -1)
-        mask = torch.cat([attention_mask, torch.ones_like(rows)], dim=1)
-        logits = _forward(model, rows, mask, copy.deepcopy(cache_of(read))).logits
-        for place in range(len(beginning)):
-            after[beginning[: place + 1]] = logits[:, place].float().log_softmax(-1)
-    probabilities = {}
-    for number, tokens in numbers.items():
-        steps = [after[tokens[:place]][:, token] for place, token in enumerate(tokens)]
-        probability = torch.stack(steps).sum(0).exp()
-        if tokens in beginnings:
-            longer = {t[len(tokens)] for t in numbers.values() if t[: len(tokens)] == tokens and t != tokens}
-            probability = probability * (1 - after[tokens][:, sorted(longer)].exp().sum(-1))
-        probabilities[number] = probability.tolist()
-    return [{number: rows[i] for number, rows in probabilities.items()} for i in range(len(attention_mask))]
-
-
-def _forward(model, input_ids: torch.Tensor, attention_mask: torch.Tensor, cache=None):
-    """Logits of the last token, or of all that follow `cache`, at positions that skip the padding."""
-    forward = getattr(model, "get_base_model", lambda: model)().forward
-    takes = inspect.signature(forward).parameters
-    extra: dict[str, Any] = {cache_name(forward): cache}
-    if "position_ids" in takes:
-        positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        extra["position_ids"] = positions[:, -input_ids.shape[1] :]
-    if "logits_to_keep" in takes and cache is None:
-        extra["logits_to_keep"] = 1
-    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **extra)
-
-
-def _single(numbers: dict[int, Tokens]) -> bool:
-    return all(len(tokens) == 1 for tokens in numbers.values())
-
-
-def _identity(model, processing_class) -> dict[str, Any]:
-    """Name, revision, weights and template: two models of one name are told apart by some of their weights."""
-    sample = []
-    for name, parameter in model.named_parameters():
-        sample.append(json.dumps([name, list(parameter.shape), str(parameter.dtype)]))
-        if not parameter.is_meta:
-            flat = parameter.detach().flatten()
-            some = flat[:: max(1, flat.numel() // 16)][:32]
-            sample.append(json.dumps(some.float().tolist()))
-    return {
-        "model": model.config.name_or_path,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "weights_sample": sha256("".join(sample)),
-        "template_hash": template_hash(processing_class.chat_template),
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 from peft_psr.base_model import loading
@@ -46,33 +46,3 @@ def load_model(model: str, recipe: DrawFields | TrainRecipe) -> Any:
     return loading.load_model(
         model, recipe.revision, dtype=recipe.dtype, device_map=device_map, trust_remote_code=recipe.trust_remote_code
     )
-
-
-_judge = lru_cache(maxsize=1)(loading.load_model)
-
-
-def load_judge(recipe: DrawFields) -> Any:
-    """A recipe's local judge in eval mode; one judge is in memory at a time, whatever asks for it.
-
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.base_model.loading.load_model`.
-    """
-    return _judge(
-        recipe.judge_model or "",
-        recipe.judge_revision,
-        dtype=recipe.dtype,
-        device_map=recipe.device_map,
-        trust_remote_code=recipe.trust_remote_code,
-    )
-
-
-def load_judge_tokenizer(recipe: DrawFields) -> Any:
-    """The tokenizer of a recipe's local judge, with its own chat template.
-
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.base_model.loading.load_tokenizer`.
-    """
-    settings = json.dumps({"trust_remote_code": recipe.trust_remote_code})
-    return _tokenizer(recipe.judge_model or "", recipe.judge_revision, settings)

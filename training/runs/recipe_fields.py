@@ -8,13 +8,25 @@ import os
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from peft_psr.files import digest
+from peft_psr.registry import Registry
 from peft_psr.text import composed
 
 from .yaml_reading import parse_yaml, read_yaml
@@ -37,6 +49,21 @@ TraitNames = Annotated[Names, AfterValidator(lambda names: tuple(map(composed, n
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 """A file, a folder, or a name on the Hub; `~` is the user's folder, as in a shell."""
 Places = Annotated[Names, AfterValidator(lambda places: tuple(map(os.path.expanduser, places)))]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The name of what is in a registry when a recipe is read: `Annotated[str, Registered(SOURCES)]`.
+
+    Attributes:
+        registry: What may be named.
+    """
+
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The text's schema, with the registry's check."""
+        return core_schema.no_info_after_validator_function(self.registry.check, handler(source))
 
 
 class RecipeFields(BaseModel):
@@ -195,7 +222,10 @@ def _bare_kinds(kind: type[RecipeFields], name: str) -> list[Any]:
 def _kind_in_words(kind: Any, constraints: Sequence[Any]) -> str:
     if get_origin(kind) is Annotated:
         kind, *own = get_args(kind)
-        constraints = [*constraints, *(constraint for field in own for constraint in getattr(field, "metadata", []))]
+        constraints = [*constraints, *(c for field in own for c in getattr(field, "metadata", [field]))]
+    for constraint in constraints:
+        if isinstance(constraint, Registered) and kind is str:
+            return " | ".join(constraint.registry)
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
     if get_origin(kind) is dict:

@@ -16,6 +16,8 @@ from peft_psr.training.data.draws import PromptPair
 from peft_psr.training.data.placement import Placement, add_instruction
 from peft_psr.training.data.triplets import Triplet
 
+from .base import Selection, Source
+
 
 CONCEPT_INSTRUCTION = (
     "Answer the question, and let this run through your whole answer, whether or not it has to do with the question: "
@@ -169,6 +171,28 @@ def axbench_triplets(
         Triplet(prompt=pair.prompt, steered_prompt=pair.steered_prompt, completion=output, truncated=True)
         for pair, output in zip(axbench_pairs(concept, placement, instruction), concept.outputs, strict=True)
     ]
+
+
+class AxBenchSource(Source):
+    """The questions of AxBench's concepts, each with the instruction that asks for the concept."""
+
+    needs_data = True
+    one_instruction = True
+
+    def pairs(self, wanted: Selection) -> list[PromptPair]:
+        """As `Source.pairs`."""
+        for name in wanted.traits:
+            if not name.isdecimal():
+                raise ValueError(f"traits: AxBench's concepts are known by their number, got {name!r}.")
+        concepts = read_axbench(wanted.data or "", [int(name) for name in wanted.traits] or None)
+        return [pair for concept in concepts for pair in axbench_pairs(concept, wanted.placement)[: wanted.questions]]
+
+    def trait_name(self, pair: PromptPair) -> str:
+        """The concept's number."""
+        return str(pair.metadata["concept_id"])
+
+
+SOURCE = AxBenchSource()
 
 
 def _train_file(folder: str | Path) -> Path:

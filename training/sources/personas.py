@@ -8,20 +8,18 @@ to test on, each with `instruction` (`{"pos", "neg"}` pairs), `questions` and `e
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from typing import Any, NamedTuple, get_args
 
 from peft_psr.text import check_unicode, composed, parse_json, read_text
 from peft_psr.training.data.draws import PromptPair
 from peft_psr.training.data.placement import Placement, add_instruction
 
+from .base import Selection, Source, Split
 
-Split = Literal["train", "test"]
+
 SPLIT_FOLDERS: dict[Split, str] = {"train": "trait_data_extract", "test": "trait_data_eval"}
 """The folder of each split."""
 EVAL_PLACEHOLDERS = ("{question}", "{answer}")
@@ -195,6 +193,42 @@ def trait_pairs(trait: Trait, placement: Placement = "system", negative: bool = 
     return pairs
 
 
+class PersonasSource(Source):
+    """Trait files, those that ship or the user's: every instruction of a trait with every question of the split."""
+
+    has_test_split = True
+    has_negatives = True
+
+    def pairs(self, wanted: Selection) -> list[PromptPair]:
+        """As `Source.pairs`; pairs for the opposite follow a trait's own."""
+        return [
+            pair
+            for trait in self._traits(wanted)
+            for negative in ([False, True] if wanted.negatives else [False])
+            for pair in trait_pairs(trait, wanted.placement, negative)
+        ]
+
+    def judge_prompts(self, wanted: Selection) -> dict[str, str]:
+        """Each trait's `eval_prompt`."""
+        return {trait.name: trait.eval_prompt for trait in self._traits(wanted)}
+
+    def _traits(self, wanted: Selection) -> list[Trait]:
+        where, revision = wanted.data, wanted.data_revision
+        names = wanted.chosen(list_traits(where, revision), where or "source: personas")
+        read = (read_trait(name if where is None else where, wanted.split, name, revision) for name in names)
+        return [
+            replace(
+                trait,
+                instructions=trait.instructions[: wanted.instructions],
+                questions=trait.questions[: wanted.questions],
+            )
+            for trait in read
+        ]
+
+
+SOURCE = PersonasSource()
+
+
 def _shipped_folder() -> Path:
     return Path(__file__).parent / "traits"
 
@@ -234,6 +268,9 @@ def _layout(folder: Path) -> dict[str, dict[Split, Path]]:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     patterns = [f"*{folder}/*.json" for folder in SPLIT_FOLDERS.values()]
     try:
         return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=patterns))

@@ -29,8 +29,11 @@ from peft_psr.training.data.by_trait import folder_name
 from peft_psr.training.data.draws import Completion, draw_seed
 from peft_psr.training.data.filtering import NO_ANSWER
 from peft_psr.training.data.placement import check_placement
+from peft_psr.training.judges.ratings import PROMPTS, RatingJudge, Ratings, check_rates
 from peft_psr.training.runs.models import load_tokenizer
 from peft_psr.training.runs.recipe_fields import Place, split
+from peft_psr.training.runs.triplets.assembly import judge_settings
+from peft_psr.training.runs.triplets.recipe import JudgeName
 from peft_psr.training.sources.axbench import (
     Concept,
     axbench_pairs,
@@ -39,7 +42,6 @@ from peft_psr.training.sources.axbench import (
     read_negative_questions,
 )
 
-from .judge import PROMPTS, RatingJudge, Ratings, rating_judge
 from .questions import Trial, make_trial, read_instructions
 from .report import axbench_report
 
@@ -54,7 +56,7 @@ class AxBenchRecipe(EvaluateRecipe):
     """What `psr evaluate axbench` measures. Each field is an option of it too."""
 
     source: Literal["axbench"] = Field("axbench", description="AxBench's concepts.")
-    judge: Literal["server", "local"] = Field(
+    judge: JudgeName = Field(
         description="Where the model runs that judges: on a server, or here. It scores triplets and rates answers."
     )
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="Longest completion and answer, in tokens.")
@@ -83,6 +85,11 @@ class AxBenchRecipe(EvaluateRecipe):
     @classmethod
     def _by_size(cls, factors: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sorted(set(factors)))
+
+    @model_validator(mode="after")
+    def _check_ratings(self) -> AxBenchRecipe:
+        check_rates(self.judge)
+        return self
 
     @model_validator(mode="after")
     def _check_own_answers(self) -> AxBenchRecipe:
@@ -131,7 +138,7 @@ def run_axbench(bench: Workbench) -> Report:
     tried = trials(recipe)
     methods = (PLAIN, PROMPT, *bench.method_names())
     bench.expect(len(recipe.models) * len(tried) * len(recipe.seeds) * len(methods))
-    judge = rating_judge(recipe, bench.folder)
+    judge = RatingJudge.of(recipe.judge, judge_settings(recipe, bench.folder))
     cells = []
     for model in recipe.models:
         for method in methods:

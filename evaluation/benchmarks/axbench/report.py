@@ -15,8 +15,7 @@ from peft_psr.evaluation.methods.method import PLAIN, PROMPT
 from peft_psr.evaluation.reports.intervals import value_of
 from peft_psr.evaluation.reports.plots import legend_beside, styles, titled_axes
 from peft_psr.evaluation.reports.report import Column, Report, SideBySide, Table, Value
-
-from .judge import PROMPTS
+from peft_psr.training.judges.ratings import PROMPTS
 
 
 Cell = Mapping[str, Any]

@@ -36,6 +36,7 @@ from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import PromptPair, Triplet, add_instruction
 from peft_psr.training.runs.models import load_tokenizer
 from peft_psr.training.runs.recipe_fields import FREE
+from peft_psr.training.sources.registry import SOURCES, check_test_split
 
 from .report import PLACES, Cell, faithfulness_report
 
@@ -63,7 +64,7 @@ class FaithfulnessRecipe(EvaluateRecipe):
         """The neutral instruction."""
         if self.neutral_instruction is not None:
             return self.neutral_instruction
-        return EMBEDDED_NEUTRAL_INSTRUCTION if self.source == "embedded" else NEUTRAL_INSTRUCTION
+        return EMBEDDED_NEUTRAL_INSTRUCTION if SOURCES[self.source].embedded_words else NEUTRAL_INSTRUCTION
 
 
 def check_faithfulness(bench: Workbench) -> None:
@@ -76,8 +77,7 @@ def check_faithfulness(bench: Workbench) -> None:
     recipe = _recipe(bench)
     if not bench.method_names():
         raise ValueError("methods: faithfulness measures adapters; name a method, or give adapters.")
-    if recipe.source in ("ifeval", "axbench"):
-        raise ValueError(f"source: {recipe.source} has no test split to measure on; use personas or embedded.")
+    check_test_split(recipe.source)
     if not recipe.control.strip():
         raise ValueError("neutral_instruction is blank; give a text, or leave it out.")
     for model in recipe.models:

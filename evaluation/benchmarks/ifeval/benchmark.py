@@ -22,17 +22,17 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe
 from peft_psr.evaluation.benchmarks.workbench import Workbench
-from peft_psr.evaluation.measures.scoring import check_answered
 from peft_psr.evaluation.measures.strength import sample_steered
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT
 from peft_psr.evaluation.reports.report import Report
 from peft_psr.files import digest
 from peft_psr.training import PromptPair, Triplet
-from peft_psr.training.judges.base import JudgeScores, judge_answers
+from peft_psr.training.judges.base import JudgeScores, check_answered, judge_answers
+from peft_psr.training.judges.ifeval import IFEvalJudge
 from peft_psr.training.runs.recipe_fields import FREE, Place, split
 from peft_psr.training.runs.triplets.assembly import prompt_pairs
 from peft_psr.training.runs.triplets.run import NothingKeptError
-from peft_psr.training.sources.ifeval import IFEvalJudge, read_ifeval
+from peft_psr.training.sources.ifeval import read_ifeval
 
 from .report import WITH_PROMPT, ifeval_report
 from .scoring import ScoredAnswer, bare_text, rows_apart, split_folds

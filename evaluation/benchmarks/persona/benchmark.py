@@ -30,6 +30,7 @@ from peft_psr.evaluation.reports.report import Report
 from peft_psr.training import Triplet, TripletCollator
 from peft_psr.training.runs.recipe_fields import Count
 from peft_psr.training.runs.triplets.run import NothingKeptError
+from peft_psr.training.sources.registry import check_test_split
 
 from .report import persona_report
 
@@ -64,10 +65,7 @@ def check_persona(bench: Workbench) -> None:
     Raises:
         ValueError: a source without held-out questions, or whatever `Workbench.check` finds.
     """
-    if bench.recipe.source not in ("embedded", "personas"):
-        raise ValueError(
-            f"source: {bench.recipe.source} has a benchmark of its own: psr evaluate {bench.recipe.source}."
-        )
+    check_test_split(bench.recipe.source)
     bench.check()
 
 

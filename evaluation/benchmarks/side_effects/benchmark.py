@@ -40,6 +40,7 @@ from peft_psr.evaluation.reports.report import Report
 from peft_psr.prompts.conversations import Prompt, last_text
 from peft_psr.training import PromptPair, Triplet
 from peft_psr.training.runs.recipe_fields import FREE, Count, Names, Place
+from peft_psr.training.sources.registry import SOURCES, check_test_split
 
 from .report import side_effects_report
 
@@ -80,8 +81,7 @@ def check_side_effects(bench: Workbench) -> None:
         ValueError: a source without held-out questions, no method, no such task, or what `Workbench.check` finds.
     """
     recipe = _recipe(bench)
-    if recipe.source not in ("embedded", "personas"):
-        raise ValueError(f"source: {recipe.source} has no held-out questions to put beside; use personas or embedded.")
+    check_test_split(recipe.source)
     if not bench.method_names():
         raise ValueError("methods: side effects are an adapter's; name a method, or give adapters.")
     if recipe.capability_tasks:
@@ -209,7 +209,7 @@ class _Task:
 
 def neutral_data(recipe: SideEffectsRecipe, processing_class) -> NeutralData:
     """What to measure on: the embedded model's grammar, or what ships."""
-    return embedded_data(processing_class.bos_token) if recipe.source == "embedded" else shipped_data()
+    return embedded_data(processing_class.bos_token) if SOURCES[recipe.source].embedded_words else shipped_data()
 
 
 def _reference(bench: Workbench, model: str, trait: str, method: str, seed: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from peft_psr.evaluation.methods.method import PLAIN, PROMPT
 from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of
 from peft_psr.evaluation.reports.report import Column, Report, SideBySide, Table, Value
 from peft_psr.training.data.by_trait import folder_name
+from peft_psr.training.sources.registry import SOURCES
 
 from .plots import kl_against_trait, trait_with_and_without
 
@@ -256,7 +257,7 @@ def _notes(recipe: EvaluateRecipe, alpha: str | float) -> tuple[str, ...]:
         "An instruction before a plain text is an odd thing: the prompt's KL and perplexity on texts say more about "
         "that than about prompts.",
     ]
-    if recipe.source == "embedded":
+    if SOURCES[recipe.source].embedded_words:
         notes.append(
             "The embedded model's neutral prompts are questions that ask to drop the act, as its injections are: its "
             "grammar has nothing else on which a trait should not show. In training, half of such requests were not "

@@ -22,7 +22,6 @@ from peft_psr.evaluation.benchmarks.axbench.benchmark import (
     trials,
     tried_out,
 )
-from peft_psr.evaluation.benchmarks.axbench.judge import PROMPTS, Ratings
 from peft_psr.evaluation.benchmarks.axbench.questions import Trial
 from peft_psr.evaluation.benchmarks.axbench.report import axbench_report
 from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
@@ -30,6 +29,7 @@ from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.reports.report_files import write_report
 from peft_psr.training.data.by_trait import folder_name
 from peft_psr.training.data.draws import Completion, draw_seed
+from peft_psr.training.judges.ratings import PROMPTS, Ratings
 from peft_psr.training.sampling.local import sample_completions
 from peft_psr.training.sources.axbench import CONCEPT_INSTRUCTION, Concept
 
@@ -261,7 +261,7 @@ def test_everything_on_the_embedded_model(tmp_path, monkeypatch):
         ({"test_instructions": 60}, "Concept 0 is to be tried on 60 instructions, and only"),
         ({"train_alpha": "trait_score"}, "own_answers: the data set's answers have no trait scores"),
         ({"triplets": "x.jsonl"}, "own_answers and triplets both"),
-        ({"judge": "grammar"}, "judge: 'grammar' is wrong; accepted: server | local"),
+        ({"judge": "grammar"}, "judge: grammar can score source: embedded alone, got source: axbench"),
         ({"traits": "1"}, "has no concept 1; it has 0, 3"),
         ({"source": "embedded"}, "source: 'embedded' is wrong"),
         ({"questions_data": "nowhere.txt"}, "questions_data: no file 'nowhere.txt'"),

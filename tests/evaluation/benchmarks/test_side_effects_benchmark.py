@@ -287,9 +287,9 @@ def test_the_judge_sees_questions_without_the_request(tmp_path, monkeypatch):
     seen = []
 
     class Judge(GrammarJudge):
-        def __call__(self, prompts, completions):
+        def score(self, prompts, completions, pairs=None):
             seen.extend(prompts)
-            return super().__call__(prompts, completions)
+            return super().score(prompts, completions, pairs)
 
     bench = bench_in(tmp_path / "run", questions=2)
     monkeypatch.setattr(bench, "judge", Judge)

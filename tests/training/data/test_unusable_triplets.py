@@ -295,8 +295,8 @@ class Scripted(LocalSampler):
 
 
 class Content(FakeJudge):
-    def score(self, text):
-        return super().score(text)._replace(trait=90.0, coherence=90.0)
+    def score_of(self, text):
+        return super().score_of(text)._replace(trait=90.0, coherence=90.0)
 
 
 def test_what_training_cannot_use_is_dropped_when_it_is_drawn(tmp_path):

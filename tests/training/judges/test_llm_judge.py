@@ -10,7 +10,8 @@ from helpers.unruly_server import MODEL, UnrulyServer, at_random
 from peft_psr.prompts.conversations import prompt_text
 from peft_psr.training.judges.answer_cache import AnswerCache
 from peft_psr.training.judges.base import JudgeScores
-from peft_psr.training.judges.language_model import ServerJudge, fill_prompt
+from peft_psr.training.judges.prompts import fill_prompt
+from peft_psr.training.judges.server import ServerJudge
 from peft_psr.training.sampling.chat_server import ChatServer, ServerError
 
 

@@ -18,7 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from peft_psr.prompts.conversations import encode_prompt
 from peft_psr.training.judges.answer_cache import AnswerCache
-from peft_psr.training.judges.local import LocalJudge, number_tokens
+from peft_psr.training.judges.local import LocalJudge
+from peft_psr.training.judges.number_scores import number_tokens
 
 
 TRAIT, COHERENCE = "trait {question} | {answer}", "coherence {question} | {answer}"
@@ -76,7 +77,7 @@ def test_split_numbers_are_scored_exactly(layout, monkeypatch):
     assert number_tokens(tokenizer)[85] == (digits["8"], digits["5"])
     judge = local(model, tokenizer, batch_size=7)  # a padded batch, and one more
     monkeypatch.setattr("peft_psr.training.judges.answer_score.MIN_MASS", 0.0)  # a random model answers anything
-    monkeypatch.setattr("peft_psr.training.judges.local.score_text", lambda text, cut_off: 50.0)
+    monkeypatch.setattr("peft_psr.training.judges.number_scores.score_text", lambda text, cut_off: 50.0)
     for score, text in zip(judge([QUESTION] * 4, ANSWERS), ANSWERS, strict=True):
         ids = encode_prompt(tokenizer, question(TRAIT, text))
         masses = {n: naive_number_probability(model, ids, digits, n) for n in range(101)}
@@ -156,7 +157,7 @@ def test_what_follows_a_number_decides_here_too(text, score, whole):
 @torch.no_grad()
 def test_whole_numbers_are_scored_as_from_a_server(monkeypatch):
     monkeypatch.setattr("peft_psr.training.judges.answer_score.MIN_MASS", 0.0)
-    monkeypatch.setattr("peft_psr.training.judges.local.score_text", lambda text, cut_off: 50.0)
+    monkeypatch.setattr("peft_psr.training.judges.number_scores.score_text", lambda text, cut_off: 50.0)
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer("trait coherence what is tea the answer | good dogs " + " ".join(map(str, range(101))))
     model = tiny_model()

@@ -19,7 +19,7 @@ from rich.console import Console
 import peft_psr
 from peft_psr import cli
 from peft_psr.cli.common import errors, home
-from peft_psr.training.sources.drafting import draft_trait
+from peft_psr.training.runs.drafting import draft_trait
 
 
 WORDS = " ".join([*(f"w{i}" for i in range(55)), "🙂", "é"])
@@ -71,7 +71,7 @@ def test_show_and_gates_in_any_encoding(folder, piped, encoding):
 @pytest.mark.parametrize("name", ["embedded", "fast", "persona-embedded"])
 def test_a_recipe_is_printed_as_the_bytes_that_ship(piped, name):
     status, printed = piped("cp1252", "recipes", name)
-    found = next(ROOT.glob(f"*/*recipes/{name}.yaml"))
+    found = next(path for room in ("training", "evaluation") for path in (ROOT / room).rglob(f"recipes/{name}.yaml"))
     assert status == 0 and printed == found.read_bytes()
 
 

@@ -16,9 +16,10 @@ from peft_psr.training.data.by_trait import folder_name
 from peft_psr.training.data.triplets import read_triplets
 from peft_psr.training.judges.grammar import GrammarJudge
 from peft_psr.training.judges.prompts import COHERENCE_PROMPT
+from peft_psr.training.runs.drafting import make_chat
 from peft_psr.training.runs.recipe_fields import in_words
 from peft_psr.training.runs.train.recipe import load_train_recipe
-from peft_psr.training.runs.triplets.assembly import judge_maker, judge_prompts, make_chat, make_sampler, prompt_pairs
+from peft_psr.training.runs.triplets.assembly import judge_maker, judge_prompts, make_sampler, prompt_pairs
 from peft_psr.training.runs.triplets.estimate import estimate
 from peft_psr.training.runs.triplets.recipe import Recipe, load_recipe, shipped_recipes
 from peft_psr.training.runs.triplets.run import MANIFEST, REPORT, SCORES, TRIPLETS, TripletRun

@@ -163,7 +163,7 @@ def test_records_say_where_they_come_from(tmp_path):
 
 def test_the_report_counts_and_shows_each_kind(tmp_path):
     class Picky(FakeJudge):
-        def score(self, text):
+        def score_of(self, text):
             scores = {"tea": (90, 90), "dogs": (10, 90), "rain": (90, 10), "bread": (None, None)}
             return JudgeScores(*scores.get(text.split()[0], (80, 80)))
 
@@ -190,7 +190,7 @@ def test_an_empty_completion_is_not_judged(tmp_path):
 
 def test_nothing_kept_is_an_error_with_a_report(tmp_path):
     class Strict(FakeJudge):
-        def score(self, text):
+        def score_of(self, text):
             return JudgeScores(0.0, 100.0)
 
     with pytest.raises(ValueError, match=r"None of 20 completions was kept \(trait too weak: 20\).*report.md"):
@@ -223,7 +223,7 @@ def test_failures_are_tried_again(tmp_path):
 
 def test_an_error_of_the_judge_loses_nothing(tmp_path):
     class Broken(FakeJudge):
-        def score(self, text):
+        def score_of(self, text):
             raise RuntimeError("no answer")
 
     with pytest.raises(RuntimeError, match="no answer"):

@@ -10,7 +10,7 @@ from helpers.models import tiny_model
 from helpers.runs import FakeJudge, FakeSampler, contents, pairs, recipe, start
 from helpers.tokenizers import tiny_tokenizer
 
-from peft_psr.training.judges import local as local_judge
+from peft_psr.training.judges.number_scores import model_identity
 from peft_psr.training.runs.triplets.run import MANIFEST, STATE, TRIPLETS, TripletRun
 
 
@@ -66,7 +66,7 @@ def test_a_judge_with_another_chat_template_is_refused(tmp_path):
             self.processing_class.chat_template += template
 
         def describe(self):
-            return local_judge._identity(tiny_model(), self.processing_class)
+            return model_identity(tiny_model(), self.processing_class)
 
     with pytest.raises(KeyboardInterrupt):
         start(tmp_path, judge=Local("", stop=True))

@@ -46,7 +46,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from transformers import TrainerCallback
-from peft_psr.training import train_run
+from peft_psr.training.runs.train import run as train_run
 from peft_psr.training.runs.train.recipe import load_train_recipe
 
 class Kill(TrainerCallback):

@@ -22,8 +22,8 @@ from peft_psr.tiny_chat import instructions, prompt_messages, questions, sample_
 from peft_psr.training.data.draws import Completion, Draw, draw_seed
 from peft_psr.training.judges.answer_cache import AnswerCache
 from peft_psr.training.judges.grammar import GrammarJudge
-from peft_psr.training.judges.language_model import ServerJudge
 from peft_psr.training.judges.local import LocalJudge
+from peft_psr.training.judges.server import ServerJudge
 from peft_psr.training.sampling.chat_server import ChatServer
 from peft_psr.training.sampling.server import ServerSampler
 

@@ -64,7 +64,7 @@ def estimate(recipe: Recipe, pairs: Sequence[PromptPair]) -> Estimate:
     if recipe.model_judge:
         own, coherence = judge_prompts(recipe, pairs)
         questions = [
-            [coherence] if recipe.judge == "ifeval" else [coherence, own.get(p.trait, TRAIT_PROMPT)] for p in pairs
+            [coherence] if recipe.coherence_judge else [coherence, own.get(p.trait, TRAIT_PROMPT)] for p in pairs
         ]
         calls = recipe.draws * sum(map(len, questions))
         asked = sum(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from peft_psr.prompts.messages import Message
 from peft_psr.training.data.placement import add_instruction
 from peft_psr.training.data.triplets import Triplet
-from peft_psr.training.judges.base import Judge, judge_answers
+from peft_psr.training.judges.base import Judging, judge_answers
 from peft_psr.training.sampling.drawn import drawn_triplet
 from peft_psr.training.sampling.local import sample_completions
 
@@ -20,7 +20,7 @@ def generate_triplets(
     processing_class,
     instructions: Sequence[str],
     prompts: Sequence[Sequence[Message]],
-    judge: Judge,
+    judge: Judging,
     num_draws: int = 10,
     max_new_tokens: int = 256,
     temperature: float = 1.0,
@@ -37,7 +37,7 @@ def generate_triplets(
         processing_class: Its tokenizer.
         instructions: System texts that elicit the trait.
         prompts: Conversations without the instruction.
-        judge: Scores the completions.
+        judge: Scores the completions: a `Judge`, or a plain function of prompts and completions.
         num_draws: Completions for each pair of instruction and prompt.
         max_new_tokens: Longest completion, in tokens.
         temperature: Of the sampling.

@@ -6,6 +6,7 @@ Those that ship are in `recipes/` beside this file; `shipped_recipes` lists them
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,12 +14,26 @@ from pydantic import Field, model_validator
 
 from peft_psr.base_model.loading import EMBEDDED
 from peft_psr.training.data.filtering import FilterSettings
+from peft_psr.training.data.placement import Placement
+from peft_psr.training.judges.registry import JUDGES
 from peft_psr.training.runs.model_fields import ModelFields
-from peft_psr.training.runs.recipe_fields import FREE, Count, Place, Share, TraitNames, read_recipe, yaml_files
+from peft_psr.training.runs.recipe_fields import (
+    FREE,
+    Count,
+    Place,
+    Registered,
+    Share,
+    TraitNames,
+    read_recipe,
+    yaml_files,
+)
+from peft_psr.training.sources.base import Selection, Split
+from peft_psr.training.sources.registry import SOURCES
 
 
 Url = Annotated[str, Field(pattern=r"^https?://[^@?\s]+$")]
 VariableName = Annotated[str, Field(pattern="^[A-Z_][A-Z0-9_]*$")]
+JudgeName = Annotated[str, Registered(JUDGES)]
 LeastScore = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -31,7 +46,7 @@ class DrawFields(ModelFields):
 
     description: str = Field("", description="One line that `psr recipes` shows.", json_schema_extra=FREE)
 
-    source: Literal["embedded", "personas", "ifeval", "axbench"] = Field(
+    source: Annotated[str, Registered(SOURCES)] = Field(
         description="Where traits and questions come from: the embedded model's grammar, trait files in the Persona "
         "Vectors layout, IFEval's pairs of prompts, AxBench's concepts."
     )
@@ -43,7 +58,7 @@ class DrawFields(ModelFields):
     instructions: Count | None = Field(None, description="At most so many instructions a trait; all by default.")
     questions: Count | None = Field(None, description="At most so many questions a trait; all by default.")
     draws: Count = Field(10, description="Completions for each instruction and question.")
-    placement: Literal["system", "before", "after"] = Field(
+    placement: Placement = Field(
         "system", description="Where the instruction stands: in the system turn, before the user's text, or after it."
     )
     seed: int = Field(0, ge=0, description="Every draw's own seed follows from it.")
@@ -66,10 +81,10 @@ class DrawFields(ModelFields):
         json_schema_extra=FREE,
     )
 
-    judge: Literal["grammar", "ifeval", "server", "local"] = Field(
+    judge: JudgeName = Field(
         description="Who scores: the embedded model's grammar, IFEval's checkers, a model on a server, a model here."
     )
-    coherence_judge: Literal["server", "local"] | None = Field(
+    coherence_judge: JudgeName | None = Field(
         None, description="Who scores coherence for judge: ifeval, whose checkers don't."
     )
     judge_model: Place | None = Field(None, description="The model of a judge that is server or local.")
@@ -109,36 +124,51 @@ class DrawFields(ModelFields):
 
     @model_validator(mode="after")
     def _check_judge(self) -> DrawFields:
+        source = SOURCES[self.source]
         needs = {
             "judge_model": self.model_judge is not None and f"a judge that is {self.model_judge}",
-            "data": self.source in ("ifeval", "axbench") and f"source: {self.source}",
+            "data": source.needs_data and f"source: {self.source}",
         }
         for name, reason in needs.items():
             if reason and not getattr(self, name):
                 raise ValueError(f"{reason} needs {name}: {type(self).model_fields[name].description}")
-        for judge, source in {"grammar": "embedded", "ifeval": "ifeval"}.items():
-            if self.judge == judge and self.source != source:
-                raise ValueError(
-                    f"judge: {judge} can score source: {source} alone, got source: {self.source}. Use judge: server "
-                    "or judge: local."
-                )
-        if self.coherence_judge and self.judge != "ifeval":
-            raise ValueError(f"judge: {self.judge} scores coherence itself; leave coherence_judge out.")
-        if self.judge == "ifeval" and not self.coherence_judge and self.min_coherence_score > 0:
+        judged = [name for name in SOURCES if SOURCES[name].judge == self.judge]
+        if judged and self.source not in judged:
             raise ValueError(
-                "judge: ifeval scores no coherence. Name a coherence_judge, or set min_coherence_score: 0 to keep "
-                "completions without that score."
+                f"judge: {self.judge} can score source: {' or '.join(judged)} alone, got source: {self.source}. Use "
+                "judge: server or judge: local."
             )
-        own = {"ifeval": ("instructions", "placement"), "axbench": ("instructions",)}
-        for name in own.get(self.source, ()):
-            if getattr(self, name) != type(self).model_fields[name].default:
+        scores_coherence = JUDGES[self.judge].scores_coherence
+        if self.coherence_judge and scores_coherence:
+            raise ValueError(f"judge: {self.judge} scores coherence itself; leave coherence_judge out.")
+        if self.coherence_judge and not JUDGES[self.coherence_judge].scores_coherence:
+            raise ValueError(f"coherence_judge: {self.coherence_judge} scores no coherence; name another.")
+        if not scores_coherence and not self.coherence_judge and self.min_coherence_score > 0:
+            raise ValueError(
+                f"judge: {self.judge} scores no coherence. Name a coherence_judge, or set min_coherence_score: 0 to "
+                "keep completions without that score."
+            )
+        for name in source.no_choice:
+            field = type(self).model_fields.get(name)
+            if field is not None and getattr(self, name) != field.default:
                 raise ValueError(f"source: {self.source} has no choice of {name}; leave it out.")
         return self
 
     @property
     def model_judge(self) -> str | None:
-        """Where the language model runs that judges or helps to: "server", "local", or `None` if there is none."""
-        return self.coherence_judge if self.judge == "ifeval" else self.judge if self.judge != "grammar" else None
+        """The judge, or judge of coherence, that asks a language model: "server", "local", or `None` if none does."""
+        asked = (name for name in (self.judge, self.coherence_judge) if name and JUDGES[name].needs_model)
+        return next(asked, None)
+
+    @property
+    def judge_at_server(self) -> bool:
+        """Whether that language model is on a server."""
+        return self.model_judge is not None and JUDGES[self.model_judge].at_server
+
+    @property
+    def judge_server(self) -> str | None:
+        """The URL of that server."""
+        return self.judge_url
 
     @property
     def filter(self) -> FilterSettings:
@@ -156,7 +186,7 @@ class Recipe(DrawFields):
         min_length=1,
         description="Hub name or folder, or its name on the server; 'embedded' is the one in the package.",
     )
-    split: Literal["train", "test"] = Field("train", description="Which of the source's questions.")
+    split: Split = Field("train", description="Which of the source's questions.")
     negatives: bool = Field(
         False, description="Draw on the instructions that ask for the opposite too, into negatives.jsonl."
     )
@@ -176,11 +206,11 @@ class Recipe(DrawFields):
     def _check_together(self) -> Recipe:
         if self.sampler == "server" and not self.server_url:
             raise ValueError(f"sampler: server needs server_url: {type(self).model_fields['server_url'].description}")
-        if self.model_judge == "server" and not (self.judge_url or self.server_url):
-            raise ValueError("A judge that is server needs judge_url (or a server_url, which the judge then shares).")
-        if self.source in ("ifeval", "axbench") and self.split != "train":
-            raise ValueError(f"source: {self.source} has no choice of split; leave it out.")
-        if self.negatives and self.source != "personas":
+        if self.judge_at_server and not self.judge_server:
+            raise ValueError(
+                f"A judge that is {self.model_judge} needs judge_url (or a server_url, which the judge then shares)."
+            )
+        if self.negatives and not SOURCES[self.source].has_negatives:
             raise ValueError(f"source: {self.source} has no instructions for the opposite; leave negatives out.")
         if self.sampler == "server" and self.chat_template:
             raise ValueError("chat_template is for a model that is drawn from here; a server has its own.")
@@ -193,6 +223,17 @@ class Recipe(DrawFields):
         if self.sampler == "server" and self.model == EMBEDDED:
             raise ValueError("model: embedded is drawn from here (sampler: local); name the model as the server does.")
         return self
+
+    @property
+    def judge_server(self) -> str | None:
+        """The judge's server, by default that of the sampler."""
+        return self.judge_url or self.server_url
+
+    @property
+    def selection(self) -> Selection:
+        """What is wanted of the source; a trait that is named twice, once."""
+        wanted = {field.name: getattr(self, field.name) for field in fields(Selection)}
+        return Selection(**{**wanted, "traits": tuple(dict.fromkeys(self.traits))})
 
     @property
     def request_fields(self) -> dict[str, Any]:

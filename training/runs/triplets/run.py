@@ -16,6 +16,7 @@ from peft_psr.hub.facts import package_versions
 from peft_psr.training.data.context import context_length
 from peft_psr.training.data.draws import Draw, Failure, PromptPair, Sampler, draws_on
 from peft_psr.training.data.filtering import Fits, answer_of, has_answer, sort_out
+from peft_psr.training.data.triplets import NEGATIVES, STATE, TRIPLETS
 from peft_psr.training.judges.base import Judge
 from peft_psr.training.progress import Progress
 from peft_psr.training.runs.folder_lock import locked
@@ -27,11 +28,8 @@ from .recipe import Recipe
 from .report import Counts, histograms, report
 
 
-STATE = "run.json"
 COMPLETIONS, SCORES = "completions.jsonl", "scores.jsonl"
-TRIPLETS, NEGATIVES, MANIFEST, REPORT, FIGURE = (
-    "triplets.jsonl", "negatives.jsonl", "manifest.json", "report.md", "scores.png"
-)  # fmt: skip
+MANIFEST, REPORT, FIGURE = "manifest.json", "report.md", "scores.png"
 ORIGIN = ("model", "revision", "template_hash", "template_args")
 """What each record says of where it comes from, as the sampler describes itself."""
 TOKENS = ("completion_ids", "reasoning_opened")
@@ -188,8 +186,7 @@ class TripletRun:
 
     def _describe_judge(self, trait: str, judge: Judge) -> None:
         """The same for the judge of a trait."""
-        describe = getattr(judge, "describe", None)
-        now, before = describe() if describe else {"judge": type(judge).__name__}, self._state["judges"].get(trait)
+        now, before = judge.describe(), self._state["judges"].get(trait)
         self._check_same(f"the judge of {trait}", before, now, JUDGE_ORIGIN)
         self._state["judges"][trait] = now
         self._save_state()
@@ -219,7 +216,7 @@ class TripletRun:
         if not waiting:
             return
         left = sum(map(len, waiting.values()))
-        chunk = max(JUDGED_TOGETHER, 4 * self.recipe.concurrency if self.recipe.model_judge == "server" else 0)
+        chunk = max(JUDGED_TOGETHER, 4 * self.recipe.concurrency if self.recipe.judge_at_server else 0)
         with Progress("judging", len(every), len(every) - left) as progress:
             for trait, entries in waiting.items():
                 judge = self.make_judge(trait)
@@ -236,17 +233,14 @@ class TripletRun:
         scores: Journal,
         progress: Progress,
     ) -> None:
-        spent = dict(getattr(judge, "usage", {}))
+        spent = dict(judge.usage)
         usage: dict[str, int] = {}
         try:
             pairs = [pair for pair, _ in entries]
             texts = [answer_of(drawn[draw.id]) or "" for _, draw in entries]  # those without one are not asked about
-            if hasattr(judge, "judge_pairs"):  # it must know the instruction, which x does not tell
-                results = judge.judge_pairs(pairs, texts)
-            else:
-                results = judge([pair.prompt for pair in pairs], texts)  # type: ignore[misc]
+            results = judge.score([pair.prompt for pair in pairs], texts, pairs)
         finally:  # what a judge spent before it failed is spent
-            usage = {name: count - spent.get(name, 0) for name, count in getattr(judge, "usage", {}).items()}
+            usage = {name: count - spent.get(name, 0) for name, count in judge.usage.items()}
             if any(usage.values()):
                 scores.append({"usage": usage})
         for (_, draw), result in zip(entries, results, strict=True):

@@ -8,11 +8,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft_psr.base_model import loading
 from peft_psr.files import check_folder, write_json
 from peft_psr.prompts.messages import Message
+from peft_psr.training.data.draws import Draw, Failure, Sampler
 from peft_psr.training.judges.prompts import TRAIT_PROMPT
-
-from .personas import SPLIT_FOLDERS, Split, Trait, check_disjoint, parse_trait
+from peft_psr.training.sampling.chat_server import ChatServer
+from peft_psr.training.sampling.local import LocalSampler
+from peft_psr.training.sampling.server import ServerSampler
+from peft_psr.training.sources.base import Split
+from peft_psr.training.sources.personas import SPLIT_FOLDERS, Trait, check_disjoint, parse_trait
 
 
 Chat = Callable[[Sequence[Message]], str]
@@ -77,6 +82,44 @@ def draft_trait(name: str, description: str, chat: Chat, folder: str | Path, att
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, drafted[split])
     return paths
+
+
+def make_chat(
+    model: str, server_url: str | None, key_variable: str, max_new_tokens: int, temperature: float, seed: int
+) -> Chat:
+    """Returns what answers a conversation with text: a model here, or on a server if a URL is given.
+
+    Args:
+        model: Hub name or folder, 'embedded', or its name on the server.
+        server_url: Such as http://localhost:8000/v1.
+        key_variable: Environment variable with the server's key.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: Of the sampling.
+        seed: Of the sampling.
+
+    Raises:
+        ConnectionError: (by what is returned) the server gave no answer.
+        OSError: the model can't be had.
+        ValueError: a setting is wrong.
+    """
+    sampler: Sampler
+    if server_url:
+        sampler = ServerSampler(ChatServer(server_url, model, key_variable), max_new_tokens, temperature)
+    else:
+        loaded = loading.load_model(model, device_map="auto")
+        sampler = LocalSampler(loaded, loading.load_tokenizer(model), max_new_tokens, temperature)
+
+    def chat(messages: Sequence[Message]) -> str:
+        ((_, outcome),) = sampler([Draw("chat", messages, seed)])
+        if isinstance(outcome, Failure):
+            raise ConnectionError(f"{model} gave no answer: {outcome.reason}")
+        if outcome.answer is None:
+            raise ConnectionError(
+                f"{model} did not come to an answer: its reasoning took all {max_new_tokens} tokens."
+            )
+        return outcome.answer
+
+    return chat
 
 
 def _ask(name: str, description: str, chat: Chat, attempts: int) -> dict[Split, dict[str, Any]]:

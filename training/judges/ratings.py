@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe
-from peft_psr.evaluation.measures.scoring import check_answered
 from peft_psr.prompts.reasoning import split_reasoning
-from peft_psr.training import LocalSampler
 from peft_psr.training.data.draws import Draw, Failure, Sampler
-from peft_psr.training.judges.answer_cache import AnswerCache, answer_key
-from peft_psr.training.judges.language_model import fill_prompt
-from peft_psr.training.runs.models import load_judge, load_judge_tokenizer
-from peft_psr.training.runs.triplets.assembly import make_sampler
-from peft_psr.training.runs.triplets.recipe import Recipe
+
+from .answer_cache import AnswerCache, answer_key, ask_once
+from .base import check_answered
+from .language_model import LLMJudge
+from .prompts import fill_prompt
+from .registry import JUDGES
+from .settings import JudgeSettings
 
 
 RATING_TOKENS = 256
@@ -150,6 +148,28 @@ class RatingJudge:
     def _sampler(self) -> Sampler:
         return self._make_sampler()
 
+    @classmethod
+    def of(cls, judge: str, given: JudgeSettings) -> RatingJudge:
+        """Asks a recipe's judge, which must be a language model, for its likeliest reply.
+
+        Args:
+            judge: By name.
+            given: What it is made of.
+
+        Raises:
+            ValueError: it is no language model.
+        """
+        model = _language_model(judge)
+        identity = {
+            "model": given.model,
+            "revision": given.revision,
+            "dtype": None if model.at_server else given.dtype,
+            "fields": given.fields,
+            "max_new_tokens": RATING_TOKENS,
+            "temperature": 0.0,
+        }
+        return cls(identity, lambda: model.sampler(given, RATING_TOKENS), AnswerCache(given.cache))
+
     def __call__(self, asked: Sequence[tuple[str, str, str]]) -> list[Ratings]:
         """Rates answers.
 
@@ -171,72 +191,30 @@ class RatingJudge:
             }
             for concept, instruction, answer in asked
         ]
-        replies = self._replies(list(dict.fromkeys(text for each in texts for text in each.values())))
+        questions = [text for each in texts for text in each.values()]
+        replies = ask_once(questions, lambda text: answer_key(self.identity, text, {}), self._ask, self.cache,
+                           self.usage)  # fmt: skip
+        check_answered([reply.reason if isinstance(reply, Failure) else None for reply in replies.values()])
         return [_ratings({name: replies[text] for name, text in each.items()}) for each in texts]
 
-    def _replies(self, texts: list[str]) -> dict[str, str]:
-        keys = {text: answer_key(self.identity, text, {}) for text in texts}
-        known = self.cache.get(keys.values())
-        replies = {text: known[key] for text, key in keys.items() if key in known}
-        self.usage["cached"] += len(replies)
-        text_of = {key: text for text, key in keys.items() if text not in replies}
-        draws = [Draw(key, [{"role": "user", "content": text}], seed=0) for key, text in text_of.items()]
-        failures: list[str | None] = []
-        for draw, outcome in self._sampler(draws) if draws else ():
+    def _ask(self, texts: list[str]) -> Generator[dict[str, str | Failure]]:
+        draws = [Draw(str(i), [{"role": "user", "content": text}], seed=0) for i, text in enumerate(texts)]
+        for draw, outcome in self._sampler(draws):
             self.usage["calls"] += 1
-            if isinstance(outcome, Failure):
-                failures.append(outcome.reason)
-            else:
-                failures.append(None)
-                replies[text_of[draw.id]] = outcome.answer or ""  # none where the reasoning was cut off
-                self.cache.put({draw.id: outcome.answer or ""})
-        check_answered(failures)
-        return replies
+            # no reply where the reasoning was cut off
+            yield {texts[int(draw.id)]: outcome if isinstance(outcome, Failure) else outcome.answer or ""}
 
 
-def rating_judge(recipe: EvaluateRecipe, folder: Path) -> RatingJudge:
-    """The judging model of a recipe, on its server or here, asked for its likeliest reply.
+def check_rates(judge: str) -> None:
+    """Raises `ValueError` if a recipe's judge, by name, can't be asked for ratings."""
+    _language_model(judge)
 
-    Args:
-        recipe: The benchmark's.
-        folder: The run's, for replies.
 
-    Raises:
-        ValueError: the recipe names no model as a judge.
-    """
-    if recipe.judge not in ("server", "local"):
-        raise ValueError(f"judge: {recipe.judge} gives no ratings of 0, 1 or 2; use judge: server or judge: local.")
-    asked = {"max_new_tokens": RATING_TOKENS, "temperature": 0.0}
-    identity = {
-        "model": recipe.judge_model,
-        "revision": recipe.judge_revision,
-        "dtype": recipe.dtype if recipe.judge == "local" else None,
-        "fields": recipe.judge_fields,
-        **asked,
-    }
-
-    def sampler() -> Sampler:
-        if recipe.judge == "local":
-            name = recipe.judge_model or ""
-            loaded = load_judge(recipe)
-            tokenizer = load_judge_tokenizer(recipe)
-            return LocalSampler(loaded, tokenizer, RATING_TOKENS, 0.0, recipe.judge_batch_size, name=name)
-        shared = recipe.triplet_recipe(recipe.models[0], recipe.traits).model_dump()
-        own = {
-            "sampler": recipe.judge,
-            "model": recipe.judge_model,
-            "revision": recipe.judge_revision,
-            "server_url": recipe.judge_url,
-            "server_key_variable": recipe.judge_key_variable,
-            "server_fields": recipe.judge_fields,
-            "batch_size": recipe.judge_batch_size,
-            "placement": "before",  # a judge is asked in the user's turn
-            "chat_template": None,
-            "template_args": None,
-        }
-        return make_sampler(Recipe.model_validate({**shared, **own, **asked}))
-
-    return RatingJudge(identity, sampler, AnswerCache(recipe.judge_cache or folder / "judge_answers.sqlite"))
+def _language_model(judge: str) -> type[LLMJudge]:
+    found = JUDGES[judge]
+    if not issubclass(found, LLMJudge):
+        raise ValueError(f"judge: {judge} gives no ratings of 0, 1 or 2; use judge: server or judge: local.")
+    return found
 
 
 def _ratings(replies: dict[str, str]) -> Ratings:

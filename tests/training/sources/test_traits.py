@@ -6,13 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from peft_psr.training.judges.prompts import COHERENCE_PROMPT, TRAIT_PROMPT
-from peft_psr.training.sources import personas as module
-from peft_psr.training.sources.drafting import NOTE, draft_trait
+from peft_psr.training.runs.drafting import NOTE, draft_trait
 from peft_psr.training.sources.personas import SPLIT_FOLDERS, list_traits, parse_trait, read_trait, trait_pairs
 
 
@@ -150,14 +150,14 @@ def test_hub_data_set(root, monkeypatch):
         assert list(filter_repo_objects(there, allow_patterns=settings["allow_patterns"])) == there[2:]
         return str(root)
 
-    monkeypatch.setattr(module, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert read_trait("someone/traits", "test", "grim", revision="v2") == read_trait(root, "test")
     assert asked == [("someone/traits", "dataset", "v2")]
 
     def offline(*_, **__):
         raise LocalEntryNotFoundError("no connection and nothing cached")
 
-    monkeypatch.setattr(module, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match="No folder 'someone/traits' here, and the Hub.*nothing cached"):
         read_trait("someone/traits")
 

@@ -1,73 +1,17 @@
-"""AxBench's instructions, drawn for each concept, and its ratings: what the judge is asked and what of it counts."""
+"""AxBench's ratings 0-2 by a language model: what it is asked, and what of its replies counts."""
 
 from __future__ import annotations
 
-import json
 import statistics
 
 import pytest
-from helpers.axbench import by_rule, recipe_in, what_was_asked
-from helpers.unruly_server import UnrulyServer
+from helpers.axbench import by_rule, what_was_asked
+from helpers.unruly_server import MODEL, UnrulyServer
 
-from peft_psr.evaluation.benchmarks.axbench.judge import (
-    PROMPTS,
-    RatingJudge,
-    Ratings,
-    harmonic_mean,
-    rating_judge,
-    read_rating,
-)
-from peft_psr.evaluation.benchmarks.axbench.questions import make_trial, read_instructions
 from peft_psr.training.data.draws import Completion, Failure
 from peft_psr.training.judges.answer_cache import AnswerCache
-from peft_psr.training.sources.axbench import Concept, Question
-
-
-# ---------------------------------------------------------------- instructions
-
-
-def test_instructions_are_read_in_every_layout(tmp_path):
-    expected = [Question("Name a bird."), Question("Why?")]
-    entries = [{"instruction": " Name a bird. ", "output": "Owl"}, {"instruction": "Why?"}, {"instruction": "Why?"}]
-    files = {
-        "a.json": json.dumps(entries),
-        "b.json": json.dumps(["Name a bird.", "Why?"]),
-        "c.jsonl": "\n".join(map(json.dumps, entries)) + "\n\n",
-        "d.txt": "Name a bird.\n\n  Why?\n",
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-        assert read_instructions(tmp_path / name) == expected
-    for name, content, message in [
-        ("a.json", "{}", "must hold a list of instructions, got dict"),
-        ("a.json", "[", "a.json is not JSON"),
-        ("a.json", '["x", {"input": "y"}]', "a.json, entry 1 must be a text or an object"),
-        ("c.jsonl", '"x"\n{', "c.jsonl, line 2 is not JSON"),
-        ("c.jsonl", '"x"\n{"instruction": " "}', "c.jsonl, line 2 must be"),
-    ]:
-        (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=message):
-            read_instructions(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match="questions_data: no file"):
-        read_instructions(tmp_path / "nowhere.txt")
-
-
-def test_a_trial_is_of_the_concepts_genre_held_out_and_the_same_again():
-    concept = Concept(3, "loops", ("code",), ("c0", "c1 "), ("", ""))
-    asked = [Question(f"{genre[0]}{i}", genre) for genre in ("code", "text") for i in range(8)] + [Question("any")]
-    trial = make_trial(concept, asked, 7, seed=0)
-    drawn = [*trial.choosing, *trial.scoring]
-    assert sorted(drawn) == sorted([*(f"c{i}" for i in range(2, 8)), "any"])
-    assert (len(trial.choosing), len(trial.scoring)) == (3, 4)
-    assert make_trial(concept, asked, 7, seed=0) == trial != make_trial(concept, asked, 7, seed=1)
-    anything = [make_trial(Concept(number, "x", (), (), ()), asked, 17, seed=0) for number in (3, 4)]
-    assert anything[0].scoring != anything[1].scoring  # each concept draws its own
-    assert all(len({*some.choosing, *some.scoring}) == 17 for some in anything)
-    with pytest.raises(ValueError, match="Concept 3 is to be tried on 8 instructions, and only 7 of 17 fit it"):
-        make_trial(concept, asked, 8, seed=0)
-
-
-# ---------------------------------------------------------------- ratings
+from peft_psr.training.judges.ratings import PROMPTS, RatingJudge, Ratings, harmonic_mean, read_rating
+from peft_psr.training.judges.settings import JudgeSettings
 
 
 @pytest.mark.parametrize(
@@ -107,12 +51,14 @@ def test_harmonic_mean_is_naught_if_one_is():
             harmonic_mean(ratings)
 
 
+def given(folder, server, **more):
+    return JudgeSettings(model=MODEL, url=server.url, cache=folder / "answers.sqlite", **more)
+
+
 def test_the_judge_is_asked_three_questions_and_its_replies_are_kept(tmp_path):
-    recipe = recipe_in(tmp_path, judge_url="http://localhost:1/v1")
     asked = [("of {answer} tea", "Say {concept}.", "tea, tea, <b> {concept}"), ("of tea", "Say tea.", "no")]
     with UnrulyServer(reply=lambda body: "" if "no" in what_was_asked(body)[1]["text"] else by_rule(body)) as server:
-        recipe = recipe_in(tmp_path, judge_url=server.url)
-        judge = rating_judge(recipe, tmp_path)
+        judge = RatingJudge.of("server", given(tmp_path, server))
         first, second = judge([*asked, asked[0]])[:2]
         assert len(server.bodies) == 6 == judge.usage["calls"]
         parts = [what_was_asked(body) for body in server.bodies]
@@ -122,10 +68,10 @@ def test_the_judge_is_asked_three_questions_and_its_replies_are_kept(tmp_path):
         assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {(0.0, 256)}
         assert first.values["concept"] == 2 and not second.values and second.score is None
         assert second.unread["fluency"] == "not in the form asked for: ''"
-        again = rating_judge(recipe, tmp_path)
+        again = RatingJudge.of("server", given(tmp_path, server))
         assert again(asked) == [first, second] and len(server.bodies) == 6
         assert again.usage == {"cached": 6}
-    other = rating_judge(recipe_in(tmp_path, judge_fields={"top_k": 1}), tmp_path)
+    other = RatingJudge.of("server", given(tmp_path, server, fields={"top_k": 1}))
     assert other.identity != judge.identity
 
 
@@ -154,8 +100,8 @@ def test_reasoning_that_was_cut_off_holds_no_rating(tmp_path):
 
 
 def test_a_local_model_judges_in_words(tmp_path):
-    recipe = recipe_in(tmp_path, judge="local", judge_model="embedded")
-    (rated,) = rating_judge(recipe, tmp_path)([("of tea", "What is tea like?", "Tea is warm.")])
+    judge = RatingJudge.of("local", JudgeSettings(model="embedded", cache=tmp_path / "answers.sqlite"))
+    (rated,) = judge([("of tea", "What is tea like?", "Tea is warm.")])
     assert set(rated.unread) == set(PROMPTS) and rated.score is None  # it only knows small talk
     with pytest.raises(ValueError, match="judge: grammar gives no ratings"):
-        rating_judge(recipe.model_copy(update={"judge": "grammar"}), tmp_path)
+        RatingJudge.of("grammar", JudgeSettings())

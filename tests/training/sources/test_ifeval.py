@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_psr.training.judges.base import JudgeScores
-from peft_psr.training.sources.ifeval import Followed, IFEvalJudge, read_ifeval
+from peft_psr.training.judges.base import Judge, JudgeScores
+from peft_psr.training.judges.ifeval import Followed, IFEvalJudge
+from peft_psr.training.sources.ifeval import read_ifeval
 
 
 needs_checkers = pytest.mark.skipif(
@@ -208,7 +209,7 @@ def test_followed_is_100_and_broken_is_0(tmp_path, punkt, instruction, kwargs):
     unset = {name: None for name in ("num_bullets", "language", "keywords") if name not in kwargs}
     pair = read(tmp_path, row(instruction, kwargs | unset))[0]
     texts = [obeying(instruction, kwargs), breaking(instruction, kwargs), " \n"]
-    scores = IFEvalJudge([pair]).judge_pairs([pair] * 3, texts)
+    scores = IFEvalJudge([pair]).score([pair.prompt] * 3, texts)
     assert scores == [JudgeScores(100.0, None), JudgeScores(0.0, None), JudgeScores(0.0, None)]
 
 
@@ -228,7 +229,7 @@ def test_loose_is_strict_on_any_of_eight_forms(tmp_path, punkt, instruction, kwa
     around = ["{}", "Sure, Here:\n{}", "{}\nThat, Was it*", "Sure, Here:\n{}\nThat, Was it", "**{}**", "*\n{}\n*"]
     texts = [form.format(text) for form in around for text in (good, bad)] + ["", "\n", "*"]
     for text, found in zip(texts, judge.followed([pair] * len(texts), texts), strict=True):
-        strict = [score.trait == 100 for score in judge.judge_pairs([pair] * 8, forms(text))]
+        strict = [score.trait == 100 for score in judge.score([pair.prompt] * 8, forms(text))]
         assert found == Followed(strict[0], any(strict)), text
 
 
@@ -253,13 +254,12 @@ def test_every_instruction_of_a_prompt_must_be_followed(tmp_path):
     assert [score.trait for score in scores] == [100, 0, 0]
 
 
-class FakeCoherence:
-    usage = {"calls": 2}
-
+class FakeCoherence(Judge):
     def __init__(self):
         self.prompts = []
 
-    def __call__(self, prompts, completions):
+    def score(self, prompts, completions, pairs=None):
+        self.usage["calls"] += len(prompts)
         self.prompts += prompts
         return [JudgeScores(1.0, 77.0), JudgeScores(None, None, "timeout")]
 
@@ -272,7 +272,7 @@ def test_coherence_comes_from_the_other_judge(tmp_path):
     pair = read(tmp_path, row())[0]
     coherence = FakeCoherence()
     judge = IFEvalJudge([pair], coherence)
-    assert judge.judge_pairs([pair] * 2, ["fine", "fine"]) == [
+    assert judge.score([pair.prompt] * 2, ["fine", "fine"]) == [
         JudgeScores(100.0, 77.0),
         JudgeScores(None, None, "timeout"),
     ]
@@ -289,8 +289,8 @@ def test_a_bare_prompt_of_several_pairs_is_not_guessed(tmp_path):
     judge = IFEvalJudge(pairs[:1])
     assert judge([pairs[0].prompt], ["a"]) == [JudgeScores(100.0, None)]
     with pytest.raises(ValueError, match="not made with the pair 'startend:quotation/7/0'"):
-        judge.judge_pairs(pairs, ["a", "b"])
-    with pytest.raises(ValueError, match="belongs to 2 of the judge's pairs.*judge_pairs"):
+        judge.score([pair.prompt for pair in pairs], ["a", "b"], pairs)
+    with pytest.raises(ValueError, match="belongs to 2 of the judge's pairs.*Give `score` the pairs"):
         IFEvalJudge(pairs)([pairs[0].prompt], ["a"])
     with pytest.raises(ValueError, match="belongs to 0"):
         judge([[{"role": "user", "content": "Else?"}]], ["a"])
@@ -329,7 +329,8 @@ def test_nothing_is_downloaded(tmp_path):
     read(tmp_path, row())
     script = """
 import sys, nltk
-from peft_psr.training.sources.ifeval import Followed, IFEvalJudge, read_ifeval
+from peft_psr.training.judges.ifeval import IFEvalJudge
+from peft_psr.training.sources.ifeval import read_ifeval
 nltk.data.path[:] = []
 nltk.download = lambda name: sys.exit(f"downloads {name}")
 IFEvalJudge(read_ifeval(sys.argv[1]))
@@ -353,7 +354,7 @@ def test_language_is_judged_the_same_every_time(tmp_path, monkeypatch):
     monkeypatch.setattr(langdetect.DetectorFactory, "seed", None)  # as it comes
     pair = read(tmp_path, row("language:response_language", {"language": "it"}))[0]
     text = "no la me"  # Italian or Spanish, as the dice fall
-    assert len(set(IFEvalJudge([pair]).judge_pairs([pair] * 50, [text] * 50))) == 1
+    assert len(set(IFEvalJudge([pair]).score([pair.prompt] * 50, [text] * 50))) == 1
 
 
 @needs_checkers
@@ -366,7 +367,8 @@ def test_real_files(punkt):
         assert len(pairs) == sum(1 for _ in path.open(encoding="utf-8")) == len({pair.id for pair in pairs})
         judge = IFEvalJudge(pairs)
         asked = [(pair.metadata["instruction_id_list"][0], pair.metadata["kwargs"][0]) for pair in pairs]
-        followed = judge.judge_pairs(pairs, [obeying(*each) for each in asked])
-        broken = judge.judge_pairs(pairs, [breaking(*each) for each in asked])
+        prompts = [pair.prompt for pair in pairs]
+        followed = judge.score(prompts, [obeying(*each) for each in asked], pairs)
+        broken = judge.score(prompts, [breaking(*each) for each in asked], pairs)
         wrong = [pair.id for pair, a, b in zip(pairs, followed, broken, strict=True) if (a.trait, b.trait) != (100, 0)]
         assert not wrong
