@@ -22,8 +22,9 @@ from peft_psr.config import PSRConfig, check_strength
 from peft_psr.model import PSRModel
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import sample_completions
+from peft_psr.training.data.collator import Batch, branch_inputs
 from peft_psr.training.data.draws import Completion
-from peft_psr.training.passes.branches import Batch, Branch, config_of, few_logits, run_branch
+from peft_psr.training.passes.branches import Branch, config_of, few_logits, run_branch
 from peft_psr.training.passes.partial import in_eval_mode
 
 
@@ -130,7 +131,7 @@ def run_adapter_branch(
         strengths = set(batch["alpha"].tolist())
         if len(strengths) > 1:
             raise ValueError(f"A LoRA has one strength for the whole batch, got {sorted(strengths)}.")
-        inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        inputs: dict[str, Any] = branch_inputs(batch, branch)
         if not logits:
             inputs |= few_logits(model)
         captured = capture_layer_outputs(model.get_base_model(), layers)

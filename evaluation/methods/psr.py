@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import torch
 from peft import get_peft_model
@@ -13,7 +12,9 @@ from transformers import PreTrainedModel
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.trainer_settings import train_quietly
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, Triplet, initialize_psr_weights
-from peft_psr.training.trainer.arguments import objective_weights
+from peft_psr.training.starts.registry import STARTS
+from peft_psr.training.starts.start import DataStart
+from peft_psr.training.trainer.arguments import learns_from_text
 
 from .method import FitSettings, Fitted, Method
 
@@ -26,8 +27,8 @@ def psr_method(
     name: str,
     gate: str,
     all_layers: bool,
-    objective: Literal["mse", "ll", "kl"] | dict[str, float],
-    start: Literal["live", "mean_difference", "ridge"] = "live",
+    objective: str | dict[str, float],
+    start: str = "live",
     r: int = 1,
     source: str = PAPER,
     learning_rate: float = LEARNING_RATE,
@@ -39,7 +40,7 @@ def psr_method(
         gate: "relu" or "constant".
         all_layers: Edit every layer rather than one.
         objective: As `PSRTrainingArguments` takes it.
-        start: The configuration's own, or what `initialize_psr_weights` does before training.
+        start: One of `STARTS`.
         r: Rank.
         source: Where the method comes from.
         learning_rate: Unless the settings have another.
@@ -48,16 +49,22 @@ def psr_method(
     def fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
         torch.manual_seed(settings.seed)
         layers = None if all_layers else settings.layer
-        config = PSRConfig(r=r, gate=gate, layers_to_transform=layers, positions=settings.positions)
+        config = PSRConfig(
+            r=r,
+            gate=gate,
+            layers_to_transform=layers,
+            positions=settings.positions,
+            init_weights=STARTS[start].init_weights,
+        )
         steered = get_peft_model(model, config)
-        if start != "live":
+        if isinstance(STARTS[start], DataStart):
             initialize_psr_weights(steered, triplets, start, processing_class=processing_class, progress=False)
         with TemporaryDirectory() as folder:
             arguments = PSRTrainingArguments(
                 output_dir=folder,
                 objective=objective,
                 alpha=settings.alpha,
-                num_train_epochs=settings.epochs[set(objective_weights(objective)) == {"ll"}],
+                num_train_epochs=settings.epochs[learns_from_text(objective)],
                 learning_rate=settings.learning_rate or learning_rate,
                 per_device_train_batch_size=settings.batch_size,
                 train_sampling_strategy="group_by_length",
