@@ -30,6 +30,7 @@ from peft_psr.training import Triplet, TripletCollator
 from peft_psr.training.data.collator import Batch
 from peft_psr.training.data.dataset import encode_dataset
 from peft_psr.training.passes.branches import unedited
+from peft_psr.unit import PSRUnit
 
 from .method import FitSettings, Fitted, Method
 
