@@ -140,13 +140,14 @@ def decode_completion(
         ids: The completion's tokens.
     """
     if not isinstance(prompt, str):
-        return _decode(processing_class, ids)
+        return decode(processing_class, ids)
     # together with the prompt: many decoders drop a blank that their text begins with
-    return _decode(processing_class, [*prompt_ids, *ids])[len(_decode(processing_class, prompt_ids)) :]
+    return decode(processing_class, [*prompt_ids, *ids])[len(decode(processing_class, prompt_ids)) :]
 
 
-def _decode(processing_class: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return cast(str, processing_class.decode(list(ids), skip_special_tokens=False))
+def decode(processing_class: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of token ids."""
+    return cast(str, processing_class.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
 
 def pad_id(processing_class: PreTrainedTokenizerBase) -> int:
