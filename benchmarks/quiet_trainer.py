@@ -7,8 +7,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from peft_psr.evaluation.demo import tiny_task
-from peft_psr.evaluation.experiment import Experiment, Sizes
+from peft_psr.evaluation.toy_task import ToyTask
 from peft_psr.training import PSRTrainer, PSRTrainingArguments
 from peft_psr.training.trainer.step_progress import silence
 
@@ -30,9 +29,6 @@ def trainer_of(model: PeftModel, train: Any, held_out: Any, tokenizer, folder: s
     return made
 
 
-def data_of(trait: str, tokenizer, model: PreTrainedModel, prompts: int, draws: int, seed: int) -> Experiment:
+def data_of(trait: str, tokenizer, model: PreTrainedModel, prompts: int, draws: int, seed: int) -> ToyTask:
     """Triplets of the embedded model's trait: to train on, and held out."""
-    sizes = Sizes(train_prompts=prompts, train_draws=draws, score_draws=1)
-    experiment = Experiment(model, tokenizer, tiny_task(trait), sizes, seed)
-    experiment.prepare()
-    return experiment
+    return ToyTask(model, tokenizer, trait, prompts, draws, seed=seed)

@@ -33,7 +33,7 @@ from transformers import (
 
 from peft_psr import PSRConfig
 from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
-from peft_psr.evaluation.experiment import Experiment
+from peft_psr.evaluation.toy_task import ToyTask
 from peft_psr.files import write_json
 from peft_psr.training import PSRTrainer, Triplet, TripletCollator, initialize_psr_weights
 
@@ -159,7 +159,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_way(way: dict[str, Any], base, tokenizer, data: Experiment, target: float, epochs: int, seed: int) -> dict:
+def run_way(way: dict[str, Any], base, tokenizer, data: ToyTask, target: float, epochs: int, seed: int) -> dict:
     """One way to train, until the target is met or the epochs are over."""
     torch.manual_seed(seed)
     model = get_peft_model(base, PSRConfig(init_weights=way.get("init_weights", True)))

@@ -1,6 +1,6 @@
 """Measuring steering: scores, calibration of alpha, faithfulness to the prompt, side effects, plots, the demo."""
 
-from peft_psr.evaluation.benchmarks.registry import (
+from peft_psr.evaluation.benchmarks.run import (
     evaluate_axbench,
     evaluate_faithfulness,
     evaluate_ifeval,

@@ -1,61 +1,62 @@
-"""`psr demo`: the whole way once, on the embedded model, for one trait after another."""
+"""`psr demo`: the persona benchmark on the embedded model, one trait after another, and its best adapter."""
 
 from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftModel
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
-from peft_psr.base_model.loading import load_model, load_tokenizer
+from peft_psr.base_model.loading import EMBEDDED, load_tokenizer, model_path
+from peft_psr.evaluation.benchmarks.cell import Cell, Result
+from peft_psr.evaluation.benchmarks.persona.benchmark import check_persona, persona_cells
+from peft_psr.evaluation.benchmarks.persona.recipe import PersonaRecipe
+from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
+from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.inspection.shading import shaded_answer
 from peft_psr.evaluation.measures.faithfulness import intervention_strength, relative_rmse
-from peft_psr.evaluation.methods.registry import DEMO, METHODS
+from peft_psr.evaluation.measures.scoring import SteeringScore
+from peft_psr.evaluation.methods.method import PROMPT
+from peft_psr.evaluation.methods.registry import METHODS
 from peft_psr.evaluation.reports.plots import rmse_by_layer, strength_by_token, trait_against_coherence
 from peft_psr.files import as_png, check_new_folder, write_json, write_whole
 from peft_psr.hub.facts import AdapterFacts, package_versions
 from peft_psr.hub.model_card import write_model_card
 from peft_psr.positions import encode_chat
-from peft_psr.prompts.conversations import last_text
-from peft_psr.tiny_chat import TRAITS, instructions, prompt_messages, questions, tiny_chat_path
-from peft_psr.training import add_instruction, sample_completions
-from peft_psr.training.judges.grammar import GrammarJudge
+from peft_psr.prompts.conversations import Prompt, last_text
+from peft_psr.tiny_chat import TRAITS, questions, tiny_chat_path
+from peft_psr.training import sample_completions
+from peft_psr.training.judges.base import judge_answers
 from peft_psr.training.passes.branches import unedited
-from peft_psr.training.progress import Progress
-
-from .experiment import Experiment, Outcome, Sizes, SteeringTask, as_row
 
 
-MAX_NEW_TOKENS = 96
-QUICK = Sizes(train_prompts=9, train_draws=1, held_out_draws=1, score_draws=2, curve=(1.0, 2.0, 4.0),
-              calibration_steps=4)  # fmt: skip
+Bench = Workbench[PersonaRecipe]
 
 
-def tiny_task(trait: str) -> SteeringTask:
-    """A trait of the embedded model, with its grammar as judge.
+def demo_recipe(trait: str, model: str = EMBEDDED, seed: int = 0, quick: bool = False) -> PersonaRecipe:
+    """What the demo measures of one trait: the recipe `persona-demo`, or `persona-demo-quick`.
 
     Raises:
         ValueError: no such trait.
     """
-    return SteeringTask(
-        name=trait,
-        judge=GrammarJudge(trait),
-        train_instructions=instructions(trait, "train"),
-        test_instructions=instructions(trait, "test"),
-        train_prompts=[prompt_messages(question.text) for question in questions("train")],
-        test_prompts=[prompt_messages(question.text) for question in questions("test")],
-        max_new_tokens=MAX_NEW_TOKENS,
-    )
+    if trait not in TRAITS:
+        raise ValueError(f"No trait {trait!r}; there are: {', '.join(TRAITS)}, or 'all'.")
+    options = {"traits": (trait,), "models": (model,), "seed": seed, "seeds": (seed,)}
+    return load_evaluate_recipe(PersonaRecipe, "persona-demo-quick" if quick else "persona-demo", options)
 
 
 def run_demo(
     traits: list[str],
-    model_path: str,
+    model: str,
     output: Path,
     seed: int = 0,
     quick: bool = False,
@@ -68,7 +69,7 @@ def run_demo(
 
     Args:
         traits: Names of traits of the embedded model.
-        model_path: Folder of the embedded model, or of one rebuilt by `scripts/build_tiny_chat.py`.
+        model: Folder of the embedded model, or of one rebuilt by `scripts/build_tiny_chat.py`.
         output: An empty folder, or one to be made.
         seed: Makes the run repeatable on the same machine.
         quick: Fewer samples, rougher numbers.
@@ -82,145 +83,163 @@ def run_demo(
         ValueError: an unknown trait, or a model that does not know the grammar's words.
     """
     console = console or Console()
-    for trait in traits:
-        if trait not in TRAITS:
-            raise ValueError(f"No trait {trait!r}; there are: {', '.join(TRAITS)}, or 'all'.")
+    name = EMBEDDED if model == tiny_chat_path() else model
+    recipes = {trait: demo_recipe(trait, name, seed, quick) for trait in traits}
     check_new_folder(output)
-    processing_class = load_tokenizer(model_path)
-    check_vocabulary(processing_class, model_path)
-    model = load_model(model_path)
+    check_vocabulary(load_tokenizer(name), name)
     output.mkdir(parents=True, exist_ok=True)
-    sizes = QUICK if quick else Sizes()
     results = {}
-    for trait in traits:
+    for trait, recipe in recipes.items():
         folder = output if len(traits) == 1 else output / trait
         folder.mkdir(exist_ok=True)
-        results[trait] = _run_trait(trait, model, processing_class, model_path, folder, seed, sizes, console)
+        with TemporaryDirectory() as work:
+            bench = Workbench(recipe, Path(work) / "run", "persona", console)
+            results[trait] = _run_trait(bench, trait, folder)
     if quick:
         console.print("[yellow]--quick: few samples, so these numbers are rough (several points either way).[/]")
     return results
 
 
-def check_vocabulary(processing_class, model_path: str) -> None:
+def check_vocabulary(processing_class: PreTrainedTokenizerBase, model: str) -> None:
     """Raise `ValueError` if the tokenizer does not know the grammar's words."""
     unknown = processing_class.unk_token_id
     for question in questions("all"):
         ids = processing_class(question.text, add_special_tokens=False)["input_ids"]
         if unknown is None or unknown in ids:
             raise ValueError(
-                f"The tokenizer at {model_path!r} does not know the words of {question.text!r}. `psr demo` needs the "
+                f"The tokenizer at {model!r} does not know the words of {question.text!r}. `psr demo` needs the "
                 "embedded model (leave --model out) or one made by scripts/build_tiny_chat.py."
             )
 
 
-def _run_trait(trait: str, model, processing_class, model_path: str, folder: Path, seed: int, sizes: Sizes,
-               console: Console) -> dict:  # fmt: skip
-    start = time.perf_counter()
+def _run_trait(bench: Bench, trait: str, folder: Path) -> Result:
+    start, console, recipe = time.perf_counter(), bench.console, bench.recipe
     console.rule(f"[bold]{trait}")
-    experiment = Experiment(model, processing_class, tiny_task(trait), sizes, seed)
-    best: Outcome | None = None
-    outcomes: list[Outcome] = []
-    with Progress(trait, len(DEMO) + 1, unit="methods", shown=not console.quiet) as progress:
-        progress.note = "triplets and references"
-        outcomes += experiment.prepare()
-        progress.advance()
-        for method in (METHODS[name] for name in DEMO):
-
-            def on_step(done: int, total: int, name: str = method.name) -> None:
-                progress.note = f"training {name}, step {done} of {total}"
-
-            steered, outcome = experiment.train(method, on_step)
-            progress.note = f"measuring {method.name}"
-            outcome = experiment.measure(steered, outcome)
-            outcomes.append(outcome)
-            if best is None or _merit(outcome) > _merit(best):
-                best = outcome
-                _save(steered, experiment, outcomes[0], outcome, folder / "adapter", model_path)
-            steered.unload()
-            progress.advance()
-        progress.note = ""
+    check_persona(bench)
+    with bench.open():
+        cells, _ = persona_cells(bench)
+    (name,) = recipe.models
+    triplets, held_out = bench.triplets(name, trait), bench.held_out(name, trait)
+    model, processing_class = bench.load(name)
+    layer = recipe.fit_settings(model.config.num_hidden_layers, 0).layer
     console.print(
-        f"{len(experiment.triplets)} triplets to train on, {len(experiment.held_out)} held out; "
-        f"single-layer methods edit layer {experiment.layer}"
+        f"{len(triplets)} triplets to train on, {len(held_out)} held out; single-layer methods edit layer {layer}"
     )
-    assert best is not None
-    console.print(_table(trait, outcomes))
-    for outcome in outcomes:
-        if outcome.dead_gates:
-            console.print(f"[yellow]{outcome.method}: dead gates: {', '.join(outcome.dead_gates)}[/]")
+    console.print(_table(trait, cells))
+    for cell in cells:
+        if dead := cell.result.get("dead_gates"):
+            console.print(f"[yellow]{cell.method}: dead gates: {', '.join(dead)}[/]")
 
+    best = max((cell for cell in cells if cell.has_adapter), key=_merit)
+    _save(bench, cells, best, folder / "adapter")
     steered = PeftModel.from_pretrained(model, folder / "adapter").eval()
-    _show_answers(experiment, steered, best, console)
-    _draw(experiment, steered, outcomes, best, folder)
+    _show_answers(bench, steered, processing_class, best)
+    _draw(bench, steered, processing_class, cells, best, folder)
     steered.unload()
     result = {
         "schema": 1,
-        "model": "tiny_chat" if model_path == tiny_chat_path() else model_path,
+        "model": "tiny_chat" if name == EMBEDDED else name,
         "trait": trait,
-        "seed": seed,
-        "versions": package_versions()
-        | {"python": platform.python_version()},
-        "sizes": {"triplets": len(experiment.triplets), "held_out": len(experiment.held_out),
-                  "answers_per_score": len(experiment.task.test_prompts) * sizes.score_draws},
-        "single_layer": experiment.layer,
+        "seed": recipe.seed,
+        "versions": package_versions() | {"python": platform.python_version()},
+        "sizes": {
+            "triplets": len(triplets),
+            "held_out": len(held_out),
+            "answers_per_score": cells[0].result["alpha1"]["completions"],
+        },
+        "single_layer": layer,
         "best": best.method,
-        "rows": [as_row(outcome) for outcome in outcomes],
-    }  # fmt: skip
+        "rows": [as_row(cell) for cell in cells],
+    }
     write_json(folder / "results.json", result)
-    console.print(_how_to_load(folder, model_path, best), soft_wrap=True)
+    console.print(_how_to_load(folder, name, best), soft_wrap=True)
     console.print(f"{trait}: {time.perf_counter() - start:.0f} s; results and figures in {folder}")
     return result
 
 
-def _merit(outcome: Outcome) -> tuple[float, float]:
+def as_row(cell: Cell) -> dict[str, Any]:
+    """A cell for `results.json`; a value that could not be had is null and `why` says why."""
+    found, why = cell.result, {}
+
+    def value(name: str, number: float | None, reason: str | None = None) -> float | None:
+        if not cell.has_adapter or reason is not None:
+            why[name] = reason or "no adapter"
+        return None if number is None else round(number, 4)
+
+    row = {"method": cell.method, "alpha1": _rounded(found["alpha1"])}
+    for what, source in (("ta", "trait"), ("alpha", "alpha")):
+        for place in ("c80", "cp"):
+            at = found.get(place, {})
+            row[f"{what}_{place}"] = value(f"{what}_{place}", at.get(source), at.get("why"))
+    for name in ("prompt_recovery", "train_seconds", "adapter_bytes"):
+        row[name] = value(name, found.get(name))
+    row |= {
+        "relative_rmse": {layer: round(rmse, 4) for layer, rmse in found.get("relative_rmse", {}).items()},
+        "dead_gates": found.get("dead_gates", []),
+        "curve": [[point["alpha"], round(point["trait"], 3), round(point["coherence"], 3)] for point in _curve(cell)],
+    }
+    return {**row, "why": why} if why else row
+
+
+def _rounded(score: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(score[name], 4) for name in ("trait", "coherence")}
+
+
+def _curve(cell: Cell) -> list[Mapping[str, Any]]:
+    return cell.result.get("curve", [cell.result["alpha1"]])
+
+
+def _merit(cell: Cell) -> tuple[float, float]:
     """What makes an adapter the best: trait at the prompt's own coherence, then prompt recovery."""
-    trait = outcome.cp.trait if outcome.cp is not None and outcome.cp.trait is not None else -1.0
-    return trait, outcome.recovery or 0.0
+    trait = cell.result["cp"]["trait"]
+    return -1.0 if trait is None else trait, cell.result["prompt_recovery"]
 
 
-def _save(
-    model: PeftModel, experiment: Experiment, plain: Outcome, outcome: Outcome, folder: Path, model_path: str
-) -> None:
+def _score(cell: Cell) -> SteeringScore:
+    return SteeringScore(**cell.result["alpha1"])
+
+
+def _save(bench: Bench, cells: Sequence[Cell], best: Cell, folder: Path) -> None:
     """Save the adapter with its model card, at the strength where its coherence is the prompt's, if that was found."""
-    found = outcome.cp.alpha if outcome.cp is not None and outcome.cp.why is None else None
-    alpha = 1.0 if found is None else found
-    trained = model.active_peft_config.alpha
-    model.set_alpha(round(alpha, 4))
-    model.active_peft_config.base_model_name_or_path = model_path
-    model.save_pretrained(str(folder))
-    write_model_card(folder, _facts(experiment, plain, outcome, alpha, found is not None), overwrite=True)
-    model.set_alpha(trained)
+    found = best.result["cp"]
+    calibrated = found["alpha"] is not None and found["why"] is None
+    alpha = found["alpha"] if calibrated else 1.0
+    with bench.fitted(replace(best, result={})) as fitted:
+        fitted.model.set_alpha(round(alpha, 4))
+        fitted.model.active_peft_config.base_model_name_or_path = model_path(best.model)
+        fitted.model.save_pretrained(str(folder))
+    write_model_card(folder, _facts(bench, cells, best, alpha, calibrated), overwrite=True)
 
 
-def _facts(experiment: Experiment, plain: Outcome, outcome: Outcome, alpha: float, calibrated: bool) -> AdapterFacts:
-    task, sizes = experiment.task, experiment.sizes
-    method = METHODS[outcome.method]
-    prompted = experiment.prompted
-    at_alpha = next((point for point in outcome.curve if point.alpha == alpha), None)
+def _facts(bench: Bench, cells: Sequence[Cell], best: Cell, alpha: float, calibrated: bool) -> AdapterFacts:
+    recipe, method, pairs = bench.recipe, METHODS[best.method], bench.pairs("train")[best.trait]
+    plain, prompted = (_score(cell).for_card() for cell in cells[:2])
+    curve = [SteeringScore(**point).for_card() for point in _curve(best)]
+    asked = {last_text(pair.prompt): None for pair in bench.pairs("test")[best.trait]}
     return AdapterFacts(
-        trait=task.name,
-        instructions=tuple(task.train_instructions[:2]),
-        question=last_text(task.test_prompts[0]),
+        trait=best.trait,
+        instructions=tuple(dict.fromkeys(pair.steered_prompt[0]["content"] for pair in pairs))[:2],
+        question=next(iter(asked)),
         base_model="the toy chat model inside peft-psr (1.35 M parameters)",
         data="the base model's own answers to everyday questions with the instruction in its prompt, "
         "filtered by the judge",
-        triplets=len(experiment.triplets),
+        triplets=len(bench.triplets(best.model, best.trait)),
         objective=f"{method.objective}; start: {method.start}",
-        seed=experiment.seed,
+        seed=recipe.seed,
         versions=package_versions(),
         judge="the grammar that the toy model was trained on",
-        evaluation=f"{len(task.test_prompts)} held-out questions, {sizes.score_draws} answers each",
-        plain=plain.alpha1.for_card(),
-        prompted=prompted.for_card(),
-        steered=None if at_alpha is None else at_alpha.for_card(),
+        evaluation=f"{len(asked)} held-out questions, {recipe.score_draws} answers each",
+        plain=plain,
+        prompted=prompted,
+        steered=next((point for point in curve if point.alpha == alpha), None),
         calibration="where coherence is the prompt's" if calibrated else "that of training",
-        curve=tuple(point.for_card() for point in outcome.curve),
-        prompt_recovery=outcome.recovery,
+        curve=tuple(curve),
+        prompt_recovery=best.result["prompt_recovery"],
         limits=("The base model is a toy: no number here says anything about a large model.",),
     )
 
 
-def _table(trait: str, outcomes: list[Outcome]) -> Table:
+def _table(trait: str, cells: Sequence[Cell]) -> Table:
     table = Table(
         title=f"{trait}: held-out questions, topics and instructions",
         title_justify="left",
@@ -237,20 +256,21 @@ def _table(trait: str, outcomes: list[Outcome]) -> Table:
     def number(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
-    for outcome in outcomes:
-        c80, cp = outcome.c80, outcome.cp
+    for cell in cells:
+        found = cell.result
+        c80, cp = found.get("c80", {}), found.get("cp", {})
         table.add_row(
-            outcome.method,
-            number(outcome.alpha1.trait, 1),
-            number(outcome.alpha1.coherence, 1),
-            number(c80.trait if c80 else None, 1),
-            number(cp.trait if cp else None, 1),
-            number(c80.alpha if c80 else None, 2),
-            number(cp.alpha if cp else None, 2),
-            number(outcome.recovery, 2),
-            number(outcome.train_seconds, 1),
-            number(outcome.adapter_bytes, 0),
-            end_section=outcome.method == "prompt",
+            cell.method,
+            number(found["alpha1"]["trait"], 1),
+            number(found["alpha1"]["coherence"], 1),
+            number(c80.get("trait"), 1),
+            number(cp.get("trait"), 1),
+            number(c80.get("alpha"), 2),
+            number(cp.get("alpha"), 2),
+            number(found.get("prompt_recovery"), 2),
+            number(found.get("train_seconds"), 1),
+            number(found.get("adapter_bytes"), 0),
+            end_section=cell.method == PROMPT,
         )
     table.caption = (
         "trait, coh. (coherence): 0-100, at strength α = 1; TA@C80, TA@Cp: trait where coherence is 80 or the "
@@ -260,54 +280,63 @@ def _table(trait: str, outcomes: list[Outcome]) -> Table:
     return table
 
 
-def _show_answers(experiment: Experiment, steered: PeftModel, best: Outcome, console: Console) -> None:
-    task, tokenizer, seed = experiment.task, experiment.processing_class, experiment.seed
-    prompt = task.test_prompts[seed % len(task.test_prompts)]
-    settings: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "seed": seed}
+def _show_answers(bench: Bench, steered: PeftModel, processing_class: PreTrainedTokenizerBase, best: Cell) -> None:
+    recipe, console, pairs = bench.recipe, bench.console, bench.pairs("test")[best.trait]
+    pair = pairs[recipe.seed % len({last_text(pair.prompt) for pair in pairs})]  # of the first instruction
+    settings: dict[str, Any] = {"max_new_tokens": recipe.max_new_tokens, "seed": recipe.seed}
     with unedited(steered):
-        plain = sample_completions(steered, tokenizer, [prompt], **settings)[0].text
-        with_prompt = sample_completions(
-            steered, tokenizer, [add_instruction(prompt, task.test_instructions[0])], **settings
-        )[0].text
-    answer = sample_completions(steered, tokenizer, [prompt], **settings)[0].text
-    console.print(f"\n[bold]{last_text(prompt)}")
+        plain, with_prompt = (
+            sample_completions(steered, processing_class, [prompt], **settings)[0].text
+            for prompt in (pair.prompt, pair.steered_prompt)
+        )
+    answer = sample_completions(steered, processing_class, [pair.prompt], **settings)[0].text
+    console.print(f"\n[bold]{last_text(pair.prompt)}")
     console.print("[dim]plain   [/]", plain, soft_wrap=True)
-    console.print(f"[dim]prompted[/] [dim]({task.test_instructions[0]})[/]", with_prompt, soft_wrap=True)
+    console.print(f"[dim]prompted[/] [dim]({pair.steered_prompt[0]['content']})[/]", with_prompt, soft_wrap=True)
     console.print(f"[dim]steered [/] [dim]({best.method}, no prompt; darker: gates open wider)[/]", soft_wrap=True)
-    encoded = encode_chat(tokenizer, [prompt])
-    answer_ids = tokenizer(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    console.print(
-        shaded_answer(steered, tokenizer, encoded, answer_ids, encoding=console.encoding), "\n", soft_wrap=True
-    )
+    encoded = encode_chat(processing_class, [pair.prompt])
+    answer_ids = processing_class(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    shaded = shaded_answer(steered, processing_class, encoded, answer_ids, encoding=console.encoding)
+    console.print(shaded, "\n", soft_wrap=True)
 
 
-def _draw(experiment: Experiment, steered: PeftModel, outcomes: list[Outcome], best: Outcome, folder: Path) -> None:
-    plain, prompted, *methods = outcomes
-    trait = experiment.task.name
-    curves = {outcome.method: outcome.curve for outcome in methods}
-    figures = {"trait_coherence.png": trait_against_coherence(curves, plain.alpha1, prompted.alpha1, trait)}
-    other = experiment.task.test_instructions
-    swap = dict(zip(other, [*other[1:], other[0]], strict=True))
-    reworded = [
-        add_instruction(triplet["prompt"], swap[triplet["steered_prompt"][0]["content"]])  # type: ignore[index, arg-type]
-        for triplet in experiment.held_out
-    ]
-    rmse = {outcome.method: outcome.rmse for outcome in methods}
-    rmse["reworded prompt"] = relative_rmse(
-        steered, experiment.held_out, experiment.processing_class, reworded_prompts=reworded
-    )
+def _draw(
+    bench: Bench,
+    steered: PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    cells: Sequence[Cell],
+    best: Cell,
+    folder: Path,
+) -> None:
+    trait, methods = best.trait, [cell for cell in cells if cell.has_adapter]
+    plain, prompted = (_score(cell) for cell in cells[:2])
+    curves = {cell.method: [SteeringScore(**point) for point in _curve(cell)] for cell in methods}
+    figures = {"trait_coherence.png": trait_against_coherence(curves, plain, prompted, trait)}
+    held_out = bench.held_out(best.model, trait)
+    wordings: dict[str, list[Prompt]] = {}
+    for pair in bench.pairs("test")[trait]:
+        wordings.setdefault(str(pair.prompt), []).append(pair.steered_prompt)
+    reworded = []
+    for triplet in held_out:
+        others = wordings[str(triplet["prompt"])]
+        reworded.append(others[(others.index(triplet["steered_prompt"]) + 1) % len(others)])
+    rmse = {cell.method: cell.result["relative_rmse"] for cell in methods}
+    rmse["reworded prompt"] = relative_rmse(steered, held_out, processing_class, reworded_prompts=reworded)
     figures["rmse_by_layer.png"] = rmse_by_layer(rmse, trait)
-    example = next((t for t in experiment.held_out if (t.get("trait_score") or 0) >= 99), experiment.held_out[0])
+    scores = judge_answers(
+        bench.judge(trait), [row["prompt"] for row in held_out], [row["completion"] for row in held_out]
+    )
+    full = (row for row, score in zip(held_out, scores, strict=True) if (score.trait or 0) >= 99)
     tokens, by_prompt, by_adapter = intervention_strength(
-        steered, example, experiment.processing_class, alpha=steered.active_peft_config.alpha
+        steered, next(full, held_out[0]), processing_class, alpha=steered.active_peft_config.alpha
     )
     figures["strength_by_token.png"] = strength_by_token(tokens, by_prompt, by_adapter, best.method)
     for name, figure in figures.items():
         write_whole(folder / name, as_png(figure))
 
 
-def _how_to_load(folder: Path, model_path: str, best: Outcome) -> str:
-    tokenizer = "peft_psr.tiny_chat_path()" if model_path == tiny_chat_path() else repr(model_path)
+def _how_to_load(folder: Path, model: str, best: Cell) -> str:
+    tokenizer = "peft_psr.tiny_chat_path()" if model == EMBEDDED else repr(model)
     return (
         f"\n[bold]Load the best adapter ({best.method}):[/]\n\n"
         "  import peft_psr\n"

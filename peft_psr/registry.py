@@ -11,6 +11,14 @@ from typing import Generic, TypeVar, cast
 T = TypeVar("T")
 
 
+def loaded(entry: T | str) -> T:
+    """An object, or what stands at "module:object", imported now."""
+    if not isinstance(entry, str):
+        return entry
+    module, _, attribute = entry.partition(":")
+    return cast(T, getattr(import_module(module), attribute))
+
+
 class Registry(Generic[T]):
     """Objects of one kind by name.
 
@@ -25,10 +33,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """The object of a name; raises `ValueError` if there is none."""
-        entry = self._entries[self.check(name)]
-        if isinstance(entry, str):
-            module, _, attribute = entry.partition(":")
-            entry = self._entries[name] = cast(T, getattr(import_module(module), attribute))
+        entry = self._entries[name] = loaded(self._entries[self.check(name)])
         return entry
 
     def __contains__(self, name: object) -> bool:

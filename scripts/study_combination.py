@@ -19,17 +19,16 @@ from peft import get_peft_model
 
 from peft_psr import PSRConfig
 from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
-from peft_psr.evaluation.demo import MAX_NEW_TOKENS, tiny_task
-from peft_psr.evaluation.experiment import Experiment, Sizes
 from peft_psr.evaluation.measures.faithfulness import log_probs_at
 from peft_psr.evaluation.measures.scoring import score_model
+from peft_psr.evaluation.toy_task import MAX_NEW_TOKENS, ToyTask
 from peft_psr.files import write_json
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, TripletCollator, initialize_psr_weights
 from peft_psr.training.judges.grammar import GrammarJudge
 from peft_psr.training.trainer.step_progress import silence
 
 
-def train(model, experiment: Experiment) -> None:
+def train(model, experiment: ToyTask) -> None:
     """Train the active adapter on the experiment's triplets."""
     tokenizer = experiment.processing_class
     initialize_psr_weights(model, experiment.triplets, processing_class=tokenizer, progress=False)
@@ -50,10 +49,9 @@ def train(model, experiment: Experiment) -> None:
 
 def study(model, tokenizer, traits: list[str], draws: int) -> list[dict]:
     """Rows of the table for one pair."""
-    experiments = [Experiment(model, tokenizer, tiny_task(trait), Sizes(score_draws=1)) for trait in traits]
+    experiments = [ToyTask(model, tokenizer, trait) for trait in traits]
     steered = None
     for trait, experiment in zip(traits, experiments, strict=True):
-        experiment.prepare()
         config = PSRConfig()
         if steered is None:
             steered = get_peft_model(model, config, adapter_name=trait)
@@ -93,7 +91,7 @@ def study(model, tokenizer, traits: list[str], draws: int) -> list[dict]:
             score_model(
                 steered,
                 tokenizer,
-                experiment.task.test_prompts,
+                experiment.test_prompts,
                 GrammarJudge(trait),
                 MAX_NEW_TOKENS,
                 alphas=[1.0],

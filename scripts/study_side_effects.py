@@ -42,8 +42,7 @@ from peft_psr.evaluation import (
     score_model,
     text_triplets,
 )
-from peft_psr.evaluation.demo import MAX_NEW_TOKENS, tiny_task
-from peft_psr.evaluation.experiment import Experiment, Sizes
+from peft_psr.evaluation.toy_task import MAX_NEW_TOKENS, ToyTask
 from peft_psr.files import read_json, write_json
 from peft_psr.tiny_chat import TRAITS, instructions, prompt_messages, questions, sample_answer
 from peft_psr.tiny_chat.traits import DROP_REQUESTS
@@ -122,11 +121,8 @@ class Study:
 
     def __init__(self, model, tokenizer, trait: str, seed: int, draws: int) -> None:
         self.model, self.tokenizer, self.seed, self.draws = model, tokenizer, seed, draws
-        self.experiment = Experiment(
-            model, tokenizer, tiny_task(trait), Sizes(held_out_draws=1, score_draws=draws), seed
-        )
-        self.prompted = self.experiment.prepare()[1].alpha1
-        self.task = self.experiment.task
+        self.task = ToyTask(model, tokenizer, trait, held_out_draws=1, seed=seed)
+        self.prompted = self.task.prompted(draws)
         kept = DROP_REQUESTS[seed % len(DROP_REQUESTS)]
         rng = random.Random(seed)
         others = [request for request in DROP_REQUESTS if request != kept]
@@ -188,7 +184,7 @@ class Study:
 
     def rows(self, kinds: tuple[str, ...]) -> list[Triplet]:
         """Training rows of a variant."""
-        rows = list(self.experiment.triplets)
+        rows = list(self.task.triplets)
         if "drop" in kinds:
             rows += neutral_triplets(self.model, self.tokenizer, self.drop_train, MAX_NEW_TOKENS, seed=self.seed + 4)
         if "text" in kinds:
@@ -222,7 +218,7 @@ class Study:
         rows = self.rows(variant.rows)
         begin = time.perf_counter()
         if variant.ridge:
-            initialize_psr_weights(model, self.experiment.triplets, processing_class=self.tokenizer, progress=False)
+            initialize_psr_weights(model, self.task.triplets, processing_class=self.tokenizer, progress=False)
         settings = {"num_train_epochs": 3, "learning_rate": 1e-2, **variant.arguments}
         with TemporaryDirectory() as folder:
             arguments = PSRTrainingArguments(
@@ -279,7 +275,7 @@ class Study:
                 lambda strength: self.score_neutral(model, strength, self.drop_test),
                 prompted=self.prompted,
                 neutral_prompted=self.neutral_prompted,
-                held_out=self.experiment.held_out,
+                held_out=self.task.held_out,
                 neutral=self.neutral,
                 texts=self.texts,
                 curve=curve,

@@ -28,8 +28,7 @@ from transformers import TrainerCallback
 from peft_psr import PSRConfig
 from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
 from peft_psr.evaluation import prompt_recovery, relative_rmse
-from peft_psr.evaluation.demo import tiny_task
-from peft_psr.evaluation.experiment import Experiment, Sizes
+from peft_psr.evaluation.toy_task import ToyTask
 from peft_psr.files import read_json, write_json
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, Triplet, initialize_psr_weights
 from peft_psr.training.trainer.step_progress import silence
@@ -62,8 +61,7 @@ def splits(options: argparse.Namespace, task: str, seed: int, model, tokenizer) 
         count = options.triplets
         drawn = context_task(options.model, task, train=count, validation=count // 2, held_out=count // 2, seed=seed)
         return drawn.train, drawn.validation, drawn.held_out
-    experiment = Experiment(model, tokenizer, tiny_task(task), Sizes(score_draws=1), seed)
-    experiment.prepare()
+    experiment = ToyTask(model, tokenizer, task, seed=seed)
     return experiment.triplets, experiment.held_out[::2], experiment.held_out[1::2]
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT, FitSettings
-from peft_psr.evaluation.methods.registry import METHODS, chosen
+from peft_psr.evaluation.methods.registry import METHODS
 from peft_psr.training.runs.recipe_fields import (
     FREE,
     Count,
@@ -105,7 +105,8 @@ class EvaluateRecipe(DrawFields):
 
     @model_validator(mode="after")
     def _check_matrix(self) -> EvaluateRecipe:
-        chosen(self.methods)
+        for name in self.methods:
+            METHODS.check(name)
         own_turn = SOURCES[self.source].takes_instruction
         if self.methods and self.positions != "response" and not (own_turn and self.placement == "system"):
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,31 @@ from transformers import PreTrainedModel
 from peft_psr.evaluation.methods.method import Fitted
 from peft_psr.files import read_json, write_json
 
+from .cell import Result
+
 
 FIT = "fit.json"
 _KNOWN = ("dead_gates", "notes", "seconds", "bytes")
 
 
-def kept_result(path: Path, key: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds, or what is computed now and kept there.
+def kept_result(path: Path) -> Result | None:
+    """What `keep_result` left in a file; `None` if there is none."""
+    return read_json(path)["result"] if path.is_file() else None
+
+
+def keep_result(path: Path, key: Mapping[str, Any], result: Result) -> Result:
+    """Keep what was measured.
 
     Args:
         path: Named by the hash of `key`.
         key: What decides the result; kept beside it.
-        compute: Returns JSON.
+        result: As JSON.
 
     Returns:
         The result as JSON gives it back, so that a first run and a rerun see the same.
     """
-    if not path.is_file():
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, {**key, "result": compute()}, allow_nan=False)
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, {**key, "result": result}, allow_nan=False)
     return read_json(path)["result"]
 
 

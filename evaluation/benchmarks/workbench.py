@@ -11,20 +11,20 @@ A hash is over all that the thing depends on: the recipe without its lists, the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_psr.evaluation.methods.method import Fitted
+from peft_psr.evaluation.methods.method import PLAIN, PROMPT, Fitted
 from peft_psr.evaluation.methods.registry import METHODS
-from peft_psr.files import digest, sha256, write_json
+from peft_psr.files import digest, sha256
 from peft_psr.hub.facts import package_versions
 from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, write_triplets
 from peft_psr.training.data.by_trait import folder_name, read_traits, scan_traits
@@ -32,24 +32,26 @@ from peft_psr.training.judges.base import Judge
 from peft_psr.training.progress import Progress
 from peft_psr.training.runs.folder_lock import locked
 from peft_psr.training.runs.models import load_config, load_model, load_tokenizer
-from peft_psr.training.runs.run_folder import begun_run, check_same_recipe
 from peft_psr.training.runs.triplets.assembly import check_template, judge_maker, judge_prompts, prompt_pairs
 from peft_psr.training.runs.triplets.run import TripletRun
 from peft_psr.training.sources.registry import SOURCES, check_test_split
 
+from .cell import Cell, Result
 from .given_adapters import check_adapter
 from .given_triplets import read_given
 from .held_out import draw_held_out
 from .recipe import EvaluateRecipe
-from .store import keep_adapter, kept_adapter, kept_result
+from .run_state import check_folder, write_state
+from .store import keep_adapter, keep_result, kept_adapter, kept_result
 
 
-STATE, TRIPLETS, HELD_OUT, ADAPTERS, CELLS = "run.json", "triplets", "held_out", "adapters", "cells"
+TRIPLETS, HELD_OUT, ADAPTERS, CELLS = "triplets", "held_out", "adapters", "cells"
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, Split] = ("train", "test")
+Recipe = TypeVar("Recipe", bound=EvaluateRecipe)
 
 
-class Workbench:
+class Workbench(Generic[Recipe]):
     """What a benchmark works with; use it in `with bench.open():`, which holds the folder's lock.
 
     Args:
@@ -64,10 +66,10 @@ class Workbench:
         console: As given.
     """
 
-    def __init__(self, recipe: EvaluateRecipe, folder: Path, benchmark: str, console: Console | None = None) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, benchmark: str, console: Console | None = None) -> None:
         self.recipe, self.folder, self.benchmark = recipe, Path(folder), benchmark
         self.console = console or Console(quiet=True)
-        self._loaded: dict[str, tuple[PreTrainedModel, Any]] = {}
+        self._loaded: dict[str, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
         self._triplets: dict[tuple[str, str], list[Triplet]] = {}
         self._held_out: dict[tuple[str, str], list[Triplet]] = {}
         self._pairs: dict[Split, dict[str, list[PromptPair]]] = {}
@@ -83,7 +85,7 @@ class Workbench:
             OSError: a model's tokenizer can't be had.
             ValueError: the folder's run was begun with another recipe, or a trait, a prompt or a judge is wrong.
         """
-        self._check_folder()
+        check_folder(self.folder, self.benchmark, self.recipe)
         self._judges("test")
         for model in self.recipe.models:
             processing_class = load_tokenizer(model, self.recipe)
@@ -96,14 +98,6 @@ class Workbench:
             for place in dict.fromkeys(source.format(trait=folder_name(trait)) for trait in self.traits):
                 check_adapter(name, place, self.recipe)
 
-    def _check_folder(self) -> None:
-        if begun := begun_run(self.folder, STATE, "run of psr evaluate"):
-            now = {"benchmark": self.benchmark, **_filter_of(self.recipe.model_dump()), **self.recipe.fixed()}
-            before = {
-                "benchmark": begun.get("benchmark"), **_filter_of(begun.get("recipe", {})), **begun.get("fixed", {}),
-            }  # fmt: skip
-            check_same_recipe(self.folder, before, now)
-
     @contextmanager
     def open(self) -> Iterator[None]:
         """Hold the folder while the benchmark runs, and show how far it is.
@@ -114,14 +108,8 @@ class Workbench:
         """
         self.check()
         with locked(self.folder):
-            self._check_folder()
-            state = {
-                "benchmark": self.benchmark,
-                "fixed": self.recipe.fixed(),
-                "recipe": self.recipe.model_dump(mode="json"),
-                "versions": package_versions(),
-            }
-            write_json(self.folder / STATE, state, allow_nan=False)
+            check_folder(self.folder, self.benchmark, self.recipe)
+            write_state(self.folder, self.benchmark, self.recipe)
             with Progress(self.benchmark, None, unit="cells", shown=not self.console.quiet) as self._progress:
                 yield
             self._progress = None
@@ -162,7 +150,7 @@ class Workbench:
             self._judge_makers[split] = cache(judge_maker(recipe, pairs, self.folder))
         return self._judge_makers[split]
 
-    def load(self, model: str) -> tuple[PreTrainedModel, Any]:
+    def load(self, model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """A base model in eval mode and its tokenizer; one model is in memory at a time.
 
         Raises:
@@ -174,7 +162,7 @@ class Workbench:
             self._loaded[model] = load_model(model, recipe), load_tokenizer(model, recipe)
         return self._loaded[model]
 
-    def beside(self, name: str, **changes: Any) -> Workbench:
+    def beside(self, name: str, **changes: Any) -> Workbench[Recipe]:
         """A workbench for other data in a folder within this one's, with the same model in memory.
 
         Args:
@@ -243,22 +231,11 @@ class Workbench:
     # ------------------------------------------------------------ adapters
 
     @contextmanager
-    def fitted(
-        self,
-        model: str,
-        trait: str,
-        method: str,
-        seed: int,
-        triplets: Sequence[Triplet] | None = None,
-        part: str = "",
-    ) -> Iterator[Fitted]:
-        """An adapter on its base model, made now or found; it is taken off the model at the end.
+    def fitted(self, cell: Cell, triplets: Sequence[Triplet] | None = None, part: str = "") -> Iterator[Fitted]:
+        """A cell's adapter on its base model, made now or found; it is taken off the model at the end.
 
         Args:
-            model: The base model's name.
-            trait: Whose adapter.
-            method: A method's name, or that of one of the recipe's adapters.
-            seed: Of the training.
+            cell: Its method is a method's name, or that of one of the recipe's adapters.
             triplets: To train on; the trait's own by default.
             part: What they are called, if they are not the trait's own: a fold, say.
 
@@ -266,36 +243,40 @@ class Workbench:
             OSError: a given adapter can't be had.
             ValueError: no such method; or the method can't use the triplets.
         """
-        base, processing_class = self.load(model)
-        if method in self.recipe.adapters:
-            source = self.recipe.adapters[method].format(trait=folder_name(trait))
-            given = PeftModel.from_pretrained(base, source).eval()
-            own = {name: getattr(given.active_peft_config, name, None) for name in ("alpha", "positions")}
-            fitted = Fitted(given, notes={"saved_with": own})
+        if cell.method in self.recipe.adapters:
+            fitted = self._given(cell)
         else:
-            rows = self.triplets(model, trait) if triplets is None else list(triplets)
-            fitted = self._fit(base, processing_class, model, trait, method, seed, rows, part)
+            rows = self.triplets(cell.model, cell.trait) if triplets is None else list(triplets)
+            fitted = self._fit(cell, rows, part)
         try:
             yield fitted
         finally:
             fitted.model.unload()
 
-    def _fit(self, base, processing_class, model, trait, method, seed, rows, part) -> Fitted:  # noqa: ANN001
+    def _given(self, cell: Cell) -> Fitted:
+        source = self.recipe.adapters[cell.method].format(trait=folder_name(cell.trait))
+        given = PeftModel.from_pretrained(self.load(cell.model)[0], source).eval()
+        own = {name: getattr(given.active_peft_config, name, None) for name in ("alpha", "positions")}
+        return Fitted(given, notes={"saved_with": own})
+
+    def _fit(self, cell: Cell, triplets: Sequence[Triplet], part: str) -> Fitted:
+        base, processing_class = self.load(cell.model)
+        seed = cell.seed or 0
         settings = self.recipe.fit_settings(base.config.get_text_config().num_hidden_layers, seed)
         described = {name: value for name, value in vars(settings).items() if name != "on_step"}
         parameters = {
-            "model": model, "revision": self.recipe.revision, "dtype": self.recipe.dtype, "trait": trait,
-            "method": method, "part": part, "settings": described, "triplets": digest(rows, 16),
+            "model": cell.model, "revision": self.recipe.revision, "dtype": self.recipe.dtype, "trait": cell.trait,
+            "method": cell.method, "part": part, "settings": described, "triplets": digest(triplets, 16),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
         folder = self.folder / ADAPTERS / digest(parameters, 16)
         known = kept_adapter(folder, base)
         if known is not None:
             return known
-        self._say(f"{trait}: making {method}, seed {seed} {part}")
+        self._say(f"{cell.trait}: making {cell.method}, seed {seed} {part}")
         begin = time.perf_counter()
         try:
-            fitted = METHODS[method].fit(base, processing_class, rows, settings)
+            fitted = METHODS[cell.method].fit(base, processing_class, triplets, settings)
         except BaseException:
             self._loaded.clear()  # half an adapter may be on it
             raise
@@ -305,38 +286,93 @@ class Workbench:
 
     # ------------------------------------------------------------ measurements
 
+    def matrix(self) -> list[Cell]:
+        """Every method of every model, trait and seed, each after the plain and the prompted model."""
+        return [
+            Cell(model, trait, method, seed)
+            for model in self.recipe.models
+            for trait in self.traits
+            for seed in self.recipe.seeds
+            for method in (PLAIN, PROMPT, *self.method_names())
+        ]
+
     def expect(self, cells: int) -> None:
         """Say how many cells there will be."""
         if self._progress:
             self._progress.total = cells
 
-    def cell(self, parameters: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `compute` returns, computed once for these parameters and the recipe, and kept as a file.
+    def cells(self, cells: Iterable[Cell], measure: Callable[[Cell], Result]) -> list[Cell]:
+        """The cells with their results, in order: each is measured once, kept as a file, and found again.
 
         Args:
-            parameters: What this cell is of, as JSON: model, trait, method, seed.
-            compute: Returns JSON; a kill while it works loses no other cell.
+            cells: What to measure.
+            measure: Returns JSON; a kill while it works loses no other cell. It may ask for what was measured of an
+                earlier cell by `kept`.
         """
-        full = {
-            "benchmark": self.benchmark, "parameters": parameters, "fixed": self.recipe.fixed(),
-            "adapter": self._adapter(parameters.get("method", ""), parameters.get("trait", "")),
-            "triplets": self._given_triplets, "filter": asdict(self.recipe.filter),
-            "asked": self._asked(parameters.get("trait", "")),
+        return self.cells_together(([cell] for cell in cells), lambda group: [measure(group[0])])
+
+    def cells_together(
+        self, groups: Iterable[Sequence[Cell]], measure: Callable[[Sequence[Cell]], Sequence[Result]]
+    ) -> list[Cell]:
+        """As `cells`, for cells that are measured together.
+
+        Args:
+            groups: Cells that can be.
+            measure: Returns the results, in order, of those of a group that are not kept yet.
+        """
+        return [cell for group in groups for cell in self._group(group, measure)]
+
+    def _group(self, group: Sequence[Cell], measure: Callable[[Sequence[Cell]], Sequence[Result]]) -> list[Cell]:
+        of = [cell.parameters for cell in group]
+        results = self._results(of, lambda missing: measure([group[i] for i in missing]))
+        return [replace(cell, result=result) for cell, result in zip(group, results, strict=True)]
+
+    def kept(self, cell: Cell) -> Result:
+        """What was measured of a cell before.
+
+        Raises:
+            KeyError: nothing was.
+        """
+        result = kept_result(self._place(cell.parameters)[0])
+        if result is None:
+            raise KeyError(f"Nothing is measured yet of {cell.parameters}.")
+        return result
+
+    def cell(self, parameters: dict[str, Any], compute: Callable[[], Result]) -> Result:
+        """What `compute` returns, computed once for these parameters and the recipe: a result beside the matrix's.
+
+        Args:
+            parameters: What this is of, as JSON.
+            compute: Returns JSON; a kill while it works loses nothing else.
+        """
+        return self._results([parameters], lambda missing: [compute()])[0]
+
+    def _results(
+        self, of: Sequence[Mapping[str, Any]], measure: Callable[[list[int]], Sequence[Result]]
+    ) -> list[Result]:
+        """The result of each, kept or measured now; `measure` is told the numbers of those that are not kept."""
+        places = [self._place(parameters) for parameters in of]
+        results = {i: found for i, (path, _) in enumerate(places) if (found := kept_result(path)) is not None}
+        missing = [i for i in range(len(of)) if i not in results]
+        if missing:
+            self._say(", ".join(str(value) for value in of[missing[0]].values() if value != ""))
+            for i, result in zip(missing, measure(missing), strict=True):
+                results[i] = keep_result(*places[i], result)
+        for i in range(len(of)):
+            if self._progress:
+                self._progress.advance(kept=i not in missing)
+        return [results[i] for i in range(len(of))]
+
+    def _place(self, parameters: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """The file of a result, and all that decides the result."""
+        trait = parameters.get("trait", "")
+        key = {
+            "benchmark": self.benchmark, "parameters": dict(parameters), "fixed": self.recipe.fixed(),
+            "adapter": self._adapter(parameters.get("method", ""), trait), "triplets": self._given_triplets,
+            "filter": asdict(self.recipe.filter), "asked": self._asked(trait),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
-        path = self.folder / CELLS / f"{digest(full, 16)}.json"
-
-        made = []
-
-        def announced() -> dict[str, Any]:
-            made.append(path)
-            self._say(", ".join(str(value) for value in parameters.values() if value != ""))
-            return compute()
-
-        result = kept_result(path, full, announced)
-        if self._progress:
-            self._progress.advance(kept=not made)
-        return result
+        return self.folder / CELLS / f"{digest(key, 16)}.json", key
 
     def _adapter(self, method: str, trait: str) -> Any:
         """Where a given adapter comes from, and what a folder of it holds; `None` for what is made here."""
@@ -361,8 +397,3 @@ class Workbench:
     def _say(self, what: str) -> None:
         if self._progress:
             self._progress.title = f"{self.benchmark}, {what}"
-
-
-def _filter_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that filter triplets: all methods of a run are to be made from the same."""
-    return {name: recipe.get(name) for name in ("min_trait_score", "min_coherence_score", "max_similarity")}

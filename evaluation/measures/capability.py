@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from peft_psr.config import PSRConfig
 from peft_psr.positions import pad_rows, pad_tokens
 from peft_psr.training.progress import Progress
 
+from .adapters.registry import find_kind
 from .faithfulness import log_probs_at
 
 
@@ -167,11 +167,9 @@ def score_continuations(
     batch = pad_tokens(processing_class, [row[:-1] for row in rows], device, side="right")
     targets = pad_rows([row[1:] for row in labels], -100, device, side="right")
     wanted = targets != -100
-    config = getattr(model, "active_peft_config", None)
     inputs: dict[str, Any] = dict(batch)
-    if isinstance(config, PSRConfig):
-        mask = wanted if config.positions == "response" else batch["attention_mask"]
-        inputs["steering_mask"] = mask.long()
+    if kind := find_kind(model):
+        inputs |= kind.scoring_inputs(model, wanted, batch["attention_mask"])
     log_probs = log_probs_at(model(**inputs, use_cache=False).logits, wanted)  # (continuation tokens, vocabulary)
     expected = targets[wanted]
     found, likeliest = torch.zeros(wanted.shape, device=device), torch.ones_like(wanted)

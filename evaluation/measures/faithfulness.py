@@ -9,13 +9,14 @@ steering; METHOD 6. Both on triplets held out from the adapter's training.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.base_model.decoder import decoder_layer_names, layer_index
 from peft_psr.prompts.conversations import Prompt
@@ -23,8 +24,10 @@ from peft_psr.training import TripletCollator
 from peft_psr.training.data.collator import Batch, to_device
 from peft_psr.training.data.dataset import encode_dataset
 from peft_psr.training.data.triplets import Triplet
+from peft_psr.training.passes.branches import Branch
 
-from .strength import adapter_config, edited_positions, run_adapter_branch
+from .adapters.registry import kind_of
+from .strength import at_strength, run_adapter_branch
 
 
 def triplet_batches(
@@ -36,7 +39,7 @@ def triplet_batches(
         TypeError: the model has no PSR or LoRA adapter.
         ValueError: no triplets, or one can't be used.
     """
-    collator = TripletCollator(processing_class, edited_positions(model), alpha)
+    collator = TripletCollator(processing_class, kind_of(model).positions(model), alpha)
     rows = encode_dataset(collator, triplets, "triplets")
     device = next(model.parameters()).device
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):  # type: ignore[arg-type]
@@ -45,7 +48,8 @@ def triplet_batches(
 
 def measured_layers(model: PeftModel) -> list[str]:
     """Names of the decoder layers, in order; `TypeError` without a PSR or LoRA adapter."""
-    pattern = adapter_config(model).layers_pattern
+    kind_of(model)
+    pattern = getattr(model.active_peft_config, "layers_pattern", None)
     return decoder_layer_names(model.get_base_model(), pattern)
 
 
@@ -83,8 +87,8 @@ def response_log_probs(logits: torch.Tensor, batch: Batch, branch: str) -> torch
 @torch.no_grad()
 def log_probs_by_branch(
     model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float, batch_size: int
-) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Yields for each batch {branch: (response tokens, vocabulary)} and the response tokens, (response tokens,).
+) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, list[int]]]:
+    """Yields for each batch {branch: (response tokens, vocabulary)}, the response tokens, and how many each row has.
 
     The branches are "teacher", "base" and "student". Logits of one branch at a time are in memory, and the
     log-probabilities of all three.
@@ -98,7 +102,8 @@ def log_probs_by_branch(
             logits = run_adapter_branch(model, batch, [], branch, logits=True).logits
             assert logits is not None
             log_probs[branch] = response_log_probs(logits, batch, branch)
-        yield log_probs, batch["labels"][batch["labels"] != -100]
+        responses = batch["labels"] != -100
+        yield log_probs, batch["labels"][responses], responses.sum(dim=1).tolist()
 
 
 @torch.no_grad()
@@ -121,12 +126,57 @@ def prompt_recovery(
         ValueError: no triplets, or the prompt does not change the model's predictions on any of them.
     """
     steered = base = 0.0
-    for log_probs, _ in log_probs_by_branch(model, triplets, processing_class, alpha, batch_size):
-        steered += F.kl_div(log_probs["student"], log_probs["teacher"], log_target=True, reduction="sum").item()
-        base += F.kl_div(log_probs["base"], log_probs["teacher"], log_target=True, reduction="sum").item()
+    for log_probs, _, _ in log_probs_by_branch(model, triplets, processing_class, alpha, batch_size):
+        steered += _divergence(log_probs, "student")
+        base += _divergence(log_probs, "base")
+    return _recovery(steered, base)
+
+
+def _divergence(log_probs: Mapping[str, torch.Tensor], branch: str) -> float:
+    """KL(prompted || branch), summed over tokens, in nats."""
+    return F.kl_div(log_probs[branch], log_probs["teacher"], log_target=True, reduction="sum").item()
+
+
+def _recovery(steered: float, base: float) -> float:
     if base <= 0:
         raise ValueError("The prompt does not change the model's predictions on any triplet: nothing to recover.")
     return 1.0 - steered / base
+
+
+@torch.no_grad()
+def recovery_and_rmse(
+    model: PeftModel,
+    triplets: Sequence[Triplet],
+    processing_class: PreTrainedTokenizerBase,
+    alpha: float = 1.0,
+    batch_size: int = 8,
+) -> tuple[float, dict[int | str, float]]:
+    """`prompt_recovery` and `relative_rmse` of an adapter, from the same forward passes.
+
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplets: Held-out triplets.
+        processing_class: The tokenizer.
+        alpha: Strength.
+        batch_size: Triplets a forward pass.
+
+    Raises:
+        ValueError: as these two.
+    """
+    names = measured_layers(model)
+    error, effect = Counter[str](), Counter[str]()
+    steered = base = 0.0
+    for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
+        branches = {b: run_adapter_branch(model, batch, names, b, logits=True) for b in ("teacher", "base", "student")}
+        log_probs = {}
+        for name, branch in branches.items():
+            assert branch.logits is not None
+            log_probs[name] = response_log_probs(branch.logits, batch, name)
+        steered += _divergence(log_probs, "student")
+        base += _divergence(log_probs, "base")
+        effect.update(_squares(branches["teacher"], branches["base"]))
+        error.update(_squares(branches["teacher"], branches["student"]))
+    return _recovery(steered, base), _by_layer(error, effect)
 
 
 @torch.no_grad()
@@ -156,25 +206,28 @@ def relative_rmse(
         ValueError: no triplets, or not one reworded prompt for each.
     """
     names = measured_layers(model)
-    error: dict[str, float] = defaultdict(float)
-    effect: dict[str, float] = defaultdict(float)
+    error, effect = Counter[str](), Counter[str]()
     for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
-        teacher = run_adapter_branch(model, batch, names, "teacher").hidden
-        base = run_adapter_branch(model, batch, names, "base").hidden
-        steered = None if reworded_prompts is not None else run_adapter_branch(model, batch, names, "student").hidden
-        for name in names:
-            effect[name] += (teacher[name].float() - base[name].float()).square().sum().item()
-            if steered is not None:
-                error[name] += (teacher[name].float() - steered[name].float()).square().sum().item()
+        teacher = run_adapter_branch(model, batch, names, "teacher")
+        effect.update(_squares(teacher, run_adapter_branch(model, batch, names, "base")))
+        if reworded_prompts is None:
+            error.update(_squares(teacher, run_adapter_branch(model, batch, names, "student")))
     if reworded_prompts is not None:
         pairs = zip(triplets, reworded_prompts, strict=True)
         reworded: list[Triplet] = [{**triplet, "prompt": prompt} for triplet, prompt in pairs]
         for batch in triplet_batches(model, reworded, processing_class, batch_size, alpha):
-            teacher = run_adapter_branch(model, batch, names, "teacher").hidden
-            other = run_adapter_branch(model, batch, names, "base").hidden
-            for name in names:
-                error[name] += (teacher[name].float() - other[name].float()).square().sum().item()
-    return {layer_index(name): (error[name] / effect[name]) ** 0.5 for name in names if effect[name] > 0}
+            teacher, other = (run_adapter_branch(model, batch, names, branch) for branch in ("teacher", "base"))
+            error.update(_squares(teacher, other))
+    return _by_layer(error, effect)
+
+
+def _squares(one: Branch, other: Branch) -> dict[str, float]:
+    """{layer name: sum of the squared differences of two streams}."""
+    return {name: (h.float() - other.hidden[name].float()).square().sum().item() for name, h in one.hidden.items()}
+
+
+def _by_layer(error: Mapping[str, float], effect: Mapping[str, float]) -> dict[int | str, float]:
+    return {layer_index(name): (error[name] / effect[name]) ** 0.5 for name in effect if effect[name] > 0}
 
 
 @torch.no_grad()
@@ -203,3 +256,23 @@ def intervention_strength(
         moved.append(torch.stack(norms).cpu())
     ids = batch["input_ids"][batch["steering_mask"].bool()].tolist()
     return [processing_class.decode([token]) for token in ids], moved[0], moved[1]
+
+
+@torch.no_grad()
+def edited_gates(
+    model: PeftModel, triplet: Triplet, processing_class, alpha: float = 1.0
+) -> dict[int | str, torch.Tensor]:
+    """An adapter's gate values at the edited tokens of a triplet, summed over ranks.
+
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplet: One triplet.
+        processing_class: The tokenizer.
+        alpha: Strength.
+
+    Returns:
+        {layer: (tokens,) float32, 0 or more}, in model order; empty for a kind of adapter without gates.
+    """
+    (batch,) = triplet_batches(model, [triplet], processing_class, 1, alpha)
+    with at_strength(model, alpha):
+        return kind_of(model).gates(model, batch)

@@ -13,7 +13,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from transformers import PreTrainedModel
 
 from peft_psr import PSRConfig
-from peft_psr.model import PSRModel
+
+from .adapters.registry import find_kind
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class AdapterCopy:
 
 def copy_adapter(model: PeftModel) -> AdapterCopy | None:
     """The active adapter, to be put on the base model again; `None` if it is no PSR adapter or not the only one."""
-    if not isinstance(model.base_model, PSRModel) or len(model.active_adapters) != 1:
+    kind = find_kind(model)
+    if kind is None or not kind.mixed or len(model.active_adapters) != 1:
         return None
     name = model.active_adapters[0]
     weights = get_peft_model_state_dict(model, adapter_name=name)

@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from math import exp
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import Triplet, add_instruction, sample_completions
@@ -213,14 +214,73 @@ def neutral_kl(
     Raises:
         ValueError: no triplets, or one that can't be used; the message names it.
     """
-    totals = {"student": 0.0, "teacher": 0.0}
-    tokens = 0
-    for log_probs, targets in log_probs_by_branch(model, triplets, processing_class, alpha, batch_size):
-        tokens += len(targets)
-        for branch in totals:
-            kl = F.kl_div(log_probs[branch], log_probs["base"], log_target=True, reduction="sum")
-            totals[branch] += kl.item()
-    return NeutralKL(totals["student"] / tokens, totals["teacher"] / tokens, tokens, len(triplets))
+    kl, tokens = kl_by_row(model, triplets, processing_class, alpha, batch_size)
+    total = sum(tokens)
+    return NeutralKL(sum(kl["student"]) / total, sum(kl["teacher"]) / total, total, len(triplets))
+
+
+def kl_by_row(
+    model: PeftModel,
+    triplets: Sequence[Triplet],
+    processing_class: PreTrainedTokenizerBase,
+    alpha: float = 1.0,
+    batch_size: int = 32,
+) -> tuple[dict[str, list[float]], list[int]]:
+    """KL(base || steered), "student", and KL(base || prompted), "teacher", of each triplet; and its response tokens.
+
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplets: As `neutral_kl` has them.
+        processing_class: The tokenizer.
+        alpha: Strength.
+        batch_size: Triplets a forward pass.
+
+    Returns:
+        {branch: nats, summed over a triplet's response tokens}, and how many these are.
+
+    Raises:
+        ValueError: no triplets, or one that can't be used; the message names it.
+    """
+
+    def kl(log_probs: Mapping[str, torch.Tensor], branch: str, targets: torch.Tensor) -> torch.Tensor:
+        return F.kl_div(log_probs[branch], log_probs["base"], log_target=True, reduction="none").sum(dim=-1)
+
+    return _by_row(kl, ("student", "teacher"), model, triplets, processing_class, alpha, batch_size)
+
+
+def losses_by_row(
+    model: PeftModel,
+    triplets: Sequence[Triplet],
+    processing_class: PreTrainedTokenizerBase,
+    alpha: float = 1.0,
+    batch_size: int = 32,
+) -> tuple[dict[str, list[float]], list[int]]:
+    """Cross-entropy of each completion under the three branches, in nats, and its tokens; see `kl_by_row`."""
+
+    def loss(log_probs: Mapping[str, torch.Tensor], branch: str, targets: torch.Tensor) -> torch.Tensor:
+        return F.nll_loss(log_probs[branch], targets, reduction="none")
+
+    return _by_row(loss, ("base", "student", "teacher"), model, triplets, processing_class, alpha, batch_size)
+
+
+def _by_row(
+    measure: Callable[[Mapping[str, torch.Tensor], str, torch.Tensor], torch.Tensor],
+    branches: Sequence[str],
+    model: PeftModel,
+    triplets: Sequence[Triplet],
+    processing_class: PreTrainedTokenizerBase,
+    alpha: float,
+    batch_size: int,
+) -> tuple[dict[str, list[float]], list[int]]:
+    """Sums over each triplet's response tokens of what `measure` gives for each token, (tokens,), of each branch."""
+    sums: dict[str, list[float]] = {branch: [] for branch in branches}
+    lengths: list[int] = []
+    for log_probs, targets, of_rows in log_probs_by_branch(model, triplets, processing_class, alpha, batch_size):
+        lengths += of_rows
+        for branch in branches:
+            values = measure(log_probs, branch, targets)
+            sums[branch] += [part.sum().item() for part in values.split(of_rows)]
+    return sums, lengths
 
 
 def text_perplexity(
@@ -239,14 +299,10 @@ def text_perplexity(
     Raises:
         ValueError: no triplets, or one that can't be used; the message names it.
     """
-    totals = {"base": 0.0, "student": 0.0, "teacher": 0.0}
-    tokens = 0
-    for log_probs, targets in log_probs_by_branch(model, triplets, processing_class, alpha, batch_size):
-        tokens += len(targets)
-        for branch in totals:
-            totals[branch] += F.nll_loss(log_probs[branch], targets, reduction="sum").item()
-    base, steered, prompted = (exp(totals[branch] / tokens) for branch in ("base", "student", "teacher"))
-    return TextPerplexity(base, steered, prompted, tokens)
+    losses, tokens = losses_by_row(model, triplets, processing_class, alpha, batch_size)
+    total = sum(tokens)
+    base, steered, prompted = (exp(sum(losses[branch]) / total) for branch in ("base", "student", "teacher"))
+    return TextPerplexity(base, steered, prompted, total)
 
 
 def usable_alpha_range(

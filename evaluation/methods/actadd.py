@@ -20,17 +20,23 @@ from collections.abc import Sequence
 
 import torch
 from peft import get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.contrast import contrast_pairs, last_token_stream
 from peft_psr.training import Triplet
 from peft_psr.training.passes.branches import psr_model
 
-from .method import FitSettings, Fitted, Method
+from .method import FitSettings, Fitted
 
 
-def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
+def fit(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
+) -> Fitted:
+    """Makes the adapter; see `Method`."""
     pairs = contrast_pairs(triplets, processing_class)
     pair = random.Random(settings.seed).choice(pairs)
     plain, prompted = last_token_stream(model, processing_class, pair, settings.layer, batch_size=2)
@@ -41,6 +47,3 @@ def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], 
         layer.unit("default").direction.copy_(prompted - plain)
     notes = {"prompt": pair.plain, "steered_prompt": pair.prompted, "pairs_to_draw_from": len(pairs)}
     return Fitted(steered.eval(), notes=notes)
-
-
-ACTIVATION_ADDITION = Method("S-Const ActAdd", _fit, "none", "one pair of prompts", "arXiv 2308.10248")

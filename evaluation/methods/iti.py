@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from peft import TaskType, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.attention_heads import HeadReader, output_projections
@@ -36,7 +36,7 @@ from peft_psr.training import Triplet, TripletCollator
 from peft_psr.training.data.dataset import encode_dataset
 from peft_psr.training.passes.branches import psr_model
 
-from .method import FitSettings, Fitted, Method
+from .method import FitSettings, Fitted
 
 
 SHARE_OF_HEADS = 48 / 1024
@@ -140,7 +140,13 @@ def added_constant(projection: nn.Module, heads: Sequence[Head], count: int, dty
     return shifted - unshifted
 
 
-def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
+def fit(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
+) -> Fitted:
+    """Makes the adapter; see `Method`."""
     modules = output_projections(model)
     collator = TripletCollator(processing_class, settings.positions, alpha=1.0)
     rows = [row for row in encode_dataset(collator, triplets, "triplets") if not row["neutral"]]
@@ -176,6 +182,3 @@ def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], 
         for head in best
     ]
     return Fitted(steered.eval(), notes={"heads": described, "heads_in_all": len(heads)})
-
-
-INFERENCE_TIME_INTERVENTION = Method("ITI", _fit, "none", "heads by a probe", "arXiv 2306.03341")

@@ -10,31 +10,29 @@ from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.evaluation.methods.fitting.likelihood import train_by_likelihood
 from peft_psr.training import Triplet
 
-from .method import FitSettings, Fitted, Method
+from .method import FitSettings, Fitted
 
 
 LEARNING_RATE = 1e-3
 """Of 1e-3, 2e-3 and 5e-3 on two traits of the embedded model, one seed: prompt recovery within 0.005 of the best."""
 
 
-def lora_method(r: int) -> Method:
-    """LoRA of rank `r`."""
-
-    def fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
-        torch.manual_seed(settings.seed)
-        config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
-        adapted = get_peft_model(model, config)
-        learning_rate = settings.learning_rate or LEARNING_RATE
-        train_by_likelihood(adapted, processing_class, triplets, settings, learning_rate)
-        return Fitted(adapted.eval(), notes={"learning_rate": learning_rate, "alpha_while_training": 1.0})
-
-    return Method(f"LoRA r={r}", fit, "ll", "B = 0", "arXiv 2106.09685")
-
-
-LORA_1 = lora_method(1)
-LORA_8 = lora_method(8)
+def fit(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
+    r: int,
+) -> Fitted:
+    """Makes a LoRA of rank `r`; see `Method`."""
+    torch.manual_seed(settings.seed)
+    config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    adapted = get_peft_model(model, config)
+    learning_rate = settings.learning_rate or LEARNING_RATE
+    train_by_likelihood(adapted, processing_class, triplets, settings, learning_rate)
+    return Fitted(adapted.eval(), notes={"learning_rate": learning_rate, "alpha_while_training": 1.0})

@@ -15,13 +15,13 @@ LoReFT there could not be established.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.edit_training import mean_log_likelihood, only_unit, train_edit
@@ -32,7 +32,7 @@ from peft_psr.training.data.dataset import encode_dataset
 from peft_psr.training.passes.branches import unedited
 from peft_psr.unit import PSRUnit
 
-from .method import FitSettings, Fitted, Method
+from .method import FitSettings, Fitted
 
 
 RANK = 4
@@ -72,37 +72,38 @@ class LoReFT(nn.Module):
         unit.direction.copy_(torch.cat([rotation, -rotation]))
 
 
-def loreft_method(name: str, objective: str) -> Method:
-    """LoReFT trained by an objective.
-
-    Args:
-        name: In tables.
-        objective: "ll" or "reps".
-    """
-
-    def fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
-        torch.manual_seed(settings.seed)
-        config = PSRConfig(r=2 * RANK, layers_to_transform=settings.layer, positions=settings.positions)
-        steered = get_peft_model(model, config).eval()
-        unit = only_unit(steered)
-        edit = LoReFT(unit.direction.shape[1], RANK)
-        notes = {}
-        with unedited(steered):
-            if objective == "ll":
-                _train_by_likelihood(steered, processing_class, edit, triplets, settings)
-            else:
-                notes["triplets_left_out"] = train_by_preference(
-                    steered, processing_class, edit, edit.steer, edit.reverse, triplets, settings,
-                    LEARNING_RATES[objective],
-                )  # fmt: skip
-        edit.write(unit)
-        return Fitted(steered, notes=notes)
-
-    return Method(name, fit, objective, "orthogonal", "arXiv 2404.03592")
+def fit(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
+    objective: Literal["ll", "reps"],
+) -> Fitted:
+    """Makes a LoReFT, trained by an objective; see `Method`."""
+    torch.manual_seed(settings.seed)
+    config = PSRConfig(r=2 * RANK, layers_to_transform=settings.layer, positions=settings.positions)
+    steered = get_peft_model(model, config).eval()
+    unit = only_unit(steered)
+    edit = LoReFT(unit.direction.shape[1], RANK)
+    notes = {}
+    with unedited(steered):
+        if objective == "ll":
+            _train_by_likelihood(steered, processing_class, edit, triplets, settings)
+        else:
+            rate = LEARNING_RATES[objective]
+            notes["triplets_left_out"] = train_by_preference(
+                steered, processing_class, edit, edit.steer, edit.reverse, triplets, settings, rate
+            )
+    edit.write(unit)
+    return Fitted(steered, notes=notes)
 
 
 def _train_by_likelihood(
-    model: PeftModel, processing_class, edit: LoReFT, triplets: Sequence[Triplet], settings: FitSettings
+    model: PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    edit: LoReFT,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
 ) -> None:
     collator = TripletCollator(processing_class, settings.positions, settings.alpha)
 
@@ -112,7 +113,3 @@ def _train_by_likelihood(
 
     rows = encode_dataset(collator, triplets, "triplets")
     train_edit(model, edit, loss, rows, collator, settings, LEARNING_RATES["ll"])
-
-
-LOREFT_LIKELIHOOD = loreft_method("S-LoReFT LL", "ll")
-LOREFT_REPS = loreft_method("S-LoReFT RePS", "reps")

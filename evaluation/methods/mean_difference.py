@@ -9,19 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peft import get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.training import Triplet, initialize_psr_weights
 
-from .method import FitSettings, Fitted, Method
+from .method import FitSettings, Fitted
 
 
-def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
+def fit(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
+) -> Fitted:
+    """Makes the adapter; see `Method`."""
     config = PSRConfig(gate="constant", layers_to_transform=settings.layer, positions=settings.positions)
     steered = get_peft_model(model, config)
     initialize_psr_weights(steered, triplets, "mean_difference", processing_class=processing_class, progress=False)
     return Fitted(steered.eval())
-
-
-MEAN_DIFFERENCE = Method("S-Const DiM", _fit, "none", "mean_difference", "arXiv 2312.06681")

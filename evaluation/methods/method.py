@@ -6,14 +6,18 @@ as one: it is saved, mixed and turned up and down like any other. What differs i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
-from transformers import PreTrainedModel
+from peft_psr.registry import loaded
 
-from peft_psr.training import Triplet
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from peft_psr.training import Triplet
 
 
 PLAIN, PROMPT = "none", "prompt"
@@ -64,24 +68,40 @@ class Fitted:
     bytes: int | None = None
 
 
-Fit = Callable[[PreTrainedModel, Any, Sequence[Triplet], FitSettings], Fitted]
-"""From base model, tokenizer, triplets and settings to an adapter. The base model's own weights stay as they are."""
-
-
 @dataclass(frozen=True)
 class Method:
     """One row of the benchmarks' tables.
 
     Attributes:
         name: As in the paper's tables: S- or A- for a single layer or all, the edit, the objective, the start.
-        fit: Makes the adapter.
+        maker: What makes the adapter, or "module:function" where it is, so that listing methods loads nothing. It is
+            called with base model, tokenizer, triplets and `FitSettings`, returns `Fitted`, and leaves the base
+            model's own weights as they are.
         objective: What is minimised, or "none" for what is computed in one pass.
         start: Where training starts from.
         source: Where the method comes from.
+        options: More keyword arguments of the maker.
+        every_token: Whether it changes every token's computation, whatever `FitSettings.positions` says.
     """
 
     name: str
-    fit: Fit
+    maker: Callable[..., Fitted] | str
     objective: str
     start: str
     source: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    every_token: bool = False
+
+    def fit(
+        self,
+        model: PreTrainedModel,
+        processing_class: PreTrainedTokenizerBase,
+        triplets: Sequence[Triplet],
+        settings: FitSettings,
+    ) -> Fitted:
+        """Makes an adapter of a base model.
+
+        Raises:
+            ValueError: the method can't use the triplets, or the model has no such layer.
+        """
+        return loaded(self.maker)(model, processing_class, triplets, settings, **self.options)

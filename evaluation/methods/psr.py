@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from peft import get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.trainer_settings import train_quietly
@@ -16,66 +16,65 @@ from peft_psr.training.starts.registry import STARTS
 from peft_psr.training.starts.start import DataStart
 from peft_psr.training.trainer.arguments import learns_from_text
 
-from .method import FitSettings, Fitted, Method
+from .method import FitSettings, Fitted
 
 
-PAPER = "arXiv 2605.03907"
 LEARNING_RATE = 5e-3
 
 
-def psr_method(
-    name: str,
+def fit(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
     gate: str,
     all_layers: bool,
     objective: str | dict[str, float],
     start: str = "live",
     r: int = 1,
-    source: str = PAPER,
     learning_rate: float = LEARNING_RATE,
-) -> Method:
-    """A method that trains a PSR adapter.
+) -> Fitted:
+    """Trains a PSR adapter; see `Method`.
 
     Args:
-        name: In tables.
+        model: The base model.
+        processing_class: Its tokenizer.
+        triplets: To train on.
+        settings: As every method is given them.
         gate: "relu" or "constant".
         all_layers: Edit every layer rather than one.
         objective: As `PSRTrainingArguments` takes it.
         start: One of `STARTS`.
         r: Rank.
-        source: Where the method comes from.
         learning_rate: Unless the settings have another.
     """
-
-    def fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
-        torch.manual_seed(settings.seed)
-        layers = None if all_layers else settings.layer
-        config = PSRConfig(
-            r=r,
-            gate=gate,
-            layers_to_transform=layers,
-            positions=settings.positions,
-            init_weights=STARTS[start].init_weights,
+    torch.manual_seed(settings.seed)
+    layers = None if all_layers else settings.layer
+    config = PSRConfig(
+        r=r,
+        gate=gate,
+        layers_to_transform=layers,
+        positions=settings.positions,
+        init_weights=STARTS[start].init_weights,
+    )
+    steered = get_peft_model(model, config)
+    if isinstance(STARTS[start], DataStart):
+        initialize_psr_weights(steered, triplets, start, processing_class=processing_class, progress=False)
+    with TemporaryDirectory() as folder:
+        arguments = PSRTrainingArguments(
+            output_dir=folder,
+            objective=objective,
+            alpha=settings.alpha,
+            num_train_epochs=settings.epochs[learns_from_text(objective)],
+            learning_rate=settings.learning_rate or learning_rate,
+            per_device_train_batch_size=settings.batch_size,
+            train_sampling_strategy="group_by_length",
+            seed=settings.seed,
+            data_seed=settings.seed,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            save_strategy="no",
+            logging_strategy="no",
         )
-        steered = get_peft_model(model, config)
-        if isinstance(STARTS[start], DataStart):
-            initialize_psr_weights(steered, triplets, start, processing_class=processing_class, progress=False)
-        with TemporaryDirectory() as folder:
-            arguments = PSRTrainingArguments(
-                output_dir=folder,
-                objective=objective,
-                alpha=settings.alpha,
-                num_train_epochs=settings.epochs[learns_from_text(objective)],
-                learning_rate=settings.learning_rate or learning_rate,
-                per_device_train_batch_size=settings.batch_size,
-                train_sampling_strategy="group_by_length",
-                seed=settings.seed,
-                data_seed=settings.seed,
-                dataloader_pin_memory=torch.cuda.is_available(),
-                save_strategy="no",
-                logging_strategy="no",
-            )
-            trainer = PSRTrainer(steered, arguments, triplets, processing_class=processing_class)
-            train_quietly(trainer, settings.on_step)
-        return Fitted(steered.eval(), trainer.dead_gates)
-
-    return Method(name, fit, str(objective), "open gates" if start == "live" else start, source)
+        trainer = PSRTrainer(steered, arguments, triplets, processing_class=processing_class)
+        train_quietly(trainer, settings.on_step)
+    return Fitted(steered.eval(), trainer.dead_gates)

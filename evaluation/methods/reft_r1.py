@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.edit_training import mean_log_likelihood, only_unit, train_edit
@@ -33,7 +33,7 @@ from peft_psr.training.data.collator import Batch, to_device
 from peft_psr.training.data.dataset import Row, encode_dataset
 from peft_psr.training.passes.branches import unedited
 
-from .method import FitSettings, Fitted, Method
+from .method import FitSettings, Fitted
 
 
 LEARNING_RATE = 1e-2
@@ -90,7 +90,13 @@ def _mean_size(model: PeftModel, collator: TripletCollator, rows: Sequence[Row],
     return torch.cat(sizes).mean().item()
 
 
-def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
+def fit(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
+) -> Fitted:
+    """Makes the adapter; see `Method`."""
     torch.manual_seed(settings.seed)
     config = PSRConfig(gate="constant", layers_to_transform=settings.layer, positions=settings.positions)
     steered = get_peft_model(model, config).eval()
@@ -121,6 +127,3 @@ def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], 
     with torch.no_grad():
         unit.direction.copy_((size * edit.direction)[None])
     return Fitted(steered, notes={"addition": size})
-
-
-REFT_R1 = Method("S-ReFT-r1", _fit, "ll", "linear", "arXiv 2501.17148")

@@ -1,62 +1,64 @@
-"""Every method that the benchmarks compare, by its name in their tables."""
+"""Every method that the benchmarks compare, by its name in their tables; what a method computes with is loaded later.
+
+A method of your own: a file with a function that makes the adapter, and a line here, or `METHODS.add` in your program.
+"""
 
 from __future__ import annotations
 
-from .actadd import ACTIVATION_ADDITION
-from .iti import INFERENCE_TIME_INTERVENTION
-from .lora import LORA_1, LORA_8
-from .loreft import LOREFT_LIKELIHOOD, LOREFT_REPS
-from .mean_difference import MEAN_DIFFERENCE
+from typing import Any
+
+from peft_psr.registry import Registry
+
 from .method import Method
-from .psr import psr_method
-from .reft_r1 import REFT_R1
-from .reps import STEERING_VECTOR_REPS
-from .stolfo import PROJECTION
 
 
-_OURS = "this project"
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        MEAN_DIFFERENCE,
-        ACTIVATION_ADDITION,
-        INFERENCE_TIME_INTERVENTION,
-        PROJECTION,
-        REFT_R1,
-        psr_method("S-Const MSE", "constant", False, "mse"),
-        psr_method("S-Const LL", "constant", False, "ll", learning_rate=5e-2),
-        STEERING_VECTOR_REPS,
-        LOREFT_LIKELIHOOD,
-        LOREFT_REPS,
-        psr_method("S-PSR MSE", "relu", False, "mse"),
-        psr_method("S-PSR LL", "relu", False, "ll"),
-        psr_method("S-PSR KL r=8", "relu", False, "kl", r=8, source=_OURS),
-        psr_method("A-Const MSE", "constant", True, "mse"),
-        psr_method("A-PSR MSE", "relu", True, "mse"),
-        psr_method("A-PSR LL", "relu", True, "ll"),
-        psr_method("A-PSR MSE ridge", "relu", True, "mse", "ridge", source=_OURS),
-        psr_method("A-PSR KL", "relu", True, "kl", source=_OURS),
-        psr_method("A-PSR KL r=8", "relu", True, "kl", r=8, source=_OURS),
-        LORA_1,
-        LORA_8,
-    )
-}
-"""{name: method}."""
-
-DEMO = (
-    "S-Const DiM", "S-Const MSE", "S-PSR MSE", "S-PSR LL", "A-Const MSE", "A-PSR MSE", "A-PSR LL", "A-PSR MSE ridge",
-)  # fmt: skip
-"""Those that `psr demo` compares."""
+_PAPER, _OURS = "arXiv 2605.03907", "this project"
 
 
-def chosen(names: tuple[str, ...]) -> list[Method]:
-    """The methods of these names.
+def _psr(
+    name: str, gate: str, layers: str, objective: str, start: str = "live", source: str = _PAPER, **options: Any
+) -> Method:
+    """A PSR adapter of one layer or of all, trained by `PSRTrainer`."""
+    options = {"gate": gate, "all_layers": layers == "all", "objective": objective, "start": start, **options}
+    shown = "open gates" if start == "live" else start
+    return Method(name, f"{__package__}.psr:fit", objective, shown, source, options)
 
-    Raises:
-        ValueError: there is none of a name.
-    """
-    unknown = [name for name in names if name not in METHODS]
-    if unknown:
-        raise ValueError(f"methods: there is no {', '.join(map(repr, unknown))}; there are: {', '.join(METHODS)}.")
-    return [METHODS[name] for name in names]
+
+def _method(name: str, module: str, objective: str, start: str, source: str, **more: Any) -> Method:
+    return Method(name, f"{__package__}.{module}:fit", objective, start, source, **more)
+
+
+METHODS = Registry(
+    "method",
+    {
+        method.name: method
+        for method in (
+            _method("S-Const DiM", "mean_difference", "none", "mean_difference", "arXiv 2312.06681"),
+            _method("S-Const ActAdd", "actadd", "none", "one pair of prompts", "arXiv 2308.10248"),
+            _method("ITI", "iti", "none", "heads by a probe", "arXiv 2306.03341"),
+            _method("Stolfo et al.", "stolfo", "none", "mean projection", "arXiv 2410.12877"),
+            _method("S-ReFT-r1", "reft_r1", "ll", "linear", "arXiv 2501.17148"),
+            _psr("S-Const MSE", "constant", "one", "mse"),
+            _psr("S-Const LL", "constant", "one", "ll", learning_rate=5e-2),
+            _method("S-Const RePS", "reps", "reps", "linear", "arXiv 2505.20809"),
+            *(
+                _method(name, "loreft", objective, "orthogonal", "arXiv 2404.03592", options={"objective": objective})
+                for name, objective in (("S-LoReFT LL", "ll"), ("S-LoReFT RePS", "reps"))
+            ),
+            _psr("S-PSR MSE", "relu", "one", "mse"),
+            _psr("S-PSR LL", "relu", "one", "ll"),
+            _psr("S-PSR KL r=8", "relu", "one", "kl", source=_OURS, r=8),
+            _psr("A-Const MSE", "constant", "all", "mse"),
+            _psr("A-PSR MSE", "relu", "all", "mse"),
+            _psr("A-PSR LL", "relu", "all", "ll"),
+            _psr("A-PSR MSE ridge", "relu", "all", "mse", "ridge", source=_OURS),
+            _psr("A-PSR KL", "relu", "all", "kl", source=_OURS),
+            _psr("A-PSR KL r=8", "relu", "all", "kl", source=_OURS, r=8),
+            *(
+                _method(f"LoRA r={r}", "lora", "ll", "B = 0", "arXiv 2106.09685", options={"r": r}, every_token=True)
+                for r in (1, 8)
+            ),
+        )
+    },
+)
+"""Methods by name."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.edit_training import only_unit
@@ -21,7 +21,7 @@ from peft_psr.evaluation.methods.fitting.preference import train_by_preference
 from peft_psr.training import Triplet
 from peft_psr.training.passes.branches import unedited
 
-from .method import FitSettings, Fitted, Method
+from .method import FitSettings, Fitted
 
 
 LEARNING_RATE = 5e-2
@@ -43,7 +43,13 @@ class SteeringVector(nn.Module):
         return -(hidden @ self.vector).relu()[..., None] * self.vector / self.vector.square().sum()
 
 
-def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
+def fit(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
+) -> Fitted:
+    """Makes the adapter; see `Method`."""
     torch.manual_seed(settings.seed)
     config = PSRConfig(gate="constant", layers_to_transform=settings.layer, positions=settings.positions)
     steered = get_peft_model(model, config).eval()
@@ -56,6 +62,3 @@ def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], 
     with torch.no_grad():
         unit.direction.copy_(vector.vector[None])
     return Fitted(steered, notes={"triplets_left_out": left_out})
-
-
-STEERING_VECTOR_REPS = Method("S-Const RePS", _fit, "reps", "linear", "arXiv 2505.20809")

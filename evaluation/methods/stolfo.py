@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import torch
 from peft import get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.contrast import contrast_pairs, last_token_stream
@@ -27,10 +27,16 @@ from peft_psr.training import Triplet
 from peft_psr.training.passes.branches import psr_model
 from peft_psr.unit import PSRUnit
 
-from .method import FitSettings, Fitted, Method
+from .method import FitSettings, Fitted
 
 
-def _fit(model: PreTrainedModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings) -> Fitted:
+def fit(
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
+) -> Fitted:
+    """Makes the adapter; see `Method`."""
     pairs = contrast_pairs(triplets, processing_class)
     done, batches = 0, 2 * -(-len(pairs) // settings.batch_size)
 
@@ -73,6 +79,3 @@ def set_projection(unit: PSRUnit, u: torch.Tensor, target: torch.Tensor) -> None
     unit.gate_weight.copy_(torch.stack([-u, u]))
     unit.gate_bias.copy_(torch.stack([target, -target]))
     unit.direction.copy_(torch.stack([u, -u]))
-
-
-PROJECTION = Method("Stolfo et al.", _fit, "none", "mean projection", "arXiv 2410.12877")

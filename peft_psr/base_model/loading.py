@@ -16,6 +16,8 @@ from peft_psr.prompts.chat_template import read_chat_template, set_chat_template
 from peft_psr.text import read_text
 from peft_psr.tiny_chat import tiny_chat_path
 
+from .threads import choose_threads
+
 
 EMBEDDED = "embedded"
 """As a model's name: the one in the package."""
@@ -116,6 +118,8 @@ def load_model(
 ) -> Any:
     """A causal language model in eval mode; its configuration's `_commit_hash` says which commit of the Hub's it is.
 
+    torch's threads are set to what the model's size asks for, unless the user has said; see `threads`.
+
     Args:
         name: Folder or Hub name; 'embedded' is the model in the package.
         revision: Branch, tag or commit on the Hub.
@@ -132,6 +136,7 @@ def load_model(
         model_path(name), revision=revision, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
     model.config._commit_hash = commit_of(name, revision)
+    choose_threads(model)
     return model.eval()
 
 

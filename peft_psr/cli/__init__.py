@@ -78,8 +78,7 @@ def demo(
     """Train, save, reload and measure PSR adapters on the embedded model, offline."""
     warnings.simplefilter("ignore", FutureWarning)
     from peft_psr import tiny_chat_path
-    from peft_psr.evaluation.demo import run_demo
-    from peft_psr.evaluation.methods.registry import DEMO
+    from peft_psr.evaluation.demo import demo_recipe, run_demo
     from peft_psr.files import check_new_folder
     from peft_psr.tiny_chat import TRAITS
 
@@ -87,14 +86,12 @@ def demo(
     traits = list(TRAITS) if trait == "all" else [trait]
     console = Console()
     with errors(console):
-        for name in traits:
-            if name not in TRAITS:
-                raise ValueError(f"No trait {name!r}; there are: {', '.join(TRAITS)}, or 'all'.")
+        recipes = [demo_recipe(name, seed=seed, quick=quick) for name in traits]
         check_new_folder(output)
         if model and not (Path(model) / "config.json").is_file():
             raise FileNotFoundError(f"--model {model} is no model folder (it has no config.json).")
         if dry_run:
-            console.print(f"would train {', '.join(DEMO)}", markup=False)
+            console.print(f"would train {', '.join(recipes[0].methods)}", markup=False)
             console.print(f"for {', '.join(traits)} with seed {seed}, and write to {output}/", markup=False)
             return
         run_demo(traits, model or tiny_chat_path(), output, seed, quick, console)

@@ -5,25 +5,41 @@ from __future__ import annotations
 import logging
 import warnings
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
-from peft_psr.evaluation.benchmarks.registry import BENCHMARKS, Benchmark, run_benchmark
+from peft_psr.evaluation.benchmarks.benchmark import Benchmark
+from peft_psr.evaluation.benchmarks.registry import BENCHMARKS
 
 from .common import CONFIG, DRY_RUN, RECIPE, RUN_FOLDER, errors, plain_console, recipe_options, show_progress_of_runs
 
 
+class _Benchmarks(TyperGroup):
+    """A subcommand for each benchmark that there is by the time it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(BENCHMARKS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _command(BENCHMARKS[cmd_name]) if cmd_name in BENCHMARKS else None
+
+
 evaluate = typer.Typer(
-    no_args_is_help=True, help="Measure methods and adapters. Stopped at any moment, the same command goes on."
+    cls=_Benchmarks,
+    no_args_is_help=True,
+    help="Measure methods and adapters. Stopped at any moment, the same command goes on.",
 )
 
 
-def _command(benchmark: Benchmark) -> None:
-    """Add a benchmark's subcommand."""
+def _command(benchmark: Benchmark[Any]) -> Any:
+    """A benchmark's subcommand."""
+    app = typer.Typer(add_completion=False)
 
-    @evaluate.command(name=benchmark.name, help=benchmark.summary)
+    @app.command(name=benchmark.name, help=benchmark.summary)
     @recipe_options(benchmark.recipe)
     def run(
         recipe: str = RECIPE,
@@ -34,12 +50,15 @@ def _command(benchmark: Benchmark) -> None:
     ) -> None:
         _run(benchmark, recipe, output, dry_run, options)
 
+    return typer.main.get_command(app)
+
 
 def _run(
-    benchmark: Benchmark, recipe: str, output: Path, dry_run: bool, options: dict[str, str | bool | None]
+    benchmark: Benchmark[Any], recipe: str, output: Path, dry_run: bool, options: dict[str, str | bool | None]
 ) -> None:
     warnings.simplefilter("ignore", FutureWarning)
     from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
+    from peft_psr.evaluation.benchmarks.run import run_benchmark
     from peft_psr.evaluation.benchmarks.workbench import Workbench
     from peft_psr.training.sampling.chat_server import ServerError, TooManyFailures
 
@@ -73,10 +92,6 @@ def methods() -> None:
     from peft_psr.evaluation.methods.registry import METHODS
 
     table = Table("method", "objective", "start", "source", box=None, padding=(0, 2, 0, 0))
-    for method in METHODS.values():
+    for method in (METHODS[name] for name in METHODS):
         table.add_row(method.name, method.objective, method.start, method.source)
     Console(highlight=False).print(table)
-
-
-for known in BENCHMARKS:
-    _command(known)

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from helpers.unruly_server import MODEL
-from peft_psr.evaluation.benchmarks.axbench.benchmark import AxBenchRecipe
+from peft_psr.evaluation.benchmarks.axbench.recipe import AxBenchRecipe
 from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
 from peft_psr.tiny_chat import questions
 

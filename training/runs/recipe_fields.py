@@ -234,10 +234,7 @@ def _kind_in_words(kind: Any, constraints: Sequence[Any]) -> str:
         return " | ".join(names.registry)
     if get_origin(kind) is Annotated:
         kind, *own = get_args(kind)
-        constraints = [*constraints, *(c for field in own for c in getattr(field, "metadata", [field]))]
-    for constraint in constraints:
-        if isinstance(constraint, Registered) and kind is str:
-            return " | ".join(constraint.registry)
+        constraints = [*constraints, *(c for field in own for c in getattr(field, "metadata", []))]
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
     if get_origin(kind) is dict:

@@ -32,6 +32,7 @@ from peft_psr.training.data.draws import Completion, Draw, Failure, check_sampli
 from peft_psr.training.passes.partial import attribute, in_eval_mode, input_device
 from peft_psr.training.progress import Progress
 
+from .generating import generate_rows
 from .gumbel import GumbelLogitsProcessor
 
 
@@ -230,35 +231,39 @@ def _sample_batch(
     temperature: float,
 ) -> list[Completion]:
     device, padding = input_device(model), pad_id(processing_class)
-    batch: dict[str, Any] = {**pad_tokens(processing_class, [row.ids for row in rows], device)}  # (batch, prompt)
-    prompt_length = batch["input_ids"].shape[1]
-    if rows[0].alpha is not None:
-        batch["alpha"] = torch.tensor([row.alpha for row in rows], device=device)
-    if rows[0].adapter is not None:
-        batch["adapter_names"] = [row.adapter for row in rows]
+    inputs: dict[str, Any] = {**pad_tokens(processing_class, [row.ids for row in rows], device)}  # (batch, prompt)
+    prompt_length = inputs["input_ids"].shape[1]
     # "response" needs no mask: `generate` knows the last prompt token
     config = model.active_peft_config if isinstance(model, PeftModel) else None
     if getattr(config, "positions", None) == "question_and_response":
         masks = [chat_mask(processing_class, row.prompt, "question_and_response") for row in rows]
-        batch["steering_mask"] = pad_rows(masks, 0, device)
-    processors = LogitsProcessorList()
-    if temperature > 0:
-        processors.append(GumbelLogitsProcessor([row.seed for row in rows], prompt_length, temperature, device))
+        inputs["steering_mask"] = pad_rows(masks, 0, device)
     ends = model.generation_config.eos_token_id
     tokens = (*(ends if isinstance(ends, list) else [ends]), processing_class.eos_token_id)
     stops = {token for token in tokens if token is not None}
     texts = model.generation_config.stop_strings or []
+    settings = {
+        "pad_token_id": min(stops, default=padding),  # behind the end of a row that is shorter than others
+        "eos_token_id": sorted(stops) or None,
+        "tokenizer": processing_class,
+    }
+
+    def arguments(chosen: Sequence[int]) -> dict[str, Any]:
+        some = [rows[i] for i in chosen]
+        own: dict[str, Any] = {"logits_processor": LogitsProcessorList()}
+        if temperature > 0:
+            seeds = [row.seed for row in some]
+            own["logits_processor"].append(GumbelLogitsProcessor(seeds, prompt_length, temperature, device))
+        if rows[0].alpha is not None:
+            own["alpha"] = torch.tensor([row.alpha for row in some], device=device)
+        if rows[0].adapter is not None:
+            own["adapter_names"] = [row.adapter for row in some]
+        return {**settings, **own}
+
     with own_distribution(model):
-        output = model.generate(  # type: ignore[operator]
-            **batch,
-            logits_processor=processors,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=min(stops, default=padding),  # behind the end of a row that is shorter than others
-            eos_token_id=sorted(stops) or None,
-            tokenizer=processing_class,
-        )
+        drawn_ids = generate_rows(model, inputs, arguments, max_new_tokens, [] if texts else sorted(stops))
     completions = []
-    for row, ids in zip(rows, output[:, prompt_length:].tolist(), strict=True):
+    for row, ids in zip(rows, drawn_ids, strict=True):
         # text up to the first token that ends a turn; without one, the completion was cut off
         length = next((i for i, token in enumerate(ids) if token in (stops or {padding})), len(ids))
         text = decode_completion(processing_class, row.prompt, row.ids, ids[:length])

@@ -8,32 +8,29 @@ those of its configurations (github.com/stanfordnlp/axbench, `steering_factors`)
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 from peft import PeftModel
-from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe
+from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.measures.mixed_batches import AdapterCopy, copy_adapter, together
 from peft_psr.evaluation.measures.strength import at_strength
-from peft_psr.evaluation.methods.method import PLAIN, PROMPT
+from peft_psr.evaluation.methods.method import PLAIN, PROMPT, Fitted
 from peft_psr.evaluation.reports.report import Report
 from peft_psr.training import sample_completions
 from peft_psr.training.data.by_trait import folder_name
 from peft_psr.training.data.draws import Completion, draw_seed
 from peft_psr.training.data.filtering import NO_ANSWER
 from peft_psr.training.data.placement import check_placement
-from peft_psr.training.judges.ratings import PROMPTS, RatingJudge, Ratings, check_rates
+from peft_psr.training.judges.ratings import PROMPTS, RatingJudge, Ratings
 from peft_psr.training.runs.models import load_tokenizer
-from peft_psr.training.runs.recipe_fields import Place, split
 from peft_psr.training.runs.triplets.assembly import judge_settings
-from peft_psr.training.runs.triplets.recipe import JudgeName
 from peft_psr.training.sources.axbench import (
     Concept,
     axbench_pairs,
@@ -43,64 +40,15 @@ from peft_psr.training.sources.axbench import (
 )
 
 from .questions import Trial, make_trial, read_instructions
+from .recipe import AxBenchRecipe
 from .report import axbench_report
 
 
-Factor = Annotated[float, Field(gt=0)]
-Factors = Annotated[tuple[Factor, ...], Field(min_length=1), BeforeValidator(split)]
 CONCEPTS_TOGETHER = 16
 """Concepts whose adapters are on the model at once, for mixed batches."""
 
 
-class AxBenchRecipe(EvaluateRecipe):
-    """What `psr evaluate axbench` measures. Each field is an option of it too."""
-
-    source: Literal["axbench"] = Field("axbench", description="AxBench's concepts.")
-    judge: JudgeName = Field(
-        description="Where the model runs that judges: on a server, or here. It scores triplets and rates answers."
-    )
-    max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="Longest completion and answer, in tokens.")
-    train_alpha: Literal["trait_score"] | float = Field(
-        1.0, description="Strength while training: each triplet's trait score / 100, or one number."
-    )
-    own_answers: bool = Field(
-        False,
-        description="Train on the data set's own answers, which another model wrote, in place of answers that the "
-        "model itself draws on prompts that ask for the concept.",
-    )
-    questions_data: Place | None = Field(
-        None,
-        description="File of instructions to try the concepts on, in AlpacaEval's layout or one a line; by default "
-        "questions of the data set's shared negatives.",
-    )
-    test_instructions: Annotated[int, Field(ge=2)] = Field(
-        10, description="Instructions for each concept: half to choose the factor on, half to score."
-    )
-    factors: Factors = Field(
-        (0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 4.0, 5.0),
-        description="Strengths to choose from, with commas between them.",
-    )
-
-    @field_validator("factors")
-    @classmethod
-    def _by_size(cls, factors: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(sorted(set(factors)))
-
-    @model_validator(mode="after")
-    def _check_ratings(self) -> AxBenchRecipe:
-        check_rates(self.judge)
-        return self
-
-    @model_validator(mode="after")
-    def _check_own_answers(self) -> AxBenchRecipe:
-        if self.own_answers and self.train_alpha == "trait_score":
-            raise ValueError("own_answers: the data set's answers have no trait scores; give train_alpha as a number.")
-        if self.own_answers and self.triplets:
-            raise ValueError("own_answers and triplets both say what to train on; leave one of them out.")
-        return self
-
-
-def check_axbench(bench: Workbench) -> None:
+def check_axbench(bench: Workbench[AxBenchRecipe]) -> None:
     """Raises what can be known to be wrong before any long work.
 
     Raises:
@@ -109,7 +57,7 @@ def check_axbench(bench: Workbench) -> None:
             no instruction where the recipe puts it, or whatever `Workbench.check` finds.
     """
     bench.check()
-    names = [folder_name(trial.concept.description) for trial in trials(_recipe(bench))]
+    names = [folder_name(trial.concept.description) for trial in trials(bench.recipe)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"traits: several concepts are described as {twice[0]!r}; name one of them.")
     for model in bench.recipe.models:
@@ -128,48 +76,30 @@ def trials(recipe: AxBenchRecipe) -> list[Trial]:
     return [make_trial(concept, questions, recipe.test_instructions, recipe.seed) for concept in concepts]
 
 
-def run_axbench(bench: Workbench) -> Report:
+def run_axbench(bench: Workbench[AxBenchRecipe]) -> Report:
     """Measures every method on every concept of every model, with every seed.
 
     Raises:
         ServerError, TooManyFailures: the judge's server refuses, or fails too often.
     """
-    recipe = _recipe(bench)
+    recipe = bench.recipe
     tried = trials(recipe)
-    methods = (PLAIN, PROMPT, *bench.method_names())
-    bench.expect(len(recipe.models) * len(tried) * len(recipe.seeds) * len(methods))
-    judge = RatingJudge.of(recipe.judge, judge_settings(recipe, bench.folder))
-    cells = []
-    for model in recipe.models:
-        for method in methods:
-            for seed in recipe.seeds:
-                measure = partial(_measure, bench, judge, model, method, seed)
-                for start in range(0, len(tried), CONCEPTS_TOGETHER):
-                    group = tried[start : start + CONCEPTS_TOGETHER]
-                    known: dict[int, dict[str, Any]] = {}
-                    for place, trial in enumerate(group):
-                        key = {"model": model, "concept": trial.concept.id, "method": method, "seed": seed}
-                        drawn = {"instructions": trial.fingerprint, "trait": trial.concept.description}
-                        result = bench.cell({**key, **drawn}, partial(_first, known, measure, group[place:]))
-                        cells.append({**key, **result})
-    return axbench_report(recipe, cells)
+    groups = [
+        [_cell(model, method, seed, trial) for trial in tried[start : start + CONCEPTS_TOGETHER]]
+        for model in recipe.models
+        for method in (PLAIN, PROMPT, *bench.method_names())
+        for seed in recipe.seeds
+        for start in range(0, len(tried), CONCEPTS_TOGETHER)
+    ]
+    bench.expect(sum(map(len, groups)))
+    by_id = {trial.concept.id: trial for trial in tried}
+    measure = partial(_measure, bench, RatingJudge.of(recipe.judge, judge_settings(recipe, bench.folder)), by_id)
+    return axbench_report(recipe, bench.cells_together(groups, measure))
 
 
-def _recipe(bench: Workbench) -> AxBenchRecipe:
-    assert isinstance(bench.recipe, AxBenchRecipe)
-    return bench.recipe
-
-
-def _first(
-    known: dict[int, dict[str, Any]],
-    measure: Callable[[Sequence[Trial]], dict[int, dict[str, Any]]],
-    group: Sequence[Trial],
-) -> dict[str, Any]:
-    """The first one's cell; the others of its group are measured with it and wait in `known`."""
-    wanted = group[0].concept.id
-    if wanted not in known:
-        known |= measure(group)
-    return known[wanted]
+def _cell(model: str, method: str, seed: int, trial: Trial) -> Cell:
+    more = {"concept": trial.concept.id, "instructions": trial.fingerprint}
+    return Cell(model, trial.concept.description, method, seed, more)
 
 
 @dataclass(frozen=True)
@@ -193,11 +123,12 @@ AnswerFunction = Callable[[Sequence[AnswerTask]], list[Completion]]
 
 
 def _measure(
-    bench: Workbench, judge: RatingJudge, model: str, method: str, seed: int, group: Sequence[Trial]
-) -> dict[int, dict[str, Any]]:
-    """{concept's id: cell} of one method; adapters that are PSR's answer together, others one after the other."""
-    recipe = _recipe(bench)
-    base, processing_class = bench.load(model)
+    bench: Workbench[AxBenchRecipe], judge: RatingJudge, trials: Mapping[int, Trial], cells: Sequence[Cell]
+) -> list[Result]:
+    """Cells of one model, method and seed; adapters that are PSR's answer together, others one after the other."""
+    recipe, group = bench.recipe, [trials[cell.more["concept"]] for cell in cells]
+    base, processing_class = bench.load(cells[0].model)
+    method, seed = cells[0].method, cells[0].seed or 0
 
     def answer(tasks: Sequence[AnswerTask], steered: Any, **more: Any) -> list[Completion]:
         asked = [replace(task.concept, inputs=(task.instruction,)) for task in tasks]
@@ -214,45 +145,45 @@ def _measure(
             **more,
         )
 
-    if method in (PLAIN, PROMPT):
-        return tried_out(group, (), partial(answer, steered=base), judge)
+    if not cells[0].has_adapter:
+        found = tried_out(group, (), partial(answer, steered=base), judge)
+        return [found[trial.concept.id] for trial in group]
 
     def mixed(tasks: Sequence[AnswerTask], steered: PeftModel) -> list[Completion]:
         names = [_name(task.concept) for task in tasks]
         return answer(tasks, steered, alpha=[task.factor for task in tasks], adapter_names=names)
 
     def one_by_one(tasks: Sequence[AnswerTask], steered: PeftModel) -> list[Completion]:
-        found: list[Completion] = []
+        drawn: list[Completion] = []
         for factor, some in groupby(tasks, lambda task: task.factor):  # tasks of a factor stand together
             with at_strength(steered, cast(float, factor)):
-                found += answer(list(some), steered)
-        return found
+                drawn += answer(list(some), steered)
+        return drawn
 
-    cells: dict[int, dict[str, Any]] = {}
+    results: dict[int, Result] = {}
     facts: dict[int, dict[str, Any]] = {}
     copies: dict[str, AdapterCopy] = {}
-    for trial in group:
+    for cell, trial in zip(cells, group, strict=True):
         concept = trial.concept
-        with _fitted(bench, model, concept, method, seed) as fitted:
+        with _fitted(bench, cell, concept) as fitted:
             facts[concept.id] = {name: value for name, value in vars(fitted).items() if name != "model"}
             adapter = copy_adapter(fitted.model)
             if adapter is None:
-                cells |= tried_out([trial], recipe.factors, partial(one_by_one, steered=fitted.model), judge)
+                results |= tried_out([trial], recipe.factors, partial(one_by_one, steered=fitted.model), judge)
             else:
                 copies[_name(concept)] = adapter
     if copies:
         mixable = [trial for trial in group if _name(trial.concept) in copies]
         with together(base, copies) as steered:
-            cells |= tried_out(mixable, recipe.factors, partial(mixed, steered=steered), judge)
-    return {concept_id: {**cell, **facts[concept_id]} for concept_id, cell in cells.items()}
+            results |= tried_out(mixable, recipe.factors, partial(mixed, steered=steered), judge)
+    return [{**results[trial.concept.id], **facts[trial.concept.id]} for trial in group]
 
 
-def _fitted(bench: Workbench, model: str, concept: Concept, method: str, seed: int) -> AbstractContextManager:
-    recipe = _recipe(bench)
-    if not recipe.own_answers:
-        return bench.fitted(model, concept.description, method, seed)
-    rows = axbench_triplets(concept, recipe.placement)[: recipe.questions]
-    return bench.fitted(model, concept.description, method, seed, triplets=rows, part="own answers")
+def _fitted(bench: Workbench[AxBenchRecipe], cell: Cell, concept: Concept) -> AbstractContextManager[Fitted]:
+    if not bench.recipe.own_answers:
+        return bench.fitted(cell)
+    rows = axbench_triplets(concept, bench.recipe.placement)[: bench.recipe.questions]
+    return bench.fitted(cell, rows, "own answers")
 
 
 def _name(concept: Concept) -> str:

@@ -10,15 +10,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe
+from peft_psr.evaluation.benchmarks.cell import Cell
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT
 from peft_psr.evaluation.reports.intervals import value_of
 from peft_psr.evaluation.reports.plots import legend_beside, styles, titled_axes
 from peft_psr.evaluation.reports.report import Column, Report, SideBySide, Table, Value
 from peft_psr.training.judges.ratings import PROMPTS
 
+from .recipe import AxBenchRecipe
 
-Cell = Mapping[str, Any]
+
 SAMPLED = 20
 """Concepts of which answers are shown."""
 
@@ -33,7 +34,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def axbench_report(recipe: EvaluateRecipe, cells: Sequence[Cell]) -> Report:
+def axbench_report(recipe: AxBenchRecipe, cells: Sequence[Cell]) -> Report:
     """Tables, figures and samples of what was measured.
 
     Args:
@@ -41,16 +42,16 @@ def axbench_report(recipe: EvaluateRecipe, cells: Sequence[Cell]) -> Report:
         cells: What was measured of each model, concept, method and seed.
     """
     tables, details, figures, samples = [], [], {}, []
-    concepts = {cell["concept"]: cell["description"] for cell in cells}
-    for model in dict.fromkeys(cell["model"] for cell in cells):
-        of_model = [cell for cell in cells if cell["model"] == model]
-        methods = {name: [c for c in of_model if c["method"] == name] for name in _methods(of_model)}
+    concepts = {cell.more["concept"]: cell.result["description"] for cell in cells}
+    for model in dict.fromkeys(cell.model for cell in cells):
+        of_model = [cell for cell in cells if cell.model == model]
+        methods = {name: [c for c in of_model if c.method == name] for name in _methods(of_model)}
         about = "one concept" if len(concepts) == 1 else f"mean over {len(concepts)} concepts"
         rows = {name: _row(of_method) for name, of_method in methods.items()}
         tables.append(Table(f"{model}: {about}", COLUMNS, rows))
         if len(concepts) > 1:
             details.append(_by_concept(model, methods, concepts))
-        if any(cell["curve"] for cell in of_model):
+        if any(cell.result["curve"] for cell in of_model):
             name = "factors_" + re.sub(r"[^\w+-]", "_", model)
             figures[name] = (
                 score_by_factor(methods, f"Mean score by factor: {model}"),
@@ -84,11 +85,12 @@ def axbench_report(recipe: EvaluateRecipe, cells: Sequence[Cell]) -> Report:
 
 
 def _methods(cells: Iterable[Cell]) -> list[str]:
-    return list(dict.fromkeys(cell["method"] for cell in cells))
+    return list(dict.fromkeys(cell.method for cell in cells))
 
 
 def _halves(cells: Sequence[Cell]) -> str:
-    choosing, scoring = len(cells[0]["instructions"]["choosing"]), len(cells[0]["instructions"]["scoring"])
+    instructions = cells[0].result["instructions"]
+    choosing, scoring = len(instructions["choosing"]), len(instructions["scoring"])
     return f"{choosing} instructions to choose the factor by and {scoring} others to score"
 
 
@@ -103,10 +105,12 @@ def _row(cells: Sequence[Cell]) -> dict[str, Value]:
     }
     factors: dict[int, list[float]] = {}
     for cell in cells:
-        if cell["factor"] is not None:
-            factors.setdefault(cell["concept"], []).append(cell["factor"])
-    row["factor"] = value_of(factors, why=None if factors else "no adapter" if not cells[0]["curve"] else "no score")
-    answers = [answer for cell in cells for answer in (*cell["choosing"], *cell["scoring"])]
+        if cell.result["factor"] is not None:
+            factors.setdefault(cell.more["concept"], []).append(cell.result["factor"])
+    row["factor"] = value_of(
+        factors, why=None if factors else "no adapter" if not cells[0].result["curve"] else "no score"
+    )
+    answers = [answer for cell in cells for answer in (*cell.result["choosing"], *cell.result["scoring"])]
     row["unparsable %"] = Value(100 * statistics.fmean(answer["score"] is None for answer in answers))
     return row
 
@@ -121,12 +125,12 @@ _READ = {
 
 def _grouped(cells: Sequence[Cell]) -> dict[Any, list[Mapping[str, Any]]]:
     """Scored answers of all seeds by concept, or by instruction if there is but one concept."""
-    single = len({cell["concept"] for cell in cells}) == 1
+    single = len({cell.more["concept"] for cell in cells}) == 1
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for cell in cells:
-        for instruction in cell["instructions"]["scoring"]:
-            group = groups.setdefault(instruction if single else cell["concept"], [])
-            group += [answer for answer in cell["scoring"] if answer["instruction"] == instruction]
+        for instruction in cell.result["instructions"]["scoring"]:
+            group = groups.setdefault(instruction if single else cell.more["concept"], [])
+            group += [answer for answer in cell.result["scoring"] if answer["instruction"] == instruction]
     return groups
 
 
@@ -135,7 +139,7 @@ def _by_concept(model: str, methods: Mapping[str, Sequence[Cell]], concepts: Map
     for concept, description in concepts.items():
         row = {}
         for name, cells in methods.items():
-            answers = [a for cell in cells if cell["concept"] == concept for a in cell["scoring"]]
+            answers = [a for cell in cells if cell.more["concept"] == concept for a in cell.result["scoring"]]
             scores = [answer["score"] for answer in answers if answer["score"] is not None]
             row[name] = Value(statistics.fmean(scores)) if scores else Value(None, why="no answer has a score")
         rows[f"{concept}: {description}"] = row
@@ -150,7 +154,7 @@ def score_by_factor(methods: Mapping[str, Sequence[Cell]], title: str) -> Figure
         methods: {method: its cells}.
         title: Of the figure.
     """
-    steered = {name: cells for name, cells in methods.items() if any(cell["curve"] for cell in cells)}
+    steered = {name: cells for name, cells in methods.items() if any(cell.result["curve"] for cell in cells)}
     figure, axes = titled_axes(title, (8.2, max(4.8, 0.2 * len(methods) + 1)))
     style = styles(steered)
     for name, cells in steered.items():
@@ -170,7 +174,7 @@ def mean_curve(cells: Sequence[Cell]) -> dict[float, float]:
     """{factor: mean over the concepts' mean scores}, seeds pooled; without factors at which there is no score."""
     found: dict[float, list[float]] = {}
     for cell in cells:
-        for factor, mean, _ in cell["curve"]:
+        for factor, mean, _ in cell.result["curve"]:
             if mean is not None:
                 found.setdefault(factor, []).append(mean)
     return {factor: statistics.fmean(means) for factor, means in sorted(found.items())}
@@ -178,20 +182,24 @@ def mean_curve(cells: Sequence[Cell]) -> dict[float, float]:
 
 def _kept(cell: Cell) -> dict[str, Any]:
     """A cell without the answers to choose the factor by; how many of their ratings could not be read is counted."""
-    lost = Counter(name for answer in (*cell["choosing"], *cell["scoring"]) for name in answer["unread"])
-    return {**{name: value for name, value in cell.items() if name != "choosing"}, "unread_ratings": dict(lost)}
+    lost = Counter(name for answer in (*cell.result["choosing"], *cell.result["scoring"]) for name in answer["unread"])
+    known = {"model": cell.model, "concept": cell.more["concept"], "method": cell.method, "seed": cell.seed}
+    rest = {name: value for name, value in cell.result.items() if name != "choosing"}
+    return {**known, **rest, "unread_ratings": dict(lost)}
 
 
 def _samples(cells: Sequence[Cell], seed: int) -> list[SideBySide]:
     """The answers to the first instruction to score, of the first concepts."""
     samples = []
-    for concept in list(dict.fromkeys(cell["concept"] for cell in cells))[:SAMPLED]:
-        shown = {c["method"]: c for c in cells if c["concept"] == concept and c["seed"] == seed and c["scoring"]}
-        first = {method: cell["scoring"][0] for method, cell in shown.items()}
+    for concept in list(dict.fromkeys(cell.more["concept"] for cell in cells))[:SAMPLED]:
+        shown = {c.method: c for c in cells if c.more["concept"] == concept and c.seed == seed and c.result["scoring"]}
+        first = {method: cell.result["scoring"][0] for method, cell in shown.items()}
         answers = {method: answer["answer"] for method, answer in first.items()}
         scores = {method: _in_words(answer) for method, answer in first.items()}
         plain = shown[PLAIN]
-        samples.append(SideBySide(plain["description"], plain["scoring"][0]["instruction"], answers, scores))
+        samples.append(
+            SideBySide(plain.result["description"], plain.result["scoring"][0]["instruction"], answers, scores)
+        )
     return samples
 
 

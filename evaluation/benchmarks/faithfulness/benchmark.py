@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from peft import PeftModel
-from pydantic import Field
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.base_model.decoder import layer_index
 from peft_psr.base_model.loading import EMBEDDED
-from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, PositiveAlphas
+from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
-from peft_psr.evaluation.inspection.token_map import map_tokens
-from peft_psr.evaluation.measures.faithfulness import measured_layers
+from peft_psr.evaluation.measures.faithfulness import edited_gates, measured_layers
 from peft_psr.evaluation.measures.movement import (
     Movement,
     movements,
@@ -30,51 +30,24 @@ from peft_psr.evaluation.measures.movement import (
     strengths,
     token_correlations,
 )
-from peft_psr.evaluation.measures.strength import at_strength, has_lora
 from peft_psr.evaluation.reports.report import Report
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import PromptPair, Triplet, add_instruction
 from peft_psr.training.runs.models import load_tokenizer
-from peft_psr.training.runs.recipe_fields import FREE
-from peft_psr.training.sources.registry import SOURCES, check_test_split
+from peft_psr.training.sources.registry import check_test_split
 
-from .report import PLACES, Cell, faithfulness_report
-
-
-NEUTRAL_INSTRUCTION = (
-    "You are a helpful assistant. Read the question with care, then answer it in the way you usually would."
-)
-EMBEDDED_NEUTRAL_INSTRUCTION = "Answer the question."
+from .recipe import EMBEDDED_NEUTRAL_INSTRUCTION, FaithfulnessRecipe
+from .report import PLACES, faithfulness_report
 
 
-class FaithfulnessRecipe(EvaluateRecipe):
-    """What `psr evaluate faithfulness` measures."""
-
-    alphas: PositiveAlphas = Field(
-        (1.0,), json_schema_extra=FREE, description="Strengths to measure at, with commas between them."
-    )
-    neutral_instruction: str | None = Field(
-        None,
-        description="The control: an instruction that does not ask for the trait, put where the trait's are; one "
-        "about answering the question by default.",
-    )
-
-    @property
-    def control(self) -> str:
-        """The neutral instruction."""
-        if self.neutral_instruction is not None:
-            return self.neutral_instruction
-        return EMBEDDED_NEUTRAL_INSTRUCTION if SOURCES[self.source].embedded_words else NEUTRAL_INSTRUCTION
-
-
-def check_faithfulness(bench: Workbench) -> None:
+def check_faithfulness(bench: Workbench[FaithfulnessRecipe]) -> None:
     """Raises what can be known to be wrong before any long work.
 
     Raises:
         ValueError: there is no method, no test split, or the neutral instruction is blank or says what a model of few
             words does not know; or whatever `Workbench.check` finds.
     """
-    recipe = _recipe(bench)
+    recipe = bench.recipe
     if not bench.method_names():
         raise ValueError("methods: faithfulness measures adapters; name a method, or give adapters.")
     check_test_split(recipe.source)
@@ -89,39 +62,34 @@ def check_faithfulness(bench: Workbench) -> None:
     bench.check()
 
 
-def run_faithfulness(bench: Workbench) -> Report:
+def run_faithfulness(bench: Workbench[FaithfulnessRecipe]) -> Report:
     """Measures every model, trait, method, seed and strength of the recipe.
 
     Raises:
         OSError: a model or an adapter can't be had.
         ValueError: a method can't use the triplets, or the model answered every held-out prompt with nothing.
     """
-    recipe = _recipe(bench)
-    bench.expect(
-        len(recipe.models) * len(bench.traits) * len(bench.method_names()) * len(recipe.seeds) * len(recipe.alphas)
-    )
+    recipe = bench.recipe
     cells = [
-        Cell(model, trait, method, seed, alpha, _cell(bench, model, trait, method, seed, alpha))
+        Cell(model, trait, method, seed, {"alpha": alpha})
         for model in recipe.models
         for trait in bench.traits
         for method in bench.method_names()
         for seed in recipe.seeds
         for alpha in recipe.alphas
     ]
-    return faithfulness_report(recipe, recipe.control, recipe.alphas, cells)
+    bench.expect(len(cells))
+    return faithfulness_report(recipe, bench.cells(cells, partial(_measure, bench)))
 
 
-def _cell(bench: Workbench, model: str, trait: str, method: str, seed: int, alpha: float) -> dict[str, Any]:
-    def compute() -> dict[str, Any]:
-        recipe = _recipe(bench)
-        _, processing_class = bench.load(model)
-        triplets = bench.held_out(model, trait)
-        neutral = [add_instruction(row["prompt"], recipe.control, recipe.placement) for row in triplets]
-        reworded = reworded_prompts(triplets, bench.pairs("test")[trait])
-        with bench.fitted(model, trait, method, seed) as fitted:
-            return measure(fitted.model, processing_class, triplets, neutral, reworded, alpha)
-
-    return bench.cell({"model": model, "trait": trait, "method": method, "seed": seed, "alpha": alpha}, compute)
+def _measure(bench: Workbench[FaithfulnessRecipe], cell: Cell) -> Result:
+    recipe = bench.recipe
+    _, processing_class = bench.load(cell.model)
+    triplets = bench.held_out(cell.model, cell.trait)
+    neutral = [add_instruction(row["prompt"], recipe.control, recipe.placement) for row in triplets]
+    reworded = reworded_prompts(triplets, bench.pairs("test")[cell.trait])
+    with bench.fitted(cell) as fitted:
+        return measure(fitted.model, processing_class, triplets, neutral, reworded, cell.more["alpha"])
 
 
 def reworded_prompts(triplets: Sequence[Triplet], pairs: Sequence[PromptPair]) -> list[Prompt] | None:
@@ -141,7 +109,7 @@ def reworded_prompts(triplets: Sequence[Triplet], pairs: Sequence[PromptPair]) -
 
 def measure(
     model: PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     triplets: Sequence[Triplet],
     neutral: Sequence[Prompt],
     reworded: Sequence[Prompt] | None,
@@ -177,9 +145,7 @@ def measure(
         if not example:
             in_response = movement.places >= 0
             example = {"tokens": _texts(processing_class, movement), **_cut(by_token, in_response)}
-    if not has_lora(model):
-        with at_strength(model, alpha):
-            gates = map_tokens(model, processing_class, model.active_adapter, triplets[0]).gates
+    if gates := edited_gates(model, triplets[0], processing_class, alpha):
         example["gates"] = {str(layer): values[in_response][:PLACES].tolist() for layer, values in gates.items()}
     there = counts > 0
     return {
@@ -196,8 +162,8 @@ def _add(sums: dict[str, Any], values: Mapping[str, Any]) -> None:
         sums[name] = value if name not in sums else sums[name] + value
 
 
-def _texts(processing_class, movement: Movement) -> list[str]:
-    return [processing_class.decode([token]) for token in movement.tokens[movement.places >= 0][:PLACES].tolist()]
+def _texts(processing_class: PreTrainedTokenizerBase, movement: Movement) -> list[str]:
+    return [str(processing_class.decode([token])) for token in movement.tokens[movement.places >= 0][:PLACES].tolist()]
 
 
 def _cut(by_token: Mapping[str, torch.Tensor], in_response: torch.Tensor) -> dict[str, np.ndarray]:
@@ -211,8 +177,3 @@ def _rounded(data: Any) -> Any:
     if isinstance(data, (list, np.ndarray)) and np.ndim(data) > 0:
         return [_rounded(value) for value in data]
     return data if isinstance(data, str) else float(f"{float(data):.6g}")
-
-
-def _recipe(bench: Workbench) -> FaithfulnessRecipe:
-    assert isinstance(bench.recipe, FaithfulnessRecipe)
-    return bench.recipe

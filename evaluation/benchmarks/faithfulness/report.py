@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe
+from peft_psr.evaluation.benchmarks.cell import Cell
 from peft_psr.evaluation.measures.movement import LATER, NEUTRAL, POSITION_GROUPS, REWORDED, STEERED
+from peft_psr.evaluation.methods.registry import METHODS
 from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of
 from peft_psr.evaluation.reports.plots import gates_by_token, rmse_by_layer, strength_by_token
 from peft_psr.evaluation.reports.report import Column, Report, Table, Value
 from peft_psr.training.data.by_trait import folder_name
 
 from .plots import strength_by_place
+from .recipe import FaithfulnessRecipe
 
 
 ROW_NAMES = {REWORDED: "reworded prompt", NEUTRAL: "neutral instruction"}
@@ -25,18 +27,6 @@ PLACES = 48
 """Tokens of a response that the figures by place show."""
 DRAWN = 6
 """Methods whose lines can be told apart in one figure."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What was measured of one adapter at one strength; `result` is what `measure` returns."""
-
-    model: str
-    trait: str
-    method: str
-    seed: int
-    alpha: float
-    result: dict[str, Any]
 
 
 RECOVERY, RMSE, LAST = "prompt recovery", "RMSE, mean of layers", "RMSE, last layer"
@@ -65,17 +55,14 @@ CONTROL_COLUMNS = (
 )  # fmt: skip
 
 
-def faithfulness_report(
-    recipe: EvaluateRecipe, control: str, alphas: Sequence[float], cells: Sequence[Cell]
-) -> Report:
+def faithfulness_report(recipe: FaithfulnessRecipe, cells: Sequence[Cell]) -> Report:
     """Tables and figures from what was measured.
 
     Args:
         recipe: The benchmark's.
-        control: The neutral instruction.
-        alphas: The strengths measured.
         cells: Of all models, traits, methods, seeds and strengths, in the order of the tables.
     """
+    alphas = recipe.alphas
     tables: list[Table] = []
     figures: dict[str, tuple[Figure, str]] = {}
     models = dict.fromkeys(cell.model for cell in cells)
@@ -94,7 +81,7 @@ def faithfulness_report(
             Table(f"What a neutral instruction moves{of_model}", CONTROL_COLUMNS, control_rows(_one_a_trait(own)))
         )
         # figures are of the first strength alone: more lines could not be told apart
-        drawn = list(_rows([cell for cell in own if cell.alpha == alphas[0]], alphas[:1]))
+        drawn = list(_rows([cell for cell in own if cell.more["alpha"] == alphas[0]], alphas[:1]))
         traits = list(dict.fromkeys(cell.trait for cell in own))
         about = (", ".join(traits) if len(traits) < 4 else f"{len(traits)} traits") + of_model
         figures[f"rmse_by_layer{suffix}"] = (
@@ -126,16 +113,16 @@ def faithfulness_report(
                 )
     return Report(
         title="Faithfulness to the prompt",
-        description=_description(control, alphas, cells),
+        description=_description(recipe, cells),
         tables=tuple(tables),
         results={
             "benchmark": "faithfulness",
             "recipe": recipe.model_dump(mode="json"),
-            "neutral_instruction": control,
+            "neutral_instruction": recipe.control,
             "cells": [_single_numbers(cell) for cell in cells],
         },
         figures=figures,
-        notes=(*_notes(cells), *_lora_note(recipe)),
+        notes=(*_notes(cells), *_every_token_note(recipe)),
     )
 
 
@@ -147,7 +134,7 @@ def _rows(cells: Sequence[Cell], alphas: Sequence[float]) -> Iterator[tuple[str,
     for method in dict.fromkeys(cell.method for cell in cells):
         for alpha in alphas:
             name = method if len(alphas) == 1 else f"{method}, alpha {alpha:g}"
-            yield name, [cell for cell in cells if (cell.method, cell.alpha) == (method, alpha)], STEERED
+            yield name, [cell for cell in cells if (cell.method, cell.more["alpha"]) == (method, alpha)], STEERED
 
 
 def _one_a_trait(cells: Sequence[Cell]) -> list[Cell]:
@@ -285,7 +272,7 @@ def _heat_maps(cell: Cell) -> Figure:
 def _single_numbers(cell: Cell) -> dict[str, Any]:
     found = [*cell.result["prompts"][0]["kl"]]
     return {
-        **{name: getattr(cell, name) for name in ("model", "trait", "method", "seed", "alpha")},
+        **replace(cell, result={}).as_json("alpha"),
         "prompt_recovery": {name: _recovery([cell], name)[0] for name in found if name != "base"},
         "relative_rmse": {name: layer_rmse([cell], name) for name in found if name != "base"},
         "token_correlations": {
@@ -296,20 +283,24 @@ def _single_numbers(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _description(control: str, alphas: Sequence[float], cells: Sequence[Cell]) -> str:
+def _description(recipe: FaithfulnessRecipe, cells: Sequence[Cell]) -> str:
     traits = ", ".join(dict.fromkeys(cell.trait for cell in cells))
     return (
         f"On completions of the prompted model to the held-out prompts of {traits}, "
         "the same tokens were run plain, prompted, steered, under another of the trait's instructions, and under the "
-        f"neutral instruction {control!r}. Strengths: {', '.join(f'{alpha:g}' for alpha in alphas)}. "
+        f"neutral instruction {recipe.control!r}. Strengths: {', '.join(f'{alpha:g}' for alpha in recipe.alphas)}. "
         "Intervals are 95 % bootstraps over prompts, pooled over traits and seeds."
     )
 
 
-def _lora_note(recipe: EvaluateRecipe) -> tuple[str, ...]:
-    if recipe.positions == "response" or not any(name.startswith("LoRA") for name in recipe.methods):
+def _every_token_note(recipe: FaithfulnessRecipe) -> tuple[str, ...]:
+    names = [name for name in recipe.methods if METHODS[name].every_token]
+    if recipe.positions == "response" or not names:
         return ()
-    return (f"LoRA edits every token; it is measured on the response, the others on {recipe.positions}.",)
+    return (
+        f"{', '.join(names)}: every token's computation is changed; measured on the response, the others on "
+        f"{recipe.positions}.",
+    )
 
 
 def _notes(cells: Sequence[Cell]) -> tuple[str, ...]:

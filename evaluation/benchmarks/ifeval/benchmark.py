@@ -13,14 +13,15 @@ arXiv 2605.03907 for the protocol: strength 1, no search.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from peft import PeftModel
+from transformers import PreTrainedModel
 
-from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe
+from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.measures.strength import sample_steered
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT
@@ -29,44 +30,16 @@ from peft_psr.files import digest
 from peft_psr.training import PromptPair, Triplet
 from peft_psr.training.judges.base import JudgeScores, check_answered, judge_answers
 from peft_psr.training.judges.ifeval import IFEvalJudge
-from peft_psr.training.runs.recipe_fields import FREE, Place, split
 from peft_psr.training.runs.triplets.assembly import prompt_pairs
 from peft_psr.training.runs.triplets.run import NothingKeptError
 from peft_psr.training.sources.ifeval import read_ifeval
 
+from .recipe import IFEvalRecipe
 from .report import WITH_PROMPT, ifeval_report
 from .scoring import ScoredAnswer, bare_text, rows_apart, split_folds
 
 
 TRAIN_DATA = "train_data"
-FiniteAlpha = Annotated[float, Field(allow_inf_nan=False)]
-FiniteAlphas = Annotated[tuple[FiniteAlpha, ...], Field(min_length=1), BeforeValidator(split)]
-
-
-class IFEvalRecipe(EvaluateRecipe):
-    """What `psr evaluate ifeval` measures. Each field is an option of it too."""
-
-    source: Literal["ifeval"] = Field("ifeval", description="IFEval's pairs of prompts.")
-    judge: Literal["ifeval"] = Field("ifeval", description="IFEval's published checkers.")
-    folds: Annotated[int, Field(ge=2)] = Field(
-        2,
-        description="Parts of each type's prompts; each is answered with adapters made from the others' triplets.",
-    )
-    train_data: Place | None = Field(
-        None,
-        description="Other prompts to draw the training triplets on, laid out as data: one adapter then answers all "
-        "of a type's prompts, without folds.",
-    )
-    alphas: FiniteAlphas = Field((1.0,), json_schema_extra=FREE, description="Strengths of the adapters, each a row.")
-    answer_temperature: float = Field(
-        0.0, ge=0, description="Of the answers that are scored; 0 takes the likeliest token, as lm-eval's IFEval does."
-    )
-
-    @model_validator(mode="after")
-    def _check_training(self) -> IFEvalRecipe:
-        if self.train_data and self.triplets:
-            raise ValueError("triplets are there already: leave out train_data, which further ones would be drawn on.")
-        return self
 
 
 @dataclass(frozen=True)
@@ -84,7 +57,7 @@ class Fold:
     triplets: list[Triplet] = field(default_factory=list)
 
 
-def check_ifeval(bench: Workbench) -> None:
+def check_ifeval(bench: Workbench[IFEvalRecipe]) -> None:
     """Raises what can be known to be wrong before any long work.
 
     Raises:
@@ -94,7 +67,7 @@ def check_ifeval(bench: Workbench) -> None:
             or not what its checker takes, or whatever `Workbench.check` finds.
     """
     bench.check()
-    recipe = _recipe(bench)
+    recipe = bench.recipe
     if recipe.train_data:
         IFEvalJudge(_training_pairs(recipe))
     folds, left_out = _testable(bench)
@@ -102,43 +75,38 @@ def check_ifeval(bench: Workbench) -> None:
         raise ValueError("No type can be tested: " + " ".join(left_out.values()))
 
 
-def run_ifeval(bench: Workbench) -> Report:
+def run_ifeval(bench: Workbench[IFEvalRecipe]) -> Report:
     """Answers every prompt of every type with every model, method and seed.
 
     Raises:
         ValueError: none of the models' own answers to any type can be trained on, for one.
     """
-    recipe = _recipe(bench)
+    recipe = bench.recipe
     plans = {model: _plan(bench, model) for model in recipe.models}
     left_out = {model: reasons for model, (_, reasons) in plans.items()}
     if not any(folds for folds, _ in plans.values()):
         reasons = [f"{model}: {reason}" for model, found in left_out.items() for reason in found.values()]
         raise ValueError("No type can be tested: " + " ".join(reasons))
-    cells = [
-        {"model": model, **cell}
+    asked = [
+        each
         for model, (by_type, _) in plans.items()
         for trait, folds in by_type.items()
-        for cell in _cells_of(recipe, trait, folds)
+        for each in _cells_of(recipe, model, trait, folds)
     ]
-    bench.expect(len(cells))
+    bench.expect(len(asked))
     checkers = IFEvalJudge([pair for pairs in bench.pairs("test").values() for pair in pairs])
+    folds = {cell.more["content"]: fold for cell, fold in asked}
     answers: list[ScoredAnswer] = []
     adapters: list[dict[str, Any]] = []
-    for cell in cells:
-        fold: Fold = cell.pop("fold")
-        known = {"model": cell["model"], "trait": cell["trait"], "seed": cell["seed"], "fold": fold.name}
-        known["alpha"] = cell["alpha"]
-        source = recipe.adapters.get(cell["method"])
-        content = digest([[asdict(pair) for pair in fold.tested], fold.triplets, source], 16)
-        parameters = {name: value for name, value in cell.items() if value is not None}
-        result = bench.cell(
-            {**parameters, "fold": fold.name, "content": content}, partial(_measure, bench, checkers, fold, **cell)
-        )
-        for answer in result["answers"]:
-            condition = _condition(recipe, cell["method"], cell["alpha"], answer.pop("prompted"))
-            answers.append(ScoredAnswer(**known, condition=condition, **answer))
-        if "adapter" in result:
-            adapters.append({**known, "method": cell["method"], **result["adapter"]})
+    for cell in bench.cells([cell for cell, _ in asked], partial(_measure, bench, checkers, folds)):
+        fold, alpha = cell.more["fold"], cell.more.get("alpha")
+        known = {"model": cell.model, "trait": cell.trait, "seed": cell.seed, "fold": fold, "alpha": alpha}
+        for answer in cell.result["answers"]:
+            said = {name: value for name, value in answer.items() if name != "prompted"}
+            condition = _condition(recipe, cell.method, alpha, answer["prompted"])
+            answers.append(ScoredAnswer(**known, condition=condition, **said))
+        if "adapter" in cell.result:
+            adapters.append({**known, "method": cell.method, **cell.result["adapter"]})
     read = read_ifeval(recipe.data or "", recipe.traits or None)
     unchanged = [pair.id for pair in read if pair.prompt == pair.steered_prompt]
     return ifeval_report(recipe, answers, adapters, bench.pairs("test"), left_out, unchanged)
@@ -152,10 +120,6 @@ def _condition(recipe: IFEvalRecipe, method: str, alpha: float | None, prompted:
     return method + strength + (WITH_PROMPT if prompted else "")
 
 
-def _recipe(bench: Workbench) -> IFEvalRecipe:
-    return cast(IFEvalRecipe, bench.recipe)
-
-
 # ---------------------------------------------------------------- what is tested and what trained on
 
 
@@ -164,9 +128,9 @@ def _training_pairs(recipe: IFEvalRecipe) -> list[PromptPair]:
     return prompt_pairs(other)
 
 
-def _testable(bench: Workbench) -> tuple[dict[str, list[Fold]], dict[str, str]]:
+def _testable(bench: Workbench[IFEvalRecipe]) -> tuple[dict[str, list[Fold]], dict[str, str]]:
     """The folds of the types that have prompts enough, and why others are left out."""
-    recipe = _recipe(bench)
+    recipe = bench.recipe
     trained = {pair.trait for pair in _training_pairs(recipe)} if recipe.train_data and recipe.methods else set()
     folds: dict[str, list[Fold]] = {}
     left_out: dict[str, str] = {}
@@ -188,13 +152,13 @@ def _testable(bench: Workbench) -> tuple[dict[str, list[Fold]], dict[str, str]]:
     return folds, left_out
 
 
-def _plan(bench: Workbench, model: str) -> tuple[dict[str, list[Fold]], dict[str, str]]:
+def _plan(bench: Workbench[IFEvalRecipe], model: str) -> tuple[dict[str, list[Fold]], dict[str, str]]:
     """As `_testable`, with each fold's triplets, drawn now if they are not there."""
     planned, left_out = _testable(bench)
-    if not _recipe(bench).methods:
+    if not bench.recipe.methods:
         return planned, left_out
     folds: dict[str, list[Fold]] = {}
-    train_data = _recipe(bench).train_data
+    train_data = bench.recipe.train_data
     drawing = bench.beside(TRAIN_DATA, data=train_data) if train_data else bench
     for trait, parts in planned.items():
         triplets = _triplets(drawing, model, trait)
@@ -211,7 +175,7 @@ def _plan(bench: Workbench, model: str) -> tuple[dict[str, list[Fold]], dict[str
     return folds, left_out
 
 
-def _triplets(bench: Workbench, model: str, trait: str) -> list[Triplet]:
+def _triplets(bench: Workbench[IFEvalRecipe], model: str, trait: str) -> list[Triplet]:
     """What is kept of the model's prompted answers to a type's prompts: nothing, if it can't follow them."""
     try:
         return bench.triplets(model, trait)
@@ -222,8 +186,8 @@ def _triplets(bench: Workbench, model: str, trait: str) -> list[Triplet]:
 # ---------------------------------------------------------------- measuring
 
 
-def _cells_of(recipe: IFEvalRecipe, trait: str, folds: Sequence[Fold]) -> list[dict[str, Any]]:
-    """What is measured of a type: {trait, method, seed, alpha, fold} each."""
+def _cells_of(recipe: IFEvalRecipe, model: str, trait: str, folds: Sequence[Fold]) -> list[tuple[Cell, Fold]]:
+    """What is measured of a type, and on which prompts."""
     every = Fold("", [pair for fold in folds for pair in fold.tested])
     seeds = recipe.seeds if recipe.answer_temperature else (None,)
     plain = [(method, seed, None, every) for method in (PLAIN, PROMPT) for seed in seeds]
@@ -235,31 +199,24 @@ def _cells_of(recipe: IFEvalRecipe, trait: str, folds: Sequence[Fold]) -> list[d
         for fold in folds
     ]
     given = [(name, seed, alpha, every) for alpha in recipe.alphas for name in recipe.adapters for seed in seeds]
-    return [
-        {"trait": trait, "method": method, "seed": seed, "alpha": alpha, "fold": fold}
-        for method, seed, alpha, fold in (*plain, *steered, *given)
-    ]
+    found = []
+    for method, seed, alpha, fold in (*plain, *steered, *given):
+        source = recipe.adapters.get(method)
+        content = digest([[asdict(pair) for pair in fold.tested], fold.triplets, source], 16)
+        strength = {} if alpha is None else {"alpha": alpha}
+        found.append((Cell(model, trait, method, seed, {**strength, "fold": fold.name, "content": content}), fold))
+    return found
 
 
-def _measure(
-    bench: Workbench,
-    checkers: IFEvalJudge,
-    fold: Fold,
-    model: str,
-    trait: str,
-    method: str,
-    seed: int | None,
-    alpha: float | None,
-) -> dict[str, Any]:
+def _measure(bench: Workbench[IFEvalRecipe], checkers: IFEvalJudge, folds: Mapping[str, Fold], cell: Cell) -> Result:
     """The answers to a fold's prompts, judged: with an adapter, those to the bare prompts and to the whole ones."""
-    base, processing_class = bench.load(model)
-    if alpha is None:
-        return {"answers": _answers(bench, checkers, base, processing_class, fold, [method == PROMPT], seed, None)}
-    with bench.fitted(model, trait, method, seed or 0, fold.triplets, fold.name or TRAIN_DATA) as fitted:
+    fold = folds[cell.more["content"]]
+    if not cell.has_adapter:
+        base, _ = bench.load(cell.model)
+        return {"answers": _answers(bench, checkers, fold, cell, base, [cell.method == PROMPT])}
+    with bench.fitted(cell, fold.triplets, fold.name or TRAIN_DATA) as fitted:
         return {
-            "answers": _answers(
-                bench, checkers, fitted.model, processing_class, fold, [False, True], seed, alpha
-            ),
+            "answers": _answers(bench, checkers, fold, cell, fitted.model, [False, True]),
             "adapter": {
                 "prompts": len(fold.tested), "triplets": len(fold.triplets), "seconds": fitted.seconds,
                 "dead_gates": fitted.dead_gates, "notes": fitted.notes,
@@ -268,27 +225,25 @@ def _measure(
 
 
 def _answers(
-    bench: Workbench,
+    bench: Workbench[IFEvalRecipe],
     checkers: IFEvalJudge,
-    model: Any,
-    processing_class: Any,
     fold: Fold,
+    cell: Cell,
+    model: PreTrainedModel | PeftModel,
     prompted: Sequence[bool],
-    seed: int | None,
-    alpha: float | None,
 ) -> list[dict[str, Any]]:
     """Answers to a fold's prompts with the instruction, without it, or to both, and what is said of them."""
-    recipe = _recipe(bench)
+    recipe, alpha = bench.recipe, cell.more.get("alpha")
     asked = [(pair, instructed) for instructed in prompted for pair in fold.tested]
     completions = sample_steered(
         model,
-        processing_class,
+        bench.load(cell.model)[1],
         [pair.steered_prompt if instructed else pair.prompt for pair, instructed in asked],
         None if alpha is None else [alpha] * len(asked),
         max_new_tokens=recipe.max_new_tokens,
         temperature=recipe.answer_temperature,
         batch_size=recipe.batch_size,
-        seed=seed or 0,
+        seed=cell.seed or 0,
     )
     pairs, answers = [pair for pair, _ in asked], [completion.answer for completion in completions]
     scores = [JudgeScores(None, None)] * len(asked)

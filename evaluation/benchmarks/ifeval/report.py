@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -14,11 +14,8 @@ from peft_psr.evaluation.reports.report import Column, Report, SideBySide, Table
 from peft_psr.training import PromptPair
 from peft_psr.training.data.by_trait import folder_name
 
+from .recipe import IFEvalRecipe
 from .scoring import ScoredAnswer, accuracy, by_condition, coherence, family
-
-
-if TYPE_CHECKING:
-    from .benchmark import IFEvalRecipe
 
 
 WITH_PROMPT = " + prompt"

@@ -9,29 +9,28 @@ protocol has it. Sources: Persona Vectors (arXiv 2507.21509) for traits and ques
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from peft import PeftModel
-from pydantic import Field, field_validator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, Positions, PositiveAlphas
+from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
-from peft_psr.evaluation.inspection.token_map import map_tokens
-from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alpha
-from peft_psr.evaluation.measures.faithfulness import intervention_strength, prompt_recovery, relative_rmse
+from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alphas
+from peft_psr.evaluation.measures.faithfulness import edited_gates, intervention_strength, recovery_and_rmse
 from peft_psr.evaluation.measures.scoring import Answers, SteeringScore, judged_answers
-from peft_psr.evaluation.measures.strength import at_strength, has_lora
-from peft_psr.evaluation.methods.method import PLAIN, PROMPT
+from peft_psr.evaluation.methods.method import PROMPT
 from peft_psr.evaluation.reports.report import Report
 from peft_psr.training import Triplet, TripletCollator
-from peft_psr.training.runs.recipe_fields import Count
 from peft_psr.training.runs.triplets.run import NothingKeptError
 from peft_psr.training.sources.registry import check_test_split
 
+from .recipe import PersonaRecipe
 from .report import persona_report
 
 
@@ -43,23 +42,7 @@ SAMPLED = 2
 """Questions of each trait whose first answer is kept to be read."""
 
 
-class PersonaRecipe(EvaluateRecipe):
-    """What `psr evaluate persona` measures. Each field is an option of it too."""
-
-    positions: Positions = Field("question_and_response", description="Edited tokens.")
-    strengths: PositiveAlphas = Field(
-        (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), description="Strengths to measure before any are searched for."
-    )
-    calibration_steps: Count = Field(8, description="Further strengths tried for each of TA@C80 and TA@Cp.")
-    score_draws: Count = Field(10, description="Answers to each held-out question at each strength.")
-
-    @field_validator("strengths")
-    @classmethod
-    def _with_one(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(sorted({1.0, *strengths}))
-
-
-def check_persona(bench: Workbench) -> None:
+def check_persona(bench: Workbench[PersonaRecipe]) -> None:
     """Raises what can be known to be wrong before any long work.
 
     Raises:
@@ -69,7 +52,7 @@ def check_persona(bench: Workbench) -> None:
     bench.check()
 
 
-def run_persona(bench: Workbench) -> Report:
+def run_persona(bench: Workbench[PersonaRecipe]) -> Report:
     """Measures every method on every trait of every model, with every seed.
 
     A trait of which no triplet was kept is left out, and the report says so.
@@ -78,56 +61,71 @@ def run_persona(bench: Workbench) -> Report:
         ConnectionError: the judge failed on answers after every retry.
         ValueError: the judge scored nothing, or no trait is left.
     """
-    recipe = bench.recipe
-    methods = bench.method_names()
-    bench.expect(len(recipe.models) * len(bench.traits) * len(recipe.seeds) * (2 + len(methods)))
-    cells: list[dict[str, Any]] = []
-    left_out = []
-    for model in recipe.models:
-        for trait in bench.traits:
-            try:
-                if recipe.methods:
-                    bench.triplets(model, trait)
-            except NothingKeptError as error:
-                left_out.append(f"{trait} of {model} is left out: {error}")
-                continue
-            for seed in recipe.seeds:
-                prompted = 0.0
-                for method in (PLAIN, PROMPT, *methods):
-                    key: dict[str, Any] = {"model": model, "trait": trait, "method": method, "seed": seed}
-                    if method in (PLAIN, PROMPT):
-                        result = bench.cell(key, partial(_reference, bench, **key))
-                        prompted = result["alpha1"]["coherence"]
-                    else:
-                        result = bench.cell(key, partial(_method, bench, **key, prompted_coherence=prompted))
-                    cells.append({**key, **result})
+    cells, left_out = persona_cells(bench)
+    return persona_report(bench.recipe, cells, left_out)
+
+
+def persona_cells(bench: Workbench[PersonaRecipe]) -> tuple[list[Cell], list[str]]:
+    """What is measured, without a report: the cells, and what was left out and why.
+
+    Raises:
+        ConnectionError, ValueError: as `run_persona`.
+    """
+    bench.expect(len(bench.matrix()))
+    left_out: list[str] = []
+    cells = bench.cells(_with_triplets(bench, left_out), partial(_measure, bench))
     if not cells:
         raise ValueError(" ".join(left_out))
-    return persona_report(recipe, cells, left_out)
+    return cells, left_out
+
+
+def _with_triplets(bench: Workbench[PersonaRecipe], left_out: list[str]) -> Iterator[Cell]:
+    """The matrix without traits that nothing was kept of to train on, with the reason for each in `left_out`."""
+    for (model, trait), cells in groupby(bench.matrix(), lambda cell: (cell.model, cell.trait)):
+        try:
+            if bench.recipe.methods:
+                bench.triplets(model, trait)
+        except NothingKeptError as error:
+            left_out.append(f"{trait} of {model} is left out: {error}")
+            continue
+        yield from cells
+
+
+def _measure(bench: Workbench[PersonaRecipe], cell: Cell) -> Result:
+    if not cell.has_adapter:
+        return _reference(bench, cell)
+    prompted = bench.kept(replace(cell, method=PROMPT))
+    return _adapter(bench, cell, prompted["alpha1"]["coherence"])
 
 
 class _Scorer:
     """Answers of a model to a trait's held-out questions, kept by strength."""
 
-    def __init__(self, bench: Workbench, trait: str, seed: int, prompted: bool = False) -> None:
-        pairs, recipe = bench.pairs("test")[trait], bench.recipe
-        assert isinstance(recipe, PersonaRecipe)
+    def __init__(self, bench: Workbench[PersonaRecipe], cell: Cell) -> None:
+        pairs, recipe = bench.pairs("test")[cell.trait], bench.recipe
         bare: list[Any] = []
         for pair in pairs:
             if pair.prompt not in bare:
                 bare.append(pair.prompt)
-        asked = [(p.steered_prompt, p.prompt) for p in pairs] if prompted else [(prompt, prompt) for prompt in bare]
+        asked = [(prompt, prompt) for prompt in bare]
+        if cell.method == PROMPT:
+            asked = [(pair.steered_prompt, pair.prompt) for pair in pairs]
         rows = [row for row in asked for _ in range(recipe.score_draws)]
         self.prompts, self.bare = [row[0] for row in rows], [row[1] for row in rows]
         self.questions = [bare.index(prompt) for prompt in self.bare]
-        self.judge = bench.judge(trait)
+        self.judge = bench.judge(cell.trait)
         self.sampling = {
             "max_new_tokens": recipe.max_new_tokens, "temperature": recipe.temperature,
-            "batch_size": recipe.batch_size, "seed": seed,
+            "batch_size": recipe.batch_size, "seed": cell.seed,
         }  # fmt: skip
         self.seen: dict[float | None, Answers] = {}
 
-    def measure(self, model, processing_class, alphas: Sequence[float] | None) -> list[SteeringScore]:
+    def measure(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processing_class: PreTrainedTokenizerBase,
+        alphas: Sequence[float] | None,
+    ) -> list[SteeringScore]:
         """Scores at each strength."""
         found = judged_answers(
             model, processing_class, self.prompts, self.bare, self.questions, self.judge, self.sampling, alphas
@@ -159,11 +157,10 @@ class _Scorer:
         return kept
 
 
-def _reference(bench: Workbench, model: str, trait: str, method: str, seed: int) -> dict[str, Any]:
+def _reference(bench: Workbench[PersonaRecipe], cell: Cell) -> Result:
     """The plain or the prompted model."""
-    base, processing_class = bench.load(model)
-    scorer = _Scorer(bench, trait, seed, prompted=method == PROMPT)
-    (score,) = scorer.measure(base, processing_class, None)
+    scorer = _Scorer(bench, cell)
+    (score,) = scorer.measure(*bench.load(cell.model), None)
     return {
         "alpha1": asdict(score),
         "by_question": {"alpha1": scorer.seen[None].by_question()},
@@ -172,26 +169,22 @@ def _reference(bench: Workbench, model: str, trait: str, method: str, seed: int)
     }
 
 
-def _method(
-    bench: Workbench, model: str, trait: str, method: str, seed: int, prompted_coherence: float
-) -> dict[str, Any]:
+def _adapter(bench: Workbench[PersonaRecipe], cell: Cell, prompted_coherence: float) -> Result:
     recipe = bench.recipe
-    assert isinstance(recipe, PersonaRecipe)
-    _, processing_class = bench.load(model)
-    with bench.fitted(model, trait, method, seed) as fitted:
-        scorer = _Scorer(bench, trait, seed)
+    _, processing_class = bench.load(cell.model)
+    with bench.fitted(cell) as fitted:
+        scorer = _Scorer(bench, cell)
         curve = scorer.measure(fitted.model, processing_class, recipe.strengths)
 
-        def score(alpha: float) -> SteeringScore:
-            return scorer.measure(fitted.model, processing_class, [alpha])[0]
-
-        c80 = calibrate_alpha(score, 80.0, max_steps=recipe.calibration_steps, max_alpha=MAX_ALPHA, curve=curve)
-        cp = calibrate_alpha(
-            score, prompted_coherence, max_steps=recipe.calibration_steps, max_alpha=MAX_ALPHA, curve=c80.curve
+        c80, cp = calibrate_alphas(
+            partial(scorer.measure, fitted.model, processing_class),
+            [80.0, prompted_coherence],
+            max_steps=recipe.calibration_steps,
+            max_alpha=MAX_ALPHA,
+            curve=curve,
         )
-        held_out = bench.held_out(model, trait)
-        recovery = prompt_recovery(fitted.model, held_out, processing_class)
-        rmse = relative_rmse(fitted.model, held_out, processing_class)
+        held_out = bench.held_out(cell.model, cell.trait)
+        recovery, rmse = recovery_and_rmse(fitted.model, held_out, processing_class)
         example = _example(fitted.model, processing_class, held_out[0])
     at = {"alpha1": 1.0, "c80": c80.alpha, "cp": cp.alpha}
     return {
@@ -215,10 +208,7 @@ def _method(
 def _example(model: PeftModel, processing_class, triplet: Triplet) -> dict[str, Any]:
     """What prompt and adapter move at strength 1 in one held-out completion, and a PSR adapter's gates, by layer."""
     tokens, prompt, adapter = intervention_strength(model, triplet, processing_class)
-    gates = {}
-    if not has_lora(model):
-        with at_strength(model, 1.0):
-            gates = map_tokens(model, processing_class, model.active_adapter, triplet).gates
+    gates = edited_gates(model, triplet, processing_class)
     row = TripletCollator(processing_class, alpha=1.0).encode(triplet)
     first = (
         len(tokens) - (len(row["input_ids"]) - row["prompt_length"]) - 1

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 
-from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe
+from peft_psr.evaluation.benchmarks.cell import Cell
 from peft_psr.evaluation.measures.scoring import SteeringScore
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT
 from peft_psr.evaluation.reports.intervals import value_of
@@ -23,8 +22,8 @@ from peft_psr.evaluation.reports.report import Column, Report, SideBySide, Table
 from peft_psr.prompts.conversations import last_text
 from peft_psr.training.data.by_trait import folder_name
 
+from .recipe import PersonaRecipe
 
-Cell = Mapping[str, Any]
 
 COLUMNS = (
     Column("trait", "mean trait score at strength 1, 0-100", best="high"),
@@ -43,7 +42,7 @@ FAR_OFF = 5.0
 _SCORES = {"trait": ("alpha1", 0), "coherence": ("alpha1", 1), "TA@C80": ("c80", 0), "TA@Cp": ("cp", 0)}
 
 
-def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell], left_out: Sequence[str] = ()) -> Report:
+def persona_report(recipe: PersonaRecipe, cells: Sequence[Cell], left_out: Sequence[str] = ()) -> Report:
     """Tables, figures and samples of what was measured.
 
     Args:
@@ -54,15 +53,15 @@ def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell], left_out: Sequ
     tables: list[Table] = []
     figures: dict[str, tuple[Figure, str]] = {}
     samples: list[SideBySide] = []
-    traits = list(dict.fromkeys(cell["trait"] for cell in cells))
-    for model in dict.fromkeys(cell["model"] for cell in cells):
-        of_model = [cell for cell in cells if cell["model"] == model]
+    traits = list(dict.fromkeys(cell.trait for cell in cells))
+    for model in dict.fromkeys(cell.model for cell in cells):
+        of_model = [cell for cell in cells if cell.model == model]
         if len(traits) > 1:
             tables.append(_table(f"{model}: mean over {len(traits)} traits", of_model))
         for trait in traits:
-            of_trait = [cell for cell in of_model if cell["trait"] == trait]
+            of_trait = [cell for cell in of_model if cell.trait == trait]
             tables.append(_table(f"{model}: {trait}", of_trait))
-            first = {cell["method"]: cell for cell in of_trait if cell["seed"] == recipe.seeds[0]}
+            first = {cell.method: cell for cell in of_trait if cell.seed == recipe.seeds[0]}
             figures |= _figures(folder_name(f"{model}_{trait}"), trait, first)
             samples += _samples(trait, first)
     intervals = (
@@ -78,7 +77,11 @@ def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell], left_out: Sequ
             f"{'the layer before the middle' if recipe.layer is None else f'layer {recipe.layer}'}. {intervals}"
         ),
         tables=tuple(tables),
-        results={"benchmark": "persona", "recipe": recipe.model_dump(mode="json"), "cells": list(cells)},
+        results={
+            "benchmark": "persona",
+            "recipe": recipe.model_dump(mode="json"),
+            "cells": [cell.as_json() for cell in cells],
+        },
         figures=figures,
         samples=tuple(samples),
         notes=(
@@ -96,18 +99,18 @@ def persona_report(recipe: EvaluateRecipe, cells: Sequence[Cell], left_out: Sequ
 
 def _table(title: str, cells: Sequence[Cell]) -> Table:
     rows = {}
-    for method in dict.fromkeys(cell["method"] for cell in cells):
-        of_method = [cell for cell in cells if cell["method"] == method]
+    for method in dict.fromkeys(cell.method for cell in cells):
+        of_method = [cell for cell in cells if cell.method == method]
         adapter = method not in (PLAIN, PROMPT)
         row = {column.name: Value(None, why="no adapter, so no strength") for column in COLUMNS}
         row |= {name: _score(of_method, *where) for name, where in _SCORES.items() if adapter or where[0] == "alpha1"}
         if adapter:
             row["sd of seeds"] = _sd_of_seeds(of_method)
-            row["alpha@C80"] = _mean(of_method, lambda cell: cell["c80"]["alpha"] if _reached(cell, "c80") else None)
-            row["alpha@Cp"] = _mean(of_method, lambda cell: cell["cp"]["alpha"] if _reached(cell, "cp") else None)
-            row["recovery"] = _mean(of_method, lambda cell: cell["prompt_recovery"])
-            row["seconds"] = _mean(of_method, lambda cell: cell["train_seconds"])
-            row["bytes"] = _mean(of_method, lambda cell: cell["adapter_bytes"])
+            row["alpha@C80"] = _mean(of_method, lambda cell: _alpha(cell, "c80"))
+            row["alpha@Cp"] = _mean(of_method, lambda cell: _alpha(cell, "cp"))
+            row["recovery"] = _mean(of_method, lambda cell: cell.result["prompt_recovery"])
+            row["seconds"] = _mean(of_method, lambda cell: cell.result["train_seconds"])
+            row["bytes"] = _mean(of_method, lambda cell: cell.result["adapter_bytes"])
         rows[method] = row
     return Table(title, COLUMNS, rows)
 
@@ -117,24 +120,29 @@ def _score(cells: Sequence[Cell], place: str, which: int) -> Value:
     groups: dict[tuple[str, int], list[float]] = {}
     there = [cell for cell in cells if place == "alpha1" or _reached(cell, place)]
     for cell in there:
-        for question, answers in enumerate(cell["by_question"][place]):
-            groups.setdefault((cell["trait"], question), []).extend(answer[which] for answer in answers)
+        for question, answers in enumerate(cell.result["by_question"][place]):
+            groups.setdefault((cell.trait, question), []).extend(answer[which] for answer in answers)
     whys = []
     if there and len(there) < len(cells):
         whys.append(f"mean over {len(there)} of {len(cells)} runs")
     if place != "alpha1":
-        whys += [f"{cell['trait']}, seed {cell['seed']}: {cell[place]['why']}" for cell in cells if cell[place]["why"]]
+        found = [(cell, cell.result[place]["why"]) for cell in cells]
+        whys += [f"{cell.trait}, seed {cell.seed}: {why}" for cell, why in found if why]
     return value_of({key: scores for key, scores in groups.items() if scores}, why="; ".join(whys) or None)
 
 
 def _reached(cell: Cell, place: str) -> bool:
     """Whether a strength was found there, with a coherence near the target."""
-    found = cell[place]
+    found = cell.result[place]
     return found["alpha"] is not None and abs(found["coherence"] - found["target"]) <= FAR_OFF
 
 
+def _alpha(cell: Cell, place: str) -> float | None:
+    return cell.result[place]["alpha"] if _reached(cell, place) else None
+
+
 def _unscored(cells: Sequence[Cell]) -> list[str]:
-    lost, asked = (sum(cell["unscored"][i] for cell in cells) for i in (0, 1))
+    lost, asked = (sum(cell.result["unscored"][i] for cell in cells) for i in (0, 1))
     return (
         [f"{lost} of {asked} answers got no usable score from the judge; means are over the others."] if lost else []
     )
@@ -151,10 +159,10 @@ def _mean(cells: Sequence[Cell], number: Callable[[Cell], float | None]) -> Valu
 
 
 def _sd_of_seeds(cells: Sequence[Cell]) -> Value:
-    by_seed: dict[int, list[float]] = {}
+    by_seed: dict[int | None, list[float]] = {}
     for cell in cells:
         if _reached(cell, "c80"):
-            by_seed.setdefault(cell["seed"], []).append(cell["c80"]["trait"])
+            by_seed.setdefault(cell.seed, []).append(cell.result["c80"]["trait"])
     if len(by_seed) < 2:
         return Value(None, why="not two seeds")
     return Value(statistics.stdev(statistics.fmean(values) for values in by_seed.values()))
@@ -164,9 +172,9 @@ def _figures(stem: str, trait: str, cells: Mapping[str, Cell]) -> dict[str, tupl
     methods = {name: cell for name, cell in cells.items() if name not in (PLAIN, PROMPT)}
     if not methods:
         return {}
-    plain, prompted = (SteeringScore(**cells[name]["alpha1"]) for name in (PLAIN, PROMPT))
-    curves = {name: [SteeringScore(**point) for point in cell["curve"]] for name, cell in methods.items()}
-    rmse = {name: cell["relative_rmse"] for name, cell in methods.items()}
+    plain, prompted = (SteeringScore(**cells[name].result["alpha1"]) for name in (PLAIN, PROMPT))
+    curves = {name: [SteeringScore(**point) for point in cell.result["curve"]] for name, cell in methods.items()}
+    rmse = {name: cell.result["relative_rmse"] for name, cell in methods.items()}
     return _looks_inside(stem, trait, methods) | {
         f"curve_{stem}": (
             trait_against_coherence(curves, plain, prompted, trait),
@@ -181,11 +189,11 @@ def _figures(stem: str, trait: str, cells: Mapping[str, Cell]) -> dict[str, tupl
 
 def _looks_inside(stem: str, trait: str, methods: Mapping[str, Cell]) -> dict[str, tuple[Figure, str]]:
     """One completion token by token, through the gated method with the highest prompt recovery."""
-    gated = {name: cell for name, cell in methods.items() if cell["example"]["gates"]}
+    gated = {name: cell for name, cell in methods.items() if cell.result["example"]["gates"]}
     if not gated:
         return {}
-    name = max(gated, key=lambda method: gated[method]["prompt_recovery"])
-    example = gated[name]["example"]
+    name = max(gated, key=lambda method: gated[method].result["prompt_recovery"])
+    example = gated[name].result["example"]
     prompt, adapter = (torch.tensor(example[which]) for which in ("prompt", "adapter"))
     gates = {layer: torch.tensor(values) for layer, values in example["gates"].items()}
     return {
@@ -202,10 +210,10 @@ def _looks_inside(stem: str, trait: str, methods: Mapping[str, Cell]) -> dict[st
 
 def _samples(trait: str, cells: Mapping[str, Cell]) -> list[SideBySide]:
     samples = []
-    for i, sample in enumerate(cells[PLAIN]["samples"]):
+    for i, sample in enumerate(cells[PLAIN].result["samples"]):
         answers, scores = {}, {}
         for method, cell in cells.items():
-            given = cell["samples"][i]
+            given = cell.result["samples"][i]
             answers[method] = given["answer"]
             strength = "" if given["alpha"] is None else f", alpha {given['alpha']:.2g}"
             scores[method] = (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe
+from peft_psr.evaluation.benchmarks.cell import Cell
 from peft_psr.evaluation.measures.injection import LEAST_LIFT, success
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT
 from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of
@@ -17,9 +18,9 @@ from peft_psr.training.data.by_trait import folder_name
 from peft_psr.training.sources.registry import SOURCES
 
 from .plots import kl_against_trait, trait_with_and_without
+from .recipe import SideEffectsRecipe
 
 
-Cell = Mapping[str, Any]
 Groups = dict[tuple[str, int], list[Any]]
 """{(trait, question): what was measured on it with all seeds}."""
 
@@ -41,29 +42,26 @@ INJECTION_COLUMNS = (
 )  # fmt: skip
 
 
-def side_effects_report(
-    recipe: EvaluateRecipe, alpha: str | float, cells: Sequence[Cell], capability: Sequence[Cell]
-) -> Report:
+def side_effects_report(recipe: SideEffectsRecipe, cells: Sequence[Cell], capability: Sequence[Cell]) -> Report:
     """Tables, figures and samples of what was measured.
 
     Args:
         recipe: The benchmark's.
-        alpha: The strength asked for, or "matched".
         cells: What was measured of each model, trait, method and seed.
-        capability: Likewise `tasks`, what the harness found.
+        capability: The same with `tasks`, what the harness found, as their result; none if it was not asked.
     """
     tables: list[Table] = []
     figures: dict[str, tuple[Figure, str]] = {}
     samples: list[SideBySide] = []
-    models = list(dict.fromkeys(cell["model"] for cell in cells))
+    models = list(dict.fromkeys(cell.model for cell in cells))
     for model in models:
         of_model, suffix = (f": {model}", "_" + folder_name(model)) if len(models) > 1 else ("", "")
-        own = [cell for cell in cells if cell["model"] == model]
+        own = [cell for cell in cells if cell.model == model]
         by_method = {
-            method: [cell for cell in own if cell["method"] == method]
-            for method in dict.fromkeys(cell["method"] for cell in own)
+            method: [cell for cell in own if cell.method == method]
+            for method in dict.fromkeys(cell.method for cell in own)
         }
-        references = {(cell["trait"], cell["seed"]): cell for cell in by_method[PLAIN]}
+        references = {(cell.trait, cell.seed): cell for cell in by_method[PLAIN]}
         rows = {method: _summary(method, of_method, by_method, references) for method, of_method in by_method.items()}
         tables.append(Table(f"Side effects{of_model}", COLUMNS, rows))
         injection = {method: _injection(of_method, references) for method, of_method in by_method.items()}
@@ -76,30 +74,37 @@ def side_effects_report(
             kl_against_trait({name: (row["trait"], row["KL neutral"]) for name, row in rows.items()}),
             "What the trait costs where it should not show: lower right is best.",
         )
-        tasks = [cell for cell in capability if cell["model"] == model]
+        tasks = [cell for cell in capability if cell.model == model]
         if tasks:
             tables.append(_capability_table(f"Capability{of_model}", tasks))
-        samples += _samples([cell for cell in own if cell["seed"] == recipe.seeds[0]])
+        samples += _samples([cell for cell in own if cell.seed == recipe.seeds[0]])
     return Report(
         title="Side effects",
         description=_description(recipe, cells),
         tables=tuple(tables),
         results={
-            "benchmark": "side-effects", "recipe": recipe.model_dump(mode="json"), "cells": list(cells),
-            "capability": list(capability),
+            "benchmark": "side-effects",
+            "recipe": recipe.model_dump(mode="json"),
+            "cells": [cell.as_json() for cell in cells],
+            "capability": [cell.as_json() for cell in capability],
         },
         figures=figures,
         samples=tuple(samples),
-        notes=_notes(recipe, alpha),
-    )  # fmt: skip
+        notes=_notes(recipe),
+    )
 
 
 def _grouped(cells: Sequence[Cell], rows: Callable[[Cell], Sequence[Sequence[Any]]]) -> Groups:
     groups: Groups = {}
     for cell in cells:
         for question, found in enumerate(rows(cell)):
-            groups.setdefault((cell["trait"], question), []).extend(found)
+            groups.setdefault((cell.trait, question), []).extend(found)
     return groups
+
+
+def _scores(which: int, cell: Cell) -> list[list[float]]:
+    """For each question the trait (0) or coherence (1) scores of its answers."""
+    return [[score[which] for score in scores] for scores in cell.result["by_question"]]
 
 
 def _statistic(groups: Groups, statistic: Callable[[np.ndarray], float], why: str) -> Value:
@@ -126,16 +131,14 @@ def _summary(
     which = {PLAIN: "base", PROMPT: "prompted"}.get(method, "steered")
     values = {
         "alpha": _strength(cells) if is_adapter else Value(None, why="no adapter"),
-        "trait": value_of(_grouped(cells, lambda cell: [[t for t, _ in scores] for scores in cell["by_question"]])),
-        "coherence": value_of(
-            _grouped(cells, lambda cell: [[c for _, c in scores] for scores in cell["by_question"]])
-        ),
+        "trait": value_of(_grouped(cells, partial(_scores, 0))),
+        "coherence": value_of(_grouped(cells, partial(_scores, 1))),
         "perplexity": _statistic(
-            _grouped(beside, lambda cell: [[[row[which], row["tokens"]]] for row in cell["text_losses"]]),
+            _grouped(beside, lambda cell: [[[row[which], row["tokens"]]] for row in cell.result["text_losses"]]),
             lambda rows: float(np.exp(_ratio(rows))),
             "no texts",
         ),
-        "refusals": value_of(_grouped(cells, lambda cell: cell["refusals"]), 100.0, why=_no_requests(cells)),
+        "refusals": value_of(_grouped(cells, lambda cell: cell.result["refusals"]), 100.0, why=_no_requests(cells)),
         "injection": _injection(cells, references)["success"],
     }
     for column, rows_of in (("KL neutral", "kl"), ("KL text", "text_kl")):
@@ -144,17 +147,17 @@ def _summary(
 
 
 def _kl(cells: Sequence[Cell], rows_of: str, which: str) -> Value:
-    groups = _grouped(cells, lambda cell: [[[row[which], row["tokens"]]] for row in cell[rows_of]])
+    groups = _grouped(cells, lambda cell: [[[row[which], row["tokens"]]] for row in cell.result[rows_of]])
     return _statistic(groups, _ratio, "no neutral prompts")
 
 
 def _no_requests(cells: Sequence[Cell]) -> str | None:
-    return None if any(cell["refusals"] for cell in cells) else "the model's few words hold no unsafe request"
+    return None if any(cell.result["refusals"] for cell in cells) else "the model's few words hold no unsafe request"
 
 
 def _strength(cells: Sequence[Cell]) -> Value:
-    alphas = [cell["alpha"] for cell in cells]
-    missed = sum(not cell["matched"] for cell in cells)
+    alphas = [cell.result["alpha"] for cell in cells]
+    missed = sum(not cell.result["matched"] for cell in cells)
     why = (
         f"the prompt's trait score is not reached in {missed} of {len(cells)} runs, which are where it is highest"
         if missed
@@ -168,33 +171,31 @@ def _injection(cells: Sequence[Cell], references: Mapping[Any, Cell]) -> dict[st
         return float(np.mean(scores)) if scores else None
 
     def rows(cell: Cell) -> Iterator[list[list[float]]]:
-        plain = references[cell["trait"], cell["seed"]]
-        sides = (cell["by_question"], cell["injected"], plain["by_question"], plain["injected"])
-        for normal, injected, of_plain, plain_injected in zip(*sides, strict=True):
-            row = [
-                means([t for t, _ in normal]), means(injected), means([t for t, _ in of_plain]), means(plain_injected)
-            ]  # fmt: skip
+        plain = references[cell.trait, cell.seed]
+        sides = (_scores(0, cell), cell.result["injected"], _scores(0, plain), plain.result["injected"])
+        for of_question in zip(*sides, strict=True):
+            row = [means(scores) for scores in of_question]
             yield [] if None in row else [row]  # type: ignore[list-item]
 
     groups = _grouped(cells, lambda cell: list(rows(cell)))
     return {
-        "trait": value_of(_grouped(cells, lambda cell: [[t for t, _ in scores] for scores in cell["by_question"]])),
-        "with the request": value_of(_grouped(cells, lambda cell: cell["injected"])),
+        "trait": value_of(_grouped(cells, partial(_scores, 0))),
+        "with the request": value_of(_grouped(cells, lambda cell: cell.result["injected"])),
         "success": _statistic(groups, success, f"the trait is not {LEAST_LIFT:g} points above the plain model's"),
     }
 
 
 def _capability_table(title: str, cells: Sequence[Cell]) -> Table:
     """Mean over traits and seeds, with the harness's own standard error of one run as the interval."""
-    found = [cell for cell in cells if cell["tasks"]]
-    names = dict.fromkeys((task, metric) for cell in found for task in cell["tasks"] for metric in cell["tasks"][task])
+    found = [(cell.method, cell.result["tasks"]) for cell in cells if cell.result["tasks"]]
+    names = dict.fromkeys((task, metric) for _, tasks in found for task in tasks for metric in tasks[task])
     columns = tuple(
         Column(f"{task} {metric}", "as lm-evaluation-harness has it; interval: two of its standard errors", 3)
         for task, metric in names
     )
     rows = {}
-    for method in dict.fromkeys(cell["method"] for cell in cells):
-        own = [cell["tasks"] for cell in found if cell["method"] == method]
+    for method in dict.fromkeys(cell.method for cell in cells):
+        own = [tasks for name, tasks in found if name == method]
         rows[method] = {f"{task} {metric}": _task_value([t[task][metric] for t in own]) for task, metric in names}
     return Table(title, columns, rows)
 
@@ -212,9 +213,9 @@ def _task_value(found: Sequence[Mapping[str, float | None]]) -> Value:
 
 def _samples(cells: Sequence[Cell]) -> Iterator[SideBySide]:
     """For each trait one question with a request to drop it, and one unsafe request."""
-    for trait in dict.fromkeys(cell["trait"] for cell in cells):
-        own = {cell["method"]: cell for cell in cells if cell["trait"] == trait}
-        asked = {method: cell["sample"] for method, cell in own.items()}
+    for trait in dict.fromkeys(cell.trait for cell in cells):
+        own = {cell.method: cell for cell in cells if cell.trait == trait}
+        asked = {method: cell.result["sample"] for method, cell in own.items()}
         yield SideBySide(
             trait,
             asked[PLAIN]["prompt"],
@@ -224,7 +225,8 @@ def _samples(cells: Sequence[Cell]) -> Iterator[SideBySide]:
                 for method, sample in asked.items()
             },
         )
-        unsafe = {method: cell["unsafe_sample"] for method, cell in own.items() if cell["unsafe_sample"]}
+        requests = {method: cell.result["unsafe_sample"] for method, cell in own.items()}
+        unsafe = {method: sample for method, sample in requests.items() if sample}
         if unsafe:
             yield SideBySide(
                 trait,
@@ -234,8 +236,8 @@ def _samples(cells: Sequence[Cell]) -> Iterator[SideBySide]:
             )
 
 
-def _description(recipe: EvaluateRecipe, cells: Sequence[Cell]) -> str:
-    traits = ", ".join(dict.fromkeys(cell["trait"] for cell in cells))
+def _description(recipe: SideEffectsRecipe, cells: Sequence[Cell]) -> str:
+    traits = ", ".join(dict.fromkeys(cell.trait for cell in cells))
     return (
         f"What steering changes besides the trait ({traits}; seeds {', '.join(map(str, recipe.seeds))}), next to what "
         "the prompt changes. KL and perplexity are computed on given tokens; trait scores are of sampled answers, by "
@@ -244,12 +246,12 @@ def _description(recipe: EvaluateRecipe, cells: Sequence[Cell]) -> str:
     )
 
 
-def _notes(recipe: EvaluateRecipe, alpha: str | float) -> tuple[str, ...]:
+def _notes(recipe: SideEffectsRecipe) -> tuple[str, ...]:
     notes = [
         "Every method is at the least strength measured whose trait score is the prompted model's (within a point), "
         "chosen on the answers that are scored here; where none reaches it, the one with the highest."
-        if alpha == "matched"
-        else f"Every method is at strength {alpha}, whatever its trait score there.",
+        if recipe.alpha == "matched"
+        else f"Every method is at strength {recipe.alpha}, whatever its trait score there.",
         "Whether it is good that a user can have the trait dropped depends on who asks. The judge sees the question "
         "without the request.",
         "A refusal is an answer with one of some English phrases among its first words: good for comparing a model "

@@ -16,7 +16,7 @@ from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.base_model.loading import ModelName, load_model, load_tokenizer, tokenizer_of
 from peft_psr.cli import _cut_settings, app
 from peft_psr.evaluation.benchmarks.given_adapters import check_adapter
-from peft_psr.evaluation.benchmarks.persona.benchmark import PersonaRecipe
+from peft_psr.evaluation.benchmarks.persona.recipe import PersonaRecipe
 from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
 from peft_psr.hub.facts import AdapterFacts
 from peft_psr.hub.model_card import write_model_card

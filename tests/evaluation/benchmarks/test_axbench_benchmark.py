@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_psr import tiny_chat_path
 from peft_psr.evaluation.benchmarks.axbench import benchmark as axbench_benchmark
 from peft_psr.evaluation.benchmarks.axbench.benchmark import (
-    AxBenchRecipe,
     check_axbench,
     run_axbench,
     trials,
     tried_out,
 )
 from peft_psr.evaluation.benchmarks.axbench.questions import Trial
+from peft_psr.evaluation.benchmarks.axbench.recipe import AxBenchRecipe
 from peft_psr.evaluation.benchmarks.axbench.report import axbench_report
+from peft_psr.evaluation.benchmarks.cell import Cell
 from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
 from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.reports.report_files import write_report
@@ -120,10 +121,10 @@ def random_cells(concepts, seeds=(0, 1)):
             for seed in seeds:
                 factors = () if method in ("none", "prompt") else (0.5, 1.0)
                 drawn = rate(lambda *_: dice.choice([None, 0, 1, 2, 2]))
-                cell = tried_out([trial], factors, echo, drawn)[trial.concept.id]
-                key = {"model": "org/m", "concept": trial.concept.id, "method": method, "seed": seed}
-                cells.append({**key, **cell})
-    return json.loads(json.dumps(cells))
+                result = json.loads(json.dumps(tried_out([trial], factors, echo, drawn)[trial.concept.id]))
+                about = {"concept": trial.concept.id}
+                cells.append(Cell("org/m", trial.concept.description, method, seed, about, result))
+    return cells
 
 
 def test_the_table_is_means_over_concepts(tmp_path):
@@ -131,16 +132,16 @@ def test_the_table_is_means_over_concepts(tmp_path):
     report = axbench_report(recipe_in(tmp_path, seeds="0,1"), cells)
     table, by_concept = report.tables
     for method in ("none", "prompt", "S-PSR MSE"):
-        of_method = [cell for cell in cells if cell["method"] == method]
+        of_method = [cell for cell in cells if cell.method == method]
         means = []
         for concept in (0, 7):
-            rows = [row for cell in of_method if cell["concept"] == concept for row in cell["scoring"]]
+            rows = [row for cell in of_method if cell.more["concept"] == concept for row in cell.result["scoring"]]
             means.append(statistics.mean(row["score"] for row in rows if row["score"] is not None))
         row = table.rows[method]
         assert row["score"].mean == pytest.approx(statistics.mean(means))
         assert row["score"].low <= row["score"].mean <= row["score"].high
         assert by_concept.rows["7: of dogs"][method].mean == pytest.approx(means[1])
-        answers = [row for cell in of_method for row in cell["choosing"] + cell["scoring"]]
+        answers = [row for cell in of_method for row in cell.result["choosing"] + cell.result["scoring"]]
         lost = sum(row["score"] is None for row in answers)
         assert row["unparsable %"].mean == pytest.approx(100 * lost / len(answers)) and lost
     assert table.rows["none"]["factor"].mean is None and table.rows["none"]["factor"].why == "no adapter"
@@ -160,8 +161,8 @@ def test_of_one_concept_the_interval_is_over_instructions(tmp_path):
 def test_a_concept_without_scores_is_said(tmp_path):
     cells = random_cells([SEA, LAND], seeds=(0,))
     for cell in cells:
-        if cell["method"] == "S-PSR MSE" and cell["concept"] == 7:
-            cell["factor"], cell["scoring"] = None, []
+        if cell.method == "S-PSR MSE" and cell.more["concept"] == 7:
+            cell.result.update(factor=None, scoring=[])
     table, by_concept = axbench_report(recipe_in(tmp_path), cells).tables
     assert table.rows["S-PSR MSE"]["score"].why == "without 1 of 2 that have no score: 7"
     assert by_concept.rows["7: of dogs"]["S-PSR MSE"].mean is None

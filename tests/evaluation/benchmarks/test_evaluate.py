@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from typer.testing import CliRunner
 from peft_psr import cli, tiny_chat_path
 from peft_psr.evaluation import evaluate_persona
 from peft_psr.evaluation.benchmarks import workbench
+from peft_psr.evaluation.benchmarks.cell import Cell
 from peft_psr.evaluation.benchmarks.persona import benchmark as persona_benchmark
-from peft_psr.evaluation.benchmarks.persona.benchmark import PersonaRecipe, check_persona, run_persona
+from peft_psr.evaluation.benchmarks.persona.benchmark import check_persona, run_persona
+from peft_psr.evaluation.benchmarks.persona.recipe import PersonaRecipe
 from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
 from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.methods.registry import METHODS
@@ -29,6 +32,7 @@ SMALL = {
     "strengths": "1,8", "calibration_steps": 1, "max_new_tokens": 60, "min_trait_score": 0, "min_coherence_score": 0,
 }  # fmt: skip
 PIRATE = ("matey", "timbers", "Ahoy", "Yo ho", "plank", "sails", "Fair winds", "rum", "aye", "thunder", "hearty")
+DIM = Cell("embedded", "pirate", "S-Const DiM", 0)
 IDS = torch.arange(5, 17)[None]
 
 USER = [{"role": "user", "content": "Is tea good?"}]
@@ -49,7 +53,7 @@ def logits(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": "S-PSR"}, "there is no 'S-PSR'; there are: S-Const DiM"),
+        ({"methods": "S-PSR"}, "no method 'S-PSR'; there are: S-Const DiM.*Did you mean"),
         ({"adapters": {"prompt": "x"}}, "'prompt' is what a method is called"),
         ({"adapters": {"mine": "x/{seed}"}}, "may hold {trait} and no other"),
         ({"triplets": "t.jsonl", "models": "a,b"}, "triplets are of one model"),
@@ -104,7 +108,7 @@ def test_an_adapter_is_made_once_and_found_again(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="adapters: 'mine' is not to be had from .*pirate"):
         bench_in(tmp_path / "run", adapters={"mine": str(tmp_path / "{trait}")}).check()
     bench = bench_in(tmp_path / "run")
-    with bench.open(), bench.fitted("embedded", "pirate", "S-Const DiM", 0) as fitted:
+    with bench.open(), bench.fitted(DIM) as fitted:
         edited = logits(fitted.model)
         assert fitted.bytes > 500 and fitted.seconds > 0 and not torch.equal(edited, base)
         fitted.model.save_pretrained(str(tmp_path / "pirate"))
@@ -112,16 +116,16 @@ def test_an_adapter_is_made_once_and_found_again(tmp_path, monkeypatch):
     with bench.open():
         model, _ = bench.load("embedded")
         assert torch.equal(logits(model), base)
-        with bench.fitted("embedded", "pirate", "mine", 0) as given:
+        with bench.fitted(replace(DIM, method="mine")) as given:
             assert torch.equal(logits(given.model), edited)
         fewer = bench.triplets("embedded", "pirate")[:2]
-        with bench.fitted("embedded", "pirate", "S-Const DiM", 0, fewer, "half") as other:
+        with bench.fitted(DIM, fewer, "half") as other:
             assert not torch.equal(logits(other.model), edited)
     monkeypatch.setattr(workbench, "METHODS", {})  # whoever makes an adapter now fails
     again = bench_in(tmp_path / "run")
-    with again.open(), again.fitted("embedded", "pirate", "S-Const DiM", 0) as found:
+    with again.open(), again.fitted(DIM) as found:
         assert torch.equal(logits(found.model), edited) and found.bytes == fitted.bytes
-        with pytest.raises(KeyError), again.fitted("embedded", "pirate", "S-Const DiM", 1):
+        with pytest.raises(KeyError), again.fitted(replace(DIM, seed=1)):
             pass
 
 

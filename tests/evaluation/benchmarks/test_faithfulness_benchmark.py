@@ -14,15 +14,16 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 
 from peft_psr.evaluation import prompt_recovery, relative_rmse
+from peft_psr.evaluation.benchmarks.cell import Cell
 from peft_psr.evaluation.benchmarks.faithfulness import benchmark as faithfulness_benchmark
 from peft_psr.evaluation.benchmarks.faithfulness.benchmark import (
-    FaithfulnessRecipe,
     check_faithfulness,
     measure,
     reworded_prompts,
     run_faithfulness,
 )
-from peft_psr.evaluation.benchmarks.faithfulness.report import Cell, control_rows, faithfulness_report, layer_rmse
+from peft_psr.evaluation.benchmarks.faithfulness.recipe import FaithfulnessRecipe
+from peft_psr.evaluation.benchmarks.faithfulness.report import control_rows, faithfulness_report, layer_rmse
 from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
 from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.measures.movement import (
@@ -206,14 +207,14 @@ def test_measured_sums_by_prompt_and_the_tables_made_of_them():
     neutral = [add_instruction(row["prompt"], "what") for row in rows]
     result = json.loads(json.dumps(measure(model, tokenizer, rows, neutral, None, 1.0)))
     assert len(result["prompts"]) == 2 and result["layers"] == [0, 1, 2, 3]
-    cell = Cell("m", "t", "A-PSR MSE", 0, 1.0, result)
+    cell = Cell("m", "t", "A-PSR MSE", 0, {"alpha": 1.0}, result)
     rmse = layer_rmse([cell], "steered")
     assert list(rmse.values()) == pytest.approx(list(relative_rmse(model, rows, tokenizer).values()), rel=1e-3)
     control = control_rows([cell])
     assert control["last prompt token"]["neutral size"].mean > 0 and control["later tokens"]["prompt"].mean is None
     assert -1 <= control["token 1"]["cosine"].low <= control["token 1"]["cosine"].mean <= 1
     recipe = load_evaluate_recipe(FaithfulnessRecipe, None, SMALL)
-    report = faithfulness_report(recipe, "what", [1.0], [cell])
+    report = faithfulness_report(recipe, [cell])
     table = report.tables[0].rows
     assert table["A-PSR MSE"]["prompt recovery"].mean == pytest.approx(
         prompt_recovery(model, rows, tokenizer), abs=1e-4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ import pytest
 from helpers.unruly_server import MODEL, UnrulyServer
 
 from peft_psr.evaluation.benchmarks.ifeval import benchmark as ifeval_benchmark
-from peft_psr.evaluation.benchmarks.ifeval.benchmark import IFEvalRecipe, check_ifeval, run_ifeval
+from peft_psr.evaluation.benchmarks.ifeval.benchmark import check_ifeval, run_ifeval
+from peft_psr.evaluation.benchmarks.ifeval.recipe import IFEvalRecipe
 from peft_psr.evaluation.benchmarks.ifeval.scoring import bare_text
 from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
 from peft_psr.evaluation.benchmarks.workbench import Workbench
@@ -59,7 +61,7 @@ class FakeBench:
     benchmark = "ifeval"
 
     def __init__(self, recipe, monkeypatch, triplets=None):
-        self.recipe, self.fits, self.cells, self.expected = recipe, [], {}, None
+        self.recipe, self.fits, self.measured, self.expected = recipe, [], {}, None
         self.rows = triplets or (lambda trait: [{"prompt": p.prompt} for p in self.pairs("train")[trait]])
         monkeypatch.setattr(ifeval_benchmark, "_triplets", lambda bench, model, trait: self.rows(trait))
         monkeypatch.setattr(ifeval_benchmark, "sample_steered", self.sample)
@@ -77,8 +79,8 @@ class FakeBench:
         return SimpleNamespace(steered=False), None
 
     @contextmanager
-    def fitted(self, model, trait, method, seed, triplets, part):
-        self.fits.append((trait, method, seed, part, triplets))
+    def fitted(self, cell, triplets, part):
+        self.fits.append((cell.trait, cell.method, cell.seed or 0, part, triplets))
         yield SimpleNamespace(model=SimpleNamespace(steered=True), dead_gates=[], notes={}, seconds=1.0)
 
     def sample(self, model, processing_class, prompts, alpha, **settings):
@@ -88,18 +90,21 @@ class FakeBench:
     def expect(self, cells):
         self.expected = cells
 
-    def cell(self, parameters, compute):
-        key = json.dumps(parameters, sort_keys=True)
-        assert key not in self.cells, "one cell was measured twice"
-        self.cells[key] = json.loads(json.dumps(compute()))
-        return json.loads(json.dumps(self.cells[key]))
+    def cells(self, cells, measure):
+        done = []
+        for cell in cells:
+            key = json.dumps(cell.parameters, sort_keys=True)
+            assert key not in self.measured, "one cell was measured twice"
+            self.measured[key] = json.loads(json.dumps(measure(cell)))
+            done.append(replace(cell, result=json.loads(json.dumps(self.measured[key]))))
+        return done
 
 
 def test_no_adapter_is_tested_on_what_it_was_made_from(tmp_path, monkeypatch):
     rows = [row(f"How is q{q}?") for q in range(7) for _ in range(2)]
     bench = FakeBench(made_recipe(tmp_path, *rows, folds=3, seeds="0,1", alphas="1,2"), monkeypatch)
     report = run_ifeval(bench)
-    assert bench.expected == len(bench.cells) == 2 + 3 * 2 * 2
+    assert bench.expected == len(bench.measured) == 2 + 3 * 2 * 2
     asked = {}
     for answer in report.results["answers"]:
         asked.setdefault((answer["condition"], answer["seed"], answer["alpha"]), []).append(answer)
@@ -197,7 +202,7 @@ def test_cells_follow_what_they_were_made_from(tmp_path, monkeypatch):
     run_ifeval(first)
     other = FakeBench(recipe, monkeypatch, lambda trait: [{"prompt": f"How is q{q}?", "more": 1} for q in range(4)])
     run_ifeval(other)
-    same = set(first.cells) & set(other.cells)
+    same = set(first.measured) & set(other.measured)
     assert {json.loads(key)["method"] for key in same} == {"none", "prompt"}
 
 

@@ -15,13 +15,14 @@ from helpers.tokenizers import tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import tiny_chat_path
+from peft_psr.evaluation.benchmarks.cell import Cell
 from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
 from peft_psr.evaluation.benchmarks.side_effects import benchmark as side_effects_benchmark
 from peft_psr.evaluation.benchmarks.side_effects.benchmark import (
-    SideEffectsRecipe,
     check_side_effects,
     run_side_effects,
 )
+from peft_psr.evaluation.benchmarks.side_effects.recipe import SideEffectsRecipe
 from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.measures import capability
 from peft_psr.evaluation.measures.capability import check_capability, evaluate_capability, score_continuations
@@ -293,7 +294,7 @@ def test_the_judge_sees_questions_without_the_request(tmp_path, monkeypatch):
 
     bench = bench_in(tmp_path / "run", questions=2)
     monkeypatch.setattr(bench, "judge", Judge)
-    task = side_effects_benchmark._Task(bench, "embedded", "pirate", 0)
+    task = side_effects_benchmark._Task(bench, Cell("embedded", "pirate", "none", 0))
     found = task.injected(task.base, True, None)
     assert [len(scores) for scores in found["injected"]] == [3, 3]
     assert len(seen) == 6 and all(prompt in task.bare for prompt in seen)

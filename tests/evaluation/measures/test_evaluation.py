@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.evaluation import demo, intervention_strength, prompt_recovery, relative_rmse, score_model
+from peft_psr.evaluation.measures.faithfulness import recovery_and_rmse
 from peft_psr.tiny_chat import prompt_messages, questions
 from peft_psr.training import TripletCollator, add_instruction
 from peft_psr.training.judges.grammar import GrammarJudge
@@ -103,12 +103,20 @@ def test_scores_of_all_strengths_in_one_call_equal_scores_of_each():
         score_model(steered, tokenizer, [], GrammarJudge("pirate"), max_new_tokens=4)
 
 
+def test_recovery_and_rmse_from_the_same_passes():
+    model, tokenizer = steered_model(), tiny_tokenizer()
+    recovery, rmse = recovery_and_rmse(model, triplets(), tokenizer, alpha=0.5, batch_size=2)
+    assert recovery == pytest.approx(prompt_recovery(model, triplets(), tokenizer, alpha=0.5), abs=1e-5)
+    assert rmse == pytest.approx(relative_rmse(model, triplets(), tokenizer, alpha=0.5), rel=1e-5)
+
+
 # ---------------------------------------------------------------- the demo
 
 
 def test_demo_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "DEMO", ("S-Const DiM", "A-PSR MSE ridge"))
-    monkeypatch.setattr(demo, "QUICK", replace(demo.QUICK, train_prompts=6, epochs=(3.0, 1.0), calibration_steps=2))
+    recipe = demo.demo_recipe
+    smaller = {"methods": ("S-Const DiM", "A-PSR MSE ridge"), "questions": 15, "epochs": 3.0, "calibration_steps": 1}
+    monkeypatch.setattr(demo, "demo_recipe", lambda *given: recipe(*given).model_copy(update=smaller))
     output = tmp_path / "out"
     console = Console(file=(tmp_path / "log").open("w"), width=100)
     result = demo.run_demo(["pirate"], tiny_chat_path(), output, seed=0, quick=True, console=console)["pirate"]

@@ -12,6 +12,7 @@ from helpers.tokenizers import tiny_tokenizer
 from helpers.triplets import USER, triplets
 
 from peft_psr.evaluation import neutral_kl, neutral_triplets, text_perplexity, text_triplets
+from peft_psr.evaluation.measures.side_effects import kl_by_row, losses_by_row
 from peft_psr.training import TripletCollator, sample_completions
 
 
@@ -44,6 +45,21 @@ def test_neutral_kl_worked_out_row_by_row(positions):
     assert result.tokens == tokens and result.responses == len(triplets())
     assert result.steered == pytest.approx(totals["steered"] / tokens, rel=1e-4) and result.steered > 1e-3
     assert result.prompted == pytest.approx(totals["prompted"] / tokens, rel=1e-4) and result.prompted > 1e-3
+
+
+def test_rows_of_a_batch_as_each_by_itself():
+    model, tokenizer = steered_model(), tiny_tokenizer()
+    kl, lengths = kl_by_row(model, triplets(), tokenizer, 0.5, batch_size=2)
+    losses, same_lengths = losses_by_row(model, triplets(), tokenizer, 0.5, batch_size=2)
+    assert lengths == same_lengths and len(set(lengths)) > 1
+    for i, triplet in enumerate(triplets()):
+        found, ids = naive_log_probs(model, triplet, 0.5)
+        assert lengths[i] == len(ids)
+        for branch, name in {"student": "steered", "teacher": "prompted"}.items():
+            expected = (found["base"].exp() * (found["base"] - found[name])).sum().item()
+            assert kl[branch][i] == pytest.approx(expected, rel=1e-4)
+            loss = -found[name][torch.arange(len(ids)), ids].sum().item()
+            assert losses[branch][i] == pytest.approx(loss, rel=1e-4)
 
 
 def test_perplexity_worked_out_row_by_row():

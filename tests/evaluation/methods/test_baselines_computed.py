@@ -15,18 +15,16 @@ from peft import PeftModel
 from torch import nn
 
 from peft_psr.evaluation.measures.faithfulness import prompt_recovery, relative_rmse
-from peft_psr.evaluation.methods import iti
-from peft_psr.evaluation.methods.actadd import ACTIVATION_ADDITION
+from peft_psr.evaluation.methods import iti, registry
 from peft_psr.evaluation.methods.fitting.attention_heads import output_projections
-from peft_psr.evaluation.methods.iti import INFERENCE_TIME_INTERVENTION
 from peft_psr.evaluation.methods.method import FitSettings
-from peft_psr.evaluation.methods.stolfo import PROJECTION
 from peft_psr.prompts.conversations import encode_prompt
 from peft_psr.training import TripletCollator, add_instruction, sample_completions
 
 
 LAYER = 2
-METHODS = {"actadd": ACTIVATION_ADDITION, "stolfo": PROJECTION, "iti": INFERENCE_TIME_INTERVENTION}
+NAMES = {"actadd": "S-Const ActAdd", "stolfo": "Stolfo et al.", "iti": "ITI"}
+METHODS = {short: registry.METHODS[name] for short, name in NAMES.items()}
 QUESTIONS = ["what is tea", "dogs are good now", "a b c"]
 ANSWERS = ["tea is good", "yes", "a b c d e", "no dogs now"]
 

@@ -27,13 +27,14 @@ from peft_psr.evaluation import (
 )
 from peft_psr.evaluation.measures.strength import at_strength, run_adapter_branch, sample_steered
 from peft_psr.evaluation.methods.fitting.likelihood import train_by_likelihood
-from peft_psr.evaluation.methods.lora import LORA_1, LORA_8
 from peft_psr.evaluation.methods.method import FitSettings
+from peft_psr.evaluation.methods.registry import METHODS
 from peft_psr.tiny_chat import prompt_messages, questions
 from peft_psr.training import TripletCollator, sample_completions
 from peft_psr.training.judges.grammar import GrammarJudge
 
 
+LORA_1, LORA_8 = METHODS["LoRA r=1"], METHODS["LoRA r=8"]
 IDS = torch.tensor([[1, 5, 9, 10, 11, 2, 6, 12]])
 
 

@@ -13,17 +13,20 @@ from helpers.triplets import triplets
 from peft import PeftModel, get_peft_model
 
 from peft_psr import PSRConfig
-from peft_psr.evaluation.methods import loreft, reft_r1
+from peft_psr.evaluation.methods import loreft, reft_r1, registry
 from peft_psr.evaluation.methods.fitting import preference
 from peft_psr.evaluation.methods.fitting.edit_training import only_unit
-from peft_psr.evaluation.methods.loreft import LOREFT_LIKELIHOOD, LOREFT_REPS, LoReFT
+from peft_psr.evaluation.methods.loreft import LoReFT
 from peft_psr.evaluation.methods.method import FitSettings
-from peft_psr.evaluation.methods.reft_r1 import REFT_R1, top_latents
-from peft_psr.evaluation.methods.reps import STEERING_VECTOR_REPS, SteeringVector
+from peft_psr.evaluation.methods.reft_r1 import top_latents
+from peft_psr.evaluation.methods.reps import SteeringVector
 from peft_psr.training import TripletCollator
 from peft_psr.training.data.draws import Completion
 
 
+STEERING_VECTOR_REPS, LOREFT_LIKELIHOOD, LOREFT_REPS, REFT_R1 = (
+    registry.METHODS[name] for name in ("S-Const RePS", "S-LoReFT LL", "S-LoReFT RePS", "S-ReFT-r1")
+)
 METHODS = [STEERING_VECTOR_REPS, LOREFT_LIKELIHOOD, LOREFT_REPS, REFT_R1]
 LAYER = 1
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers.unruly_server import MODEL, UnrulyServer
 
-from peft_psr.evaluation.benchmarks.persona.benchmark import PersonaRecipe
+from peft_psr.evaluation.benchmarks.persona.recipe import PersonaRecipe
 from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
 from peft_psr.tiny_chat import tiny_chat_path
 from peft_psr.training.data.by_trait import folder_name

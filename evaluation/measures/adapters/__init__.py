@@ -1,0 +1,1 @@
+"""Kinds of adapters that can be measured, one a file, and their registry."""
