@@ -74,12 +74,16 @@ def main() -> None:
         }
         for size in sizes
     ]
-    print(f"{len(asked)} completions of at most {arguments.max_new_tokens} tokens, {sampler.describe()['dtype']}, "
-          f"{model.device.type}, median of {arguments.rounds} rounds\n")  # fmt: skip
+    print(
+        f"{len(asked)} completions of at most {arguments.max_new_tokens} tokens, {sampler.describe()['dtype']}, "
+        f"{model.device.type}, median of {arguments.rounds} rounds\n"
+    )
     print("| batch | completions/s | times one at a time | same texts |\n| ---: | ---: | ---: | ---: |")
     for row in results:
-        print(f"| {row['batch_size']} | {row['completions_per_second']:.2f} | {row['times_one_at_a_time']:.1f} | "
-              f"{row['same_texts']:.0%} |")  # fmt: skip
+        print(
+            f"| {row['batch_size']} | {row['completions_per_second']:.2f} | {row['times_one_at_a_time']:.1f} | "
+            f"{row['same_texts']:.0%} |"
+        )
     if arguments.json:
         write_json(arguments.json, results)
 

@@ -16,6 +16,7 @@ MOVED = {
     "peft_psr.facts": "peft_psr.hub.facts",
     "peft_psr.loading": "peft_psr.base_model.loading",
     "peft_psr.model_card": "peft_psr.hub.model_card",
+    "peft_psr.rank_cut": "peft_psr.combination.rank_cut",
     "peft_psr.saved_adapters": "peft_psr.hub.saved_adapters",
     "peft_psr.sharing": "peft_psr.hub.push",
     "peft_psr.training.collator": "peft_psr.training.data.collator",

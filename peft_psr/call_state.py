@@ -1,12 +1,13 @@
 """What one forward call is to do: its masks and strengths, worked out once at the model's door for all its layers.
 
-The hooks in `doors` call `SteeringState.begin_call`; the layers read what it leaves.
+The hooks in `hooks` call `SteeringState.begin_call`; the layers read what it leaves.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
@@ -99,6 +100,15 @@ class SteeringState:
         """Set what a strength may follow from, and forget the one that was remembered."""
         super().__setattr__(name, value)
         super().__setattr__("remembered", None)
+
+    @contextmanager
+    def scaled(self, scale: float) -> Iterator[None]:
+        """Inside, every strength is multiplied by `scale`."""
+        before, self.scale = self.scale, check_strength(scale, "scale")
+        try:
+            yield
+        finally:
+            self.scale = before
 
     def remember(self, active: str | list[str], name: str, strength: Strength) -> None:
         """Leave what a call's first edited layer worked out for the others, so that they need no Python for it.

@@ -8,7 +8,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +24,12 @@ from peft_psr.base_model.caches import (
     mark_prompt_end,
     tokens_in,
 )
+from peft_psr.base_model.decoder import is_encoder_decoder
 from peft_psr.base_model.fit import CheckedLoad
 
-from .call_state import Generation, SteeringState, check_mask
+from .call_state import Generation, SteeringState, check_mask, check_row_count
 from .layer import PSRLayer
+from .rows import BASE, gather_rows
 
 
 class SteeredGenerate:
@@ -39,7 +43,7 @@ class SteeredGenerate:
         self.model = model
         self.original = model.__dict__.get("generate")
 
-    def __call__(self, *args: Any, steering_mask: torch.Tensor | None = None, alpha: Any = None, **kwargs: Any):
+    def __call__(self, *args: Any, steering_mask: torch.Tensor | None = None, alpha: Any = None, **kwargs: Any) -> Any:
         """Generate, steered from the prompt on.
 
         Args:
@@ -134,11 +138,6 @@ def prompt_of(args: tuple, kwargs: dict[str, Any]) -> Any:
     """The prompt among the arguments of `forward` or `generate`, ids or embeddings, or `None`."""
     named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
     return first_given((*args[:1], *named))
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model reads its prompt with an encoder, such as T5's."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def begin_steered_call(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -265,3 +264,51 @@ def detach_state(model: nn.Module) -> None:
     generate = model.__dict__.pop("generate", None)
     if isinstance(generate, SteeredGenerate) and generate.original is not None:
         model.generate = generate.original  # type: ignore[assignment]
+
+
+def check_names(names: Sequence[Any], known: Sequence[str], prompt: Any) -> None:
+    """Raise `ValueError` if `adapter_names` of a call are not one adapter's name for each row of its prompt."""
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names must be one adapter's name for each row, got {names!r}.")
+    if isinstance(prompt, torch.Tensor):
+        check_row_count(names, prompt.shape[0])
+    missing = sorted(set(names) - {BASE, *known})
+    if missing:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(missing)}. There are: "
+            f"{', '.join(known)}, and {BASE!r} for none."
+        )
+
+
+@contextmanager
+def rows_named(
+    state: SteeringState, layers: Collection[PSRLayer], saved: Iterable[nn.Module], names: Sequence[str]
+) -> Iterator[None]:
+    """Inside, each row of a batch is edited by its own adapter.
+
+    Args:
+        state: Of the model.
+        layers: Its PSR layers.
+        saved: Its modules of `modules_to_save`.
+        names: One adapter's name for each row.
+    """
+    state.adapter_names = list(names)
+    for layer in layers:
+        layer.rows = gather_rows({name: layer.unit(name) for name in layer.psr_unit}, layer.config, names)
+    handles = [
+        module.register_forward_pre_hook(partial(_name_rows, names=list(names)), with_kwargs=True) for module in saved
+    ]
+    try:
+        yield
+    finally:
+        state.adapter_names = None
+        for layer in layers:
+            layer.rows = None
+        for handle in handles:
+            handle.remove()
+
+
+def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:
+    """Pre-hook that tells a module of `modules_to_save` each row's adapter; beams repeat a row."""
+    times = len(args[0]) // len(names)
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
@@ -13,16 +14,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_psr.base_model import other_adapters
-from peft_psr.base_model.decoder import layer_index, output_width
+from peft_psr.base_model.decoder import output_width
 from peft_psr.base_model.fit import KEY_OF_UNIT, check_fit, place_weights, saved_key
 from peft_psr.base_model.targets import ExactTarget, layers_to_edit
 
-from .combination import check_combination, check_weights, combine
+from .combination.concatenation import check_combination, check_weights, combine
+from .combination.rank_cut import cut_adapter
 from .config import PSRConfig, check_strength
-from .hooks import attach_state, detach_state, prompt_of
-from .layer import PSRLayer, check_weights_at_hand, edit_output
-from .rank_cut import cut_adapter
-from .rows import check_names, rows_named
+from .hooks import attach_state, check_names, detach_state, prompt_of, rows_named
+from .layer import PSRLayer, check_weights_at_hand, edit_output, layers_of
 
 
 class PSRModel(BaseTuner):
@@ -61,7 +61,9 @@ class PSRModel(BaseTuner):
         """Find the decoder layers to edit; nothing is touched yet, so errors leave the model as it was."""
         self._layer_names = layers_to_edit(peft_config, model)
 
-    def _check_target_module_exists(self, peft_config: PSRConfig, key: str):  # type: ignore[override]
+    def _check_target_module_exists(  # type: ignore[override]
+        self, peft_config: PSRConfig, key: str
+    ) -> bool | re.Match[str] | None:
         if peft_config.target_modules is not None:
             # a pattern such as "lin0.*" fits the layer of an earlier adapter too
             if isinstance(self.model.get_submodule(key), PSRLayer):
@@ -186,7 +188,7 @@ class PSRModel(BaseTuner):
         return [*self.psr_layers().values(), *self._saved_modules().values()]
 
     def _others_left_alone(self) -> AbstractContextManager[None]:
-        return other_adapters.others_left_alone(self.model, list(self._saved_modules().values()))
+        return other_adapters.others_left_alone(self.model, self._own_modules())
 
     def unmerge_adapter(self) -> None:
         """Refused like merging, with `ValueError`."""
@@ -247,7 +249,7 @@ class PSRModel(BaseTuner):
 
         At strength 1 it does what the adapters do when active together, each at its own strength times its weight, on
         all layers that any of them edits. "cat" is exact: its rank is the largest sum of ranks on a layer. "svd" then
-        cuts the rank of every layer to `svd_rank`, by a fit to the edits on `samples` (see `peft_psr.rank_cut`).
+        cuts the rank of each layer to `svd_rank`, by a fit to the edits on `samples` (see `combination.rank_cut`).
 
         Args:
             adapters: Names of PSR adapters.
@@ -294,10 +296,7 @@ class PSRModel(BaseTuner):
 
     def psr_layers(self) -> dict[int | str, PSRLayer]:
         """The model's PSR layers by number of the decoder layer, or by name where numbers won't do, in model order."""
-        layers = [module for module in self.model.modules() if isinstance(module, PSRLayer)]
-        numbers = [layer_index(layer.name) for layer in layers]
-        unique = len(set(numbers)) == len(numbers)
-        return {number if unique else layer.name: layer for number, layer in zip(numbers, layers, strict=True)}
+        return layers_of(self.model)
 
     def _adapter(self, adapter_name: str | None) -> str:
         if adapter_name is None:
@@ -337,12 +336,8 @@ class PSRModel(BaseTuner):
     @contextmanager
     def alpha_scale(self, scale: float) -> Iterator[None]:
         """Multiply every strength by `scale` inside the context: 0.0 is the base model."""
-        state = attach_state(self.model)
-        before, state.scale = state.scale, check_strength(scale, "scale")
-        try:
+        with attach_state(self.model).scaled(scale):
             yield
-        finally:
-            state.scale = before
 
     @contextmanager
     def record_gates(self) -> Iterator[dict[tuple[str, str], torch.Tensor]]:

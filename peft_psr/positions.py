@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
@@ -21,6 +22,10 @@ from peft_psr.prompts.conversations import Prompt, begins_answer, encode_prompt,
 from peft_psr.prompts.messages import Message, content_text
 
 from .config import POSITIONS
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 # Stands for a turn's text when looking for where it ends or begins; no template's default system turn ends in it.
@@ -79,7 +84,7 @@ def common_suffix_length(a: Sequence[int], b: Sequence[int]) -> int:
     return length
 
 
-def question_start(processing_class, messages: Sequence[Message]) -> int:
+def question_start(processing_class: PreTrainedTokenizerBase, messages: Sequence[Message]) -> int:
     """Index of the first edited token for `question_and_response`: the last token of the system turn, if there is one.
 
     The user's part is what the rendered prompt shares, from the right, with the same prompt under another system text.
@@ -100,7 +105,7 @@ def question_start(processing_class, messages: Sequence[Message]) -> int:
     return len(ids) - shared - (1 if ends_system_turn else 0)
 
 
-def chat_mask(processing_class, messages: Prompt, positions: str = "response") -> list[int]:
+def chat_mask(processing_class: PreTrainedTokenizerBase, messages: Prompt, positions: str = "response") -> list[int]:
     """Which tokens of a conversation, rendered with a generation prompt, are edited: one 0/1 a token.
 
     In plain text, which has no turns, every token is question.
@@ -144,7 +149,9 @@ def chat_mask(processing_class, messages: Prompt, positions: str = "response") -
     return mask
 
 
-def _start_of_turn(processing_class, earlier: Sequence[Message], text: str, content: str) -> tuple[int, int] | None:
+def _start_of_turn(
+    processing_class: PreTrainedTokenizerBase, earlier: Sequence[Message], text: str, content: str
+) -> tuple[int, int] | None:
     """Where an assistant's turn and its content start in a rendered conversation; `None` if that can't be told.
 
     Args:
@@ -179,7 +186,7 @@ def _start_of_turn(processing_class, earlier: Sequence[Message], text: str, cont
 
 
 def encode_chat(
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     conversations: Sequence[Sequence[Message]],
     positions: str = "response",
     device: torch.device | str | None = None,
@@ -204,7 +211,10 @@ def encode_chat(
 
 
 def pad_tokens(
-    processing_class, ids: Sequence[Sequence[int]], device: torch.device | str | None = None, side: str = "left"
+    processing_class: PreTrainedTokenizerBase,
+    ids: Sequence[Sequence[int]],
+    device: torch.device | str | None = None,
+    side: str = "left",
 ) -> dict[str, torch.Tensor]:
     """Texts of unequal length as a batch: `input_ids` and `attention_mask`, each (batch, longest) int64.
 

@@ -7,22 +7,14 @@ Ranks are padded with zeros to the largest one; a constant gate is w = 0, b = 1;
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from .call_state import SteeringState, check_row_count
 from .config import PSRConfig
-
-
-if TYPE_CHECKING:
-    from .layer import PSRLayer, PSRUnit
+from .unit import PSRUnit
 
 
 BASE = "__base__"
@@ -106,51 +98,3 @@ def gather_rows(
         coefficient_bias=setting([configs[name].coefficient_bias for name in used]),
         positions={kind: setting([float(configs[name].positions == kind) for name in used]) for kind in kinds},
     )
-
-
-def check_names(names: Sequence[Any], known: Sequence[str], prompt: Any) -> None:
-    """Raise `ValueError` if `adapter_names` of a call are not one adapter's name for each row of its prompt."""
-    if not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"adapter_names must be one adapter's name for each row, got {names!r}.")
-    if isinstance(prompt, torch.Tensor):
-        check_row_count(names, prompt.shape[0])
-    missing = sorted(set(names) - {BASE, *known})
-    if missing:
-        raise ValueError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(missing)}. There are: "
-            f"{', '.join(known)}, and {BASE!r} for none."
-        )
-
-
-@contextmanager
-def rows_named(
-    state: SteeringState, layers: Collection[PSRLayer], saved: Iterable[nn.Module], names: Sequence[str]
-) -> Iterator[None]:
-    """Inside, each row of a batch is edited by its own adapter.
-
-    Args:
-        state: Of the model.
-        layers: Its PSR layers.
-        saved: Its modules of `modules_to_save`.
-        names: One adapter's name for each row.
-    """
-    state.adapter_names = list(names)
-    for layer in layers:
-        layer.rows = gather_rows({name: layer.unit(name) for name in layer.psr_unit}, layer.config, names)
-    handles = [
-        module.register_forward_pre_hook(partial(_name_rows, names=list(names)), with_kwargs=True) for module in saved
-    ]
-    try:
-        yield
-    finally:
-        state.adapter_names = None
-        for layer in layers:
-            layer.rows = None
-        for handle in handles:
-            handle.remove()
-
-
-def _name_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:
-    """Pre-hook that tells a module of `modules_to_save` each row's adapter; beams repeat a row."""
-    times = len(args[0]) // len(names)
-    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(times)]}

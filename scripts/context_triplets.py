@@ -29,9 +29,7 @@ CONTEXTS = {
     "night": "It was dark in the forest and something made a scary noise.",
     "cake": "It was a birthday party with a big cake and many presents.",
 }
-OPENINGS = (
-    "", "Once upon a time,", "One day,", "One morning,", "Then", "After lunch,", "Today", "Many years ago,",
-)  # fmt: skip
+OPENINGS = ("", "Once upon a time,", "One day,", "One morning,", "Then", "After lunch,", "Today", "Many years ago,")
 ENDINGS = ("", " was", " wanted to", " went to", " saw", " had a", " said", " and", " looked at", " liked to")
 CHARACTERS = {
     "train": (

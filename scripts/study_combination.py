@@ -130,8 +130,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for row in rows:
         first, second = row["traits"]
-        print(f"| {row['pair']} | {row['adapter']} | {first:.1f} | {second:.1f} | {row['coherence']:.1f} | "
-              f"{row['distance']:.3f} |")  # fmt: skip
+        print(
+            f"| {row['pair']} | {row['adapter']} | {first:.1f} | {second:.1f} | {row['coherence']:.1f} | "
+            f"{row['distance']:.3f} |"
+        )
         if "error_by_layer" in row:
             print("error of the cut by layer:", {k: round(v, 3) for k, v in row["error_by_layer"].items()})
 

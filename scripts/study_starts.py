@@ -121,8 +121,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         chosen = [one for one in of_start if one["learning_rate"] == best]
         cells = []
         for epoch in map(str, MEASURED_EPOCHS):
-            cells.append(" / ".join(_spread([one["points"][epoch][name] for one in chosen]) for name in
-                                    ("recovery", "rmse")))  # fmt: skip
+            cells.append(
+                " / ".join(_spread([one["points"][epoch][name] for one in chosen]) for name in ("recovery", "rmse"))
+            )
         dead = sum(len(one["dead"]) for one in chosen)
         lines.append(f"| {layers} | {r} | {start} | {best:g} | {' | '.join(cells)} | {dead} | {len(chosen)} |")
     return "\n".join(lines)

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.contrast import contrast_pairs, last_token_stream
-from peft_psr.layer import PSRUnit
 from peft_psr.training import Triplet
 from peft_psr.training.passes.branches import psr_model
+from peft_psr.unit import PSRUnit
 
 from .method import FitSettings, Fitted
 

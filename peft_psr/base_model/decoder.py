@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def text_config(model: nn.Module):
+def text_config(model: nn.Module) -> Any:
     """The configuration of the model's language part, or `None` for a model without a transformers configuration."""
     get_text_config = getattr(getattr(model, "config", None), "get_text_config", None)
     return None if get_text_config is None else get_text_config(decoder=True)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model reads its prompt with an encoder, such as T5's."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def decoder_layer_names(model: nn.Module, layers_pattern: str | list[str] | None = None) -> list[str]:
@@ -101,7 +107,7 @@ def capture_layer_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[di
     """
     outputs: dict[str, torch.Tensor] = {}
 
-    def recorder(name: str):
+    def recorder(name: str) -> Callable[[nn.Module, tuple, object], None]:
         def record(module: nn.Module, args: tuple, output: object) -> None:
             outputs[name] = hidden_of(output, name)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file
 
 from peft_psr.prompts.chat_template import read_chat_template, set_chat_template
@@ -55,7 +55,7 @@ def load_tokenizer(
     chat_template: str | None = None,
     template_args: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
-) -> Any:
+) -> PreTrainedTokenizerBase:
     """A model's tokenizer.
 
     Args:
@@ -92,7 +92,7 @@ def load_config(name: str, revision: str | None = None, trust_remote_code: bool 
     return AutoConfig.from_pretrained(model_path(name), revision=revision, trust_remote_code=trust_remote_code)
 
 
-def tokenizer_of(model: Any) -> Any:
+def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
     """The tokenizer that lies with a loaded model, of the revision that its adapter or `load_model` says.
 
     Raises:

@@ -15,7 +15,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_psr.config import PSRConfig
-from peft_psr.layer import PSRLayer
 
 
 def configs_beneath(model: nn.Module, given: Any) -> dict[str, Any]:
@@ -97,15 +96,11 @@ def others_left_alone(model: nn.Module, own: Sequence[nn.Module]) -> Iterator[No
 
     Args:
         model: The model.
-        own: The modules of `modules_to_save` of its PSR adapters.
+        own: PSR's modules: its layers and those of its adapters' `modules_to_save`.
     """
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     mine = {id(module) for module in own}
-    others = [
-        module
-        for module in model.modules()
-        if isinstance(module, kinds) and not isinstance(module, PSRLayer) and id(module) not in mine
-    ]
+    others = [module for module in model.modules() if isinstance(module, kinds) and id(module) not in mine]
     active = [module._active_adapter for module in others]
     trainable = [(parameter, parameter.requires_grad) for module in others for parameter in module.parameters()]
     try:

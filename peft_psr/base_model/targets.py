@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from peft_psr.base_model.decoder import is_encoder_decoder
 from peft_psr.config import PSRConfig
-from peft_psr.hooks import is_encoder_decoder
 
 from .decoder import decoder_layer_names
 

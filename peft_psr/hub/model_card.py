@@ -229,8 +229,8 @@ def score_figure(facts: AdapterFacts) -> Any:
         values = [getattr(point, quantity) for _, point in points]
         axes.plot([alpha for alpha, _ in points], values, "o-", color=color, markersize=4, label=quantity)
         if facts.prompted is not None:
-            axes.axhline(getattr(facts.prompted, quantity), color=color, linestyle="--", linewidth=1,
-                         label=f"{quantity}, prompt instead")  # fmt: skip
+            label = f"{quantity}, prompt instead"
+            axes.axhline(getattr(facts.prompted, quantity), color=color, linestyle="--", linewidth=1, label=label)
     if facts.steered is not None and facts.steered.alpha is not None:
         axes.axvline(facts.steered.alpha, color="#999999", linewidth=1, zorder=0, label="this adapter's alpha")
     axes.set(xlabel="strength alpha", ylabel="score (0-100)", ylim=(-2, 102))

@@ -130,8 +130,10 @@ def _save_one(model: PeftModel, adapter_name: str | None, folder: Path) -> Path:
     if adapter_name is None and len(ours) == 1:
         adapter_name = ours[0]
     if adapter_name not in ours:
-        raise ValueError(f"Name one PSR adapter of the model as adapter_name, got {adapter_name!r}; there are: "
-                         f"{', '.join(ours) or 'none'}.")  # fmt: skip
+        raise ValueError(
+            f"Name one PSR adapter of the model as adapter_name, got {adapter_name!r}; there are: "
+            f"{', '.join(ours) or 'none'}."
+        )
     model.save_pretrained(str(folder), selected_adapters=[adapter_name])
     return folder if adapter_name == "default" else folder / adapter_name
 

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from peft_psr.base_model.fit import KEY_OF_UNIT, KEY_PREFIX
-from peft_psr.combination import check_weights, combine, numbered_alike
+from peft_psr.combination.concatenation import check_weights, combine, numbered_alike
 from peft_psr.config import PSRConfig
 from peft_psr.files import check_new_folder
-from peft_psr.layer import PSRUnit
+from peft_psr.unit import PSRUnit
 
 from .adapter_config import read_adapter_config
 from .facts import FACTS_NAME, AdapterFacts, Part, package_versions, shared_template_args

@@ -13,10 +13,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft_psr.files import check_file
 from peft_psr.text import read_text
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 _FIRST_LINE = re.compile(r"\{#- peft-psr (\{.*?\}) #\}.*?\n")
@@ -24,7 +28,9 @@ _TAKEN = {"messages", "add_generation_prompt", "continue_final_message", "tokeni
 
 
 def set_chat_template(
-    processing_class, chat_template: str | None = None, template_args: Mapping[str, Any] | None = None
+    processing_class: PreTrainedTokenizerBase,
+    chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> None:
     """Give a tokenizer a chat template, or arguments for the one that it has; in place.
 
@@ -75,7 +81,7 @@ def check_template_args(template_args: Mapping[str, Any]) -> None:
         raise TypeError(f"template_args: {dict(template_args)!r} is not JSON: {error}.") from error
 
 
-def template_args_of(processing_class) -> dict[str, Any]:
+def template_args_of(processing_class: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The arguments that `set_chat_template` gave a tokenizer's template; empty where it gave none."""
     templates = getattr(processing_class, "chat_template", None)
     text = next(iter(templates.values()), "") if isinstance(templates, Mapping) else templates or ""

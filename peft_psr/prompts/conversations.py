@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
 from .messages import Message, content_text
 from .rendering import apply_template, check_tokenizer
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 Prompt = str | Sequence[Message]
@@ -54,7 +58,7 @@ def prompt_text(prompt: Prompt) -> str:
 _SENTINEL = "zqxj"
 
 
-def render_prompt(processing_class, prompt: Prompt) -> str:
+def render_prompt(processing_class: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """The text that the model is to continue: the chat template with its generation prompt, or `prompt` itself.
 
     An assistant's turn at the end is left open.
@@ -70,7 +74,9 @@ def render_prompt(processing_class, prompt: Prompt) -> str:
     return apply_template(processing_class, _as_taken(processing_class, prompt), continue_final_message=True)
 
 
-def render_turns(processing_class, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+def render_turns(
+    processing_class: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
+) -> str:
     """Turns that have all come to their end, as the chat template writes them."""
     turns = _as_taken(processing_class, messages)
     return apply_template(processing_class, turns, add_generation_prompt=add_generation_prompt)
@@ -81,7 +87,7 @@ def begins_answer(prompt: Prompt) -> bool:
     return not isinstance(prompt, str) and len(prompt) > 0 and prompt[-1].get("role") == "assistant"
 
 
-def _as_taken(processing_class, messages: Sequence[Message]) -> list[Message]:
+def _as_taken(processing_class: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[Message]:
     """Turns with their contents as the template takes them: as text, or in parts where it knows no other."""
     check_tokenizer(processing_class)
     as_text = _takes_text(processing_class, str(processing_class.chat_template))
@@ -96,7 +102,7 @@ def _as_taken(processing_class, messages: Sequence[Message]) -> list[Message]:
 
 
 @lru_cache(maxsize=64)
-def _takes_text(processing_class, template: str) -> bool:
+def _takes_text(processing_class: PreTrainedTokenizerBase, template: str) -> bool:
     """Whether the template shows a user's text that is no list of parts; `template` tells a changed one."""
     turn: list[Any] = [{"role": "user", "content": _SENTINEL}]
     try:
@@ -106,23 +112,25 @@ def _takes_text(processing_class, template: str) -> bool:
     return _SENTINEL in rendered
 
 
-def encode_text(processing_class, text: str, prompt: Prompt) -> list[int]:
+def encode_text(processing_class: PreTrainedTokenizerBase, text: str, prompt: Prompt) -> list[int]:
     """Token ids of `text`, which starts with the rendered `prompt`; a chat template brings its own special tokens."""
     return processing_class(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
 
 
-def _without_eos(processing_class, ids: list[int]) -> list[int]:
+def _without_eos(processing_class: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """Some tokenizers close plain text with an end token; a prompt is to be continued."""
     return ids[:-1] if ids and ids[-1] == processing_class.eos_token_id else ids
 
 
-def encode_prompt(processing_class, prompt: Prompt) -> list[int]:
+def encode_prompt(processing_class: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of the rendered prompt, ready to be continued."""
     ids = encode_text(processing_class, render_prompt(processing_class, prompt), prompt)
     return _without_eos(processing_class, ids) if isinstance(prompt, str) else ids
 
 
-def decode_completion(processing_class, prompt: Prompt, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+def decode_completion(
+    processing_class: PreTrainedTokenizerBase, prompt: Prompt, prompt_ids: Sequence[int], ids: Sequence[int]
+) -> str:
     """A completion as text, to be put right behind its prompt; special tokens in it are part of the text.
 
     Args:
@@ -132,19 +140,23 @@ def decode_completion(processing_class, prompt: Prompt, prompt_ids: Sequence[int
         ids: The completion's tokens.
     """
     if not isinstance(prompt, str):
-        return processing_class.decode(ids, skip_special_tokens=False)
+        return decode(processing_class, ids)
     # together with the prompt: many decoders drop a blank that their text begins with
-    before = processing_class.decode(prompt_ids, skip_special_tokens=False)
-    return processing_class.decode([*prompt_ids, *ids], skip_special_tokens=False)[len(before) :]
+    return decode(processing_class, [*prompt_ids, *ids])[len(decode(processing_class, prompt_ids)) :]
 
 
-def pad_id(processing_class) -> int:
+def decode(processing_class: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of token ids."""
+    return cast(str, processing_class.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def pad_id(processing_class: PreTrainedTokenizerBase) -> int:
     """The padding token, or the EOS token where a tokenizer has none, or any: padding is masked, whatever it is."""
     tokens = (processing_class.pad_token_id, processing_class.eos_token_id)
     return next((token for token in tokens if token is not None), 0)
 
 
-def turn_end_id(processing_class, prompt: Prompt) -> int | None:
+def turn_end_id(processing_class: PreTrainedTokenizerBase, prompt: Prompt) -> int | None:
     """The token that closes an assistant's turn: the first one the template puts after it, else the EOS token."""
     if isinstance(prompt, str):
         return None
@@ -157,7 +169,9 @@ def turn_end_id(processing_class, prompt: Prompt) -> int | None:
     return ids[0] if ids else processing_class.eos_token_id
 
 
-def encode_completion(processing_class, prompt: Prompt, completion: str, truncated: bool = False) -> list[int]:
+def encode_completion(
+    processing_class: PreTrainedTokenizerBase, prompt: Prompt, completion: str, truncated: bool = False
+) -> list[int]:
     """Token ids of `completion` as a continuation of `prompt`, tokenized together with it where that leaves it whole.
 
     Args:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import TemplateError
 
 from .messages import Message
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class TemplateRefusal(TemplateError, ValueError):
@@ -22,7 +27,7 @@ class TemplateRefusal(TemplateError, ValueError):
         self.reason = reason
 
 
-def check_tokenizer(processing_class) -> None:
+def check_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` unless conversations can be rendered as text and that text be encoded.
 
     mistral-common's tokenizers have no template, and take special tokens that stand in a text for letters.
@@ -42,7 +47,7 @@ def check_tokenizer(processing_class) -> None:
         )
 
 
-def apply_template(processing_class, messages: Sequence[Message], **settings: bool) -> str:
+def apply_template(processing_class: PreTrainedTokenizerBase, messages: Sequence[Message], **settings: Any) -> str:
     """A conversation as text.
 
     Args:
@@ -56,7 +61,7 @@ def apply_template(processing_class, messages: Sequence[Message], **settings: bo
     """
     check_tokenizer(processing_class)
     try:
-        return processing_class.apply_chat_template(list(messages), tokenize=False, **settings)
+        return cast(str, processing_class.apply_chat_template(list(messages), tokenize=False, **settings))
     except (TemplateError, TypeError) as error:  # a template adds texts, and content may be null
         roles = [str(message.get("role")) for message in messages]
         way_out = " Put what the system turn says into the user's turn: placement='before'."

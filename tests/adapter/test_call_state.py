@@ -14,7 +14,7 @@ from peft import get_peft_model
 
 from peft_psr import PSRConfig
 from peft_psr.call_state import SteeringState
-from peft_psr.layer import PSRUnit
+from peft_psr.unit import PSRUnit
 
 
 IDS = [9]  # one token: it is edited whatever the positions, so that the strength is a number

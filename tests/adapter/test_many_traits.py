@@ -208,7 +208,7 @@ def test_rank_cut_looks_at_the_tokens_that_are_edited():
     layer = model.psr_layers()[1]
     with pytest.MonkeyPatch.context() as patch:
         count = lambda unit, hidden, r: seen.update({id(unit): len(hidden)}) or 1 / 0  # noqa: E731
-        patch.setattr("peft_psr.rank_cut.cut_rank", count)
+        patch.setattr("peft_psr.combination.rank_cut.cut_rank", count)
         with pytest.raises(ZeroDivisionError):
             model.add_weighted_adapter(
                 ["a", "b"], [1, 1], "x", "svd", svd_rank=1, samples=[{**SAMPLES[0], "labels": labels}]

@@ -25,8 +25,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from peft_psr import PSRConfig, PSRModel
 from peft_psr.hooks import SteeredBatching, SteeredGenerate
-from peft_psr.layer import PSRLayer, PSRUnit
+from peft_psr.layer import PSRLayer
 from peft_psr.training import PSRTrainer
+from peft_psr.unit import PSRUnit
 
 
 @dataclass(frozen=True)

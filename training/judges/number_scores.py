@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_psr.base_model.caches import cache_name, cache_of
 from peft_psr.files import sha256
 from peft_psr.positions import pad_tokens
-from peft_psr.prompts.conversations import encode_prompt, encode_text, render_prompt, render_turns
+from peft_psr.prompts.conversations import decode, encode_prompt, encode_text, render_prompt, render_turns
 from peft_psr.training.data.draws import template_hash
 from peft_psr.training.passes.partial import in_eval_mode, input_device
 
@@ -65,7 +65,7 @@ def read_scores(
             first = read.logits[:, -1].float().log_softmax(-1)
             top = first.topk(min(TOP_TOKENS, first.shape[-1]))
             masses = [
-                number_masses([(str(processing_class.decode([t])), p) for t, p in zip(tokens, logprobs, strict=True)])
+                number_masses([(decode(processing_class, [t]), p) for t, p in zip(tokens, logprobs, strict=True)])
                 for tokens, logprobs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
             ]
         else:
@@ -99,8 +99,8 @@ def _likeliest_answers(
     answers = []
     for row in torch.cat(chosen, dim=1).tolist():
         length = next((i for i, token in enumerate(row) if token in stops), len(row))
-        text = processing_class.decode(row[:length], skip_special_tokens=True)
-        answers.append((str(text), length == len(row)))
+        text = decode(processing_class, row[:length], skip_special_tokens=True)
+        answers.append((text, length == len(row)))
     return answers
 
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from peft_psr.prompts.reasoning import split_reasoning
 from peft_psr.training.data.draws import Draw, Failure, Sampler
@@ -195,7 +195,8 @@ class RatingJudge:
         replies = ask_once(questions, lambda text: answer_key(self.identity, text, {}), self._ask, self.cache,
                            self.usage)  # fmt: skip
         check_answered([reply.reason if isinstance(reply, Failure) else None for reply in replies.values()])
-        return [_ratings({name: replies[text] for name, text in each.items()}) for each in texts]
+        answers = cast(dict[str, str], replies)
+        return [_ratings({name: answers[text] for name, text in each.items()}) for each in texts]
 
     def _ask(self, texts: list[str]) -> Generator[dict[str, str | Failure]]:
         draws = [Draw(str(i), [{"role": "user", "content": text}], seed=0) for i, text in enumerate(texts)]

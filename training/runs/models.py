@@ -4,14 +4,34 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.base_model import loading
-from peft_psr.training.runs.train.recipe import TrainRecipe
-from peft_psr.training.runs.triplets.recipe import DrawFields
 
 
-def load_tokenizer(model: str, recipe: DrawFields | TrainRecipe) -> Any:
+class NamesModels(Protocol):
+    """A recipe, as far as it says how its models are loaded; one of `psr triplets` has a `device_map` too."""
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit on the Hub."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether to run code that comes with a model."""
+
+    @property
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """Arguments of `peft_psr.base_model.loading.load_tokenizer`."""
+
+
+def load_tokenizer(model: str, recipe: NamesModels) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe's model, with the chat template that the recipe gives it.
 
     Raises:
@@ -22,11 +42,11 @@ def load_tokenizer(model: str, recipe: DrawFields | TrainRecipe) -> Any:
 
 
 @cache
-def _tokenizer(model: str, revision: str | None, settings: str) -> Any:
+def _tokenizer(model: str, revision: str | None, settings: str) -> PreTrainedTokenizerBase:
     return loading.load_tokenizer(model, revision, **json.loads(settings))
 
 
-def load_config(model: str, recipe: DrawFields | TrainRecipe) -> Any:
+def load_config(model: str, recipe: NamesModels) -> Any:
     """The configuration of a recipe's model.
 
     Raises:
@@ -35,14 +55,14 @@ def load_config(model: str, recipe: DrawFields | TrainRecipe) -> Any:
     return loading.load_config(model, recipe.revision, recipe.trust_remote_code)
 
 
-def load_model(model: str, recipe: DrawFields | TrainRecipe) -> Any:
+def load_model(model: str, recipe: NamesModels) -> Any:
     """A recipe's model, in eval mode; on the CPU where the recipe does not say where it goes.
 
     Raises:
         OSError: it can't be had.
         ValueError: as `peft_psr.base_model.loading.load_model`.
     """
-    device_map = recipe.device_map if isinstance(recipe, DrawFields) else None
+    device_map = getattr(recipe, "device_map", None)
     return loading.load_model(
         model, recipe.revision, dtype=recipe.dtype, device_map=device_map, trust_remote_code=recipe.trust_remote_code
     )

@@ -25,7 +25,6 @@ from peft import PeftModel
 from peft_psr.base_model.decoder import layer_index
 from peft_psr.base_model.loading import tokenizer_of
 from peft_psr.config import check_strength
-from peft_psr.layer import PSRUnit
 from peft_psr.training.data.collator import TripletCollator
 from peft_psr.training.data.context import check_rows
 from peft_psr.training.data.dataset import Row, encode_dataset
@@ -33,6 +32,7 @@ from peft_psr.training.data.triplets import Triplet
 from peft_psr.training.passes.branches import layers_downstream, psr_model
 from peft_psr.training.passes.layer_streams import LayerStreams, Tokens
 from peft_psr.training.progress import Progress
+from peft_psr.unit import PSRUnit
 
 from .directions import Directions, directions_by_layer
 from .registry import STARTS

@@ -7,8 +7,8 @@ from typing import cast
 
 from torch import nn
 
+from peft_psr.base_model.decoder import is_encoder_decoder
 from peft_psr.config import PSRConfig
-from peft_psr.hooks import is_encoder_decoder
 from peft_psr.model import PSRModel
 
 from .arguments import PSRTrainingArguments

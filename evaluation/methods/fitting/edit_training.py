@@ -19,11 +19,11 @@ from transformers import Trainer
 
 from peft_psr.base_model.decoder import decoder_layer_names, hidden_of
 from peft_psr.evaluation.methods.method import FitSettings
-from peft_psr.layer import PSRUnit
 from peft_psr.training.data.collator import Batch
 from peft_psr.training.objectives.ll import LL
 from peft_psr.training.objectives.objective import Passes
 from peft_psr.training.passes.branches import psr_model, run_branch
+from peft_psr.unit import PSRUnit
 
 from .trainer_settings import text_arguments, train_quietly
 

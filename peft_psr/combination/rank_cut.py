@@ -15,19 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from peft_psr.base_model.decoder import hidden_of
-
-from .hooks import prompt_of
-from .layer import PSRLayer, PSRUnit
-
-
-if TYPE_CHECKING:
-    from .model import PSRModel
+from peft_psr.config import PSRConfig
+from peft_psr.hooks import attach_state, prompt_of
+from peft_psr.layer import PSRLayer, layers_of
+from peft_psr.unit import PSRUnit
 
 
 @dataclass
@@ -88,7 +86,7 @@ def cut_rank(unit: PSRUnit, hidden: torch.Tensor, r: int) -> RankCut:
 
 @torch.no_grad()
 def cut_adapter(
-    tuner: PSRModel, adapter_name: str, rank: int, samples: Sequence[Mapping[str, Any]]
+    tuner: BaseTuner, adapter_name: str, rank: int, samples: Sequence[Mapping[str, Any]]
 ) -> dict[int | str, float]:
     """Replace a model's adapter by one of lower rank that is fitted to it on `samples`.
 
@@ -104,10 +102,11 @@ def cut_adapter(
     Raises:
         ValueError: adapters are disabled, or the samples edit too few tokens.
     """
-    if any(layer.disable_adapters for layer in tuner.psr_layers().values()):
+    all_layers = layers_of(tuner.model)
+    if any(layer.disable_adapters for layer in all_layers.values()):
         raise ValueError("Adapters are disabled, and a rank is cut by a fit to what they do: enable them first.")
-    config = tuner._config(adapter_name)
-    layers = {number: layer for number, layer in tuner.psr_layers().items() if adapter_name in layer.psr_unit}
+    config = cast(PSRConfig, tuner.peft_config[adapter_name])
+    layers = {number: layer for number, layer in all_layers.items() if adapter_name in layer.psr_unit}
     seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers.values()}
 
     def keep_edited_tokens(module: nn.Module, args: tuple, output: Any) -> None:
@@ -122,7 +121,7 @@ def cut_adapter(
     try:
         for sample in samples:
             rows = [adapter_name] * len(prompt_of((), dict(sample)))
-            with tuner.alpha_scale(1.0), tuner._enable_peft_forward_hooks(adapter_names=rows):
+            with attach_state(tuner.model).scaled(1.0), tuner._enable_peft_forward_hooks(adapter_names=rows):
                 tuner.model(**sample)
     finally:
         for handle in handles:

@@ -14,9 +14,8 @@ from dataclasses import replace
 import torch
 
 from peft_psr.base_model.decoder import layer_index
-
-from .config import PSRConfig, check_strength
-from .layer import PSRUnit
+from peft_psr.config import PSRConfig, check_strength
+from peft_psr.unit import PSRUnit
 
 
 def combine(

@@ -1,0 +1,1 @@
+"""Adapters combined into one: exactly, and then with fewer ranks."""
