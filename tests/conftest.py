@@ -16,10 +16,11 @@ from huggingface_hub import constants, hf_api
 
 
 LONG = """
-axbench_benchmark baselines_lora baselines_trained benchmarks cli_train compile context_triplets distributed doors
-evaluate evaluation faithfulness_benchmark frozen ifeval ifeval_benchmark initialization layouts live_lora partial
-own_source peft_checks prompt_ends recipe run run_another sharing side_effects_benchmark template_file tiny_chat
-train_compiled train_resume train_robust train_run train_together trainer
+axbench_benchmark baselines_lora baselines_trained benchmarks cli_train compile context_triplets distributed
+evaluate evaluation faithfulness_benchmark frozen hooks ifeval_benchmark ifeval_judge initialization layouts
+live_lora own_judge own_source partial peft_checks prompt_ends recipe run run_another sharing
+side_effects_benchmark template_file tiny_chat train_compiled train_resume train_robust train_run train_several
+trainer
 """.split()
 """Files that train, start processes or try every layout: not in the fast half, `-m "not slow and not long"`."""
 

@@ -38,8 +38,8 @@ def read_given(recipe: EvaluateRecipe, model: str, names: Sequence[str]) -> Trai
     for name, rows in found.traits.items():
         fine, bad = usable(name, rows, found.places[name], collator, limit)
         left_out = [*found.left_out[name], *bad]
-        check_share(name, sum(fine), left_out)
+        check_share(name, len(fine), left_out)
         if left_out:
             logger.warning("triplets: %d of %r are left out: %s", len(left_out), name, in_words(left_out))
-        kept[name] = [row for row, is_fine in zip(rows, fine, strict=True) if is_fine]
+        kept[name] = [rows[i] for i in fine]
     return kept

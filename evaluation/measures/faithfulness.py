@@ -21,9 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from peft_psr.base_model.decoder import decoder_layer_names, layer_index
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import TripletCollator
+from peft_psr.training.data.collator import Batch, to_device
 from peft_psr.training.data.dataset import encode_dataset
 from peft_psr.training.data.triplets import Triplet
-from peft_psr.training.passes.branches import Batch, Branch
+from peft_psr.training.passes.branches import Branch
 
 from .adapters.registry import kind_of
 from .strength import at_strength, run_adapter_branch
@@ -42,7 +43,7 @@ def triplet_batches(
     rows = encode_dataset(collator, triplets, "triplets")
     device = next(model.parameters()).device
     for batch in DataLoader(rows, batch_size=batch_size, collate_fn=collator):  # type: ignore[arg-type]
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        yield to_device(batch, device)
 
 
 def measured_layers(model: PeftModel) -> list[str]:

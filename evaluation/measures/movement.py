@@ -30,7 +30,7 @@ from peft import PeftModel
 
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import Triplet
-from peft_psr.training.passes.branches import Batch
+from peft_psr.training.data.collator import Batch
 
 from .faithfulness import measured_layers, response_log_probs, triplet_batches
 from .strength import run_adapter_branch

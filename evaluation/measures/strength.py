@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_psr.config import check_strength
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import sample_completions
+from peft_psr.training.data.collator import Batch
 from peft_psr.training.data.draws import Completion
-from peft_psr.training.passes.branches import Batch, Branch, run_branch
+from peft_psr.training.passes.branches import Branch, run_branch
 
 from .adapters.registry import kind_of
 

@@ -28,8 +28,9 @@ from peft_psr.evaluation.methods.fitting.edit_training import mean_log_likelihoo
 from peft_psr.evaluation.methods.fitting.preference import train_by_preference
 from peft_psr.layer import PSRUnit
 from peft_psr.training import Triplet, TripletCollator
+from peft_psr.training.data.collator import Batch
 from peft_psr.training.data.dataset import encode_dataset
-from peft_psr.training.passes.branches import Batch, unedited
+from peft_psr.training.passes.branches import unedited
 
 from .method import FitSettings, Fitted
 

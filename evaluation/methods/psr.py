@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.trainer_settings import train_quietly
 from peft_psr.training import PSRTrainer, PSRTrainingArguments, Triplet, initialize_psr_weights
-from peft_psr.training.trainer.arguments import objective_weights
+from peft_psr.training.starts.registry import STARTS
+from peft_psr.training.starts.start import DataStart
+from peft_psr.training.trainer.arguments import learns_from_text
 
 from .method import FitSettings, Fitted
 
@@ -42,22 +44,28 @@ def fit(
         gate: "relu" or "constant".
         all_layers: Edit every layer rather than one.
         objective: As `PSRTrainingArguments` takes it.
-        start: "live", which is the configuration's own, or what `initialize_psr_weights` does before training.
+        start: One of `STARTS`.
         r: Rank.
         learning_rate: Unless the settings have another.
     """
     torch.manual_seed(settings.seed)
     layers = None if all_layers else settings.layer
-    config = PSRConfig(r=r, gate=gate, layers_to_transform=layers, positions=settings.positions)
+    config = PSRConfig(
+        r=r,
+        gate=gate,
+        layers_to_transform=layers,
+        positions=settings.positions,
+        init_weights=STARTS[start].init_weights,
+    )
     steered = get_peft_model(model, config)
-    if start != "live":
+    if isinstance(STARTS[start], DataStart):
         initialize_psr_weights(steered, triplets, start, processing_class=processing_class, progress=False)
     with TemporaryDirectory() as folder:
         arguments = PSRTrainingArguments(
             output_dir=folder,
             objective=objective,
             alpha=settings.alpha,
-            num_train_epochs=settings.epochs[set(objective_weights(objective)) == {"ll"}],
+            num_train_epochs=settings.epochs[learns_from_text(objective)],
             learning_rate=settings.learning_rate or learning_rate,
             per_device_train_batch_size=settings.batch_size,
             train_sampling_strategy="group_by_length",

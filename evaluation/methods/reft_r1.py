@@ -29,8 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.edit_training import mean_log_likelihood, only_unit, train_edit
 from peft_psr.training import Triplet, TripletCollator
+from peft_psr.training.data.collator import Batch, to_device
 from peft_psr.training.data.dataset import Row, encode_dataset
-from peft_psr.training.passes.branches import Batch, unedited
+from peft_psr.training.passes.branches import unedited
 
 from .method import FitSettings, Fitted
 
@@ -79,7 +80,7 @@ def _mean_size(model: PeftModel, collator: TripletCollator, rows: Sequence[Row],
     """Mean over the rows of mean(top-k of a) in the plain model."""
     sizes: list[torch.Tensor] = []
     for start in range(0, len(rows), size):
-        batch = {name: value.to(model.device) for name, value in collator(rows[start : start + size]).items()}
+        batch = to_device(collator(rows[start : start + size]), model.device)
 
         def look(hidden: torch.Tensor, batch: Batch = batch) -> torch.Tensor:
             sizes.append(edit(hidden, batch["steering_mask"])[0])

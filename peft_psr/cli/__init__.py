@@ -71,7 +71,7 @@ def demo(
         Path("psr_demo"), callback=home, help="An empty folder for adapter, results and figures."
     ),
     seed: int = typer.Option(0, min=0, help="Makes the run repeatable on the same machine."),
-    quick: bool = typer.Option(False, "--quick", help="Under 90 seconds; fewer samples, rougher numbers."),
+    quick: bool = typer.Option(False, "--quick", help="Under a minute of one core: fewer methods and samples, rougher numbers."),
     dry_run: bool = DRY_RUN,
     config: Path | None = CONFIG,
 ) -> None:
@@ -195,10 +195,10 @@ def _cut_settings(
     for trait, triplets in found.traits.items():
         fine, left_out = usable(trait, triplets, found.places[trait], collator, context_length(model.config))
         left_out = [*found.left_out[trait], *left_out]
-        check_share(trait, sum(fine), left_out)
+        check_share(trait, len(fine), left_out)
         if left_out and console is not None:
             console.print(f"{trait}: {len(left_out)} triplets left out. {in_words(left_out)}")
-        examples += [triplet for triplet, there in zip(triplets, fine, strict=True) if there]
+        examples += [triplets[i] for i in fine]
     return {"svd_rank": rank, "model": model, "samples": collator.steering_batches(examples)}
 
 

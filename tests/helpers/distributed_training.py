@@ -104,7 +104,7 @@ def train(base: str, output: Path, case: str) -> None:
         logits = trainer.model(torch.tensor([PROMPT])).logits[0, -1]
     seen = {
         "wrapper": type(trainer.model_wrapped).__name__,
-        "normalizer": trainer.normalizer and {name: value.item() for name, value in trainer.normalizer.items()},
+        "normalizer": {name: value.item() for name, value in trainer.normalizers.get("mse", {}).items()},
         "dead_gates": trainer.dead_gates,
         "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
         "eval_loss": trainer.evaluate()["eval_loss"],

@@ -17,6 +17,7 @@ from peft_psr.text import composed
 
 from .collator import TripletCollator
 from .context import row_length, too_long
+from .dataset import Row
 from .draws import template_hash
 from .filtering import TOO_LONG, UNFIT
 from .triplets import NEGATIVES, STATE, TRIPLETS, Triplet, check_scale, scan_triplets
@@ -134,8 +135,8 @@ def scan_traits(source: str | Path, names: Sequence[str] = ()) -> TraitFiles:
 
 def usable(
     trait: str, triplets: Sequence[Triplet], places: Sequence[str], collator: TripletCollator, limit: int | None
-) -> tuple[list[bool], list[LeftOut]]:
-    """Which of a trait's triplets can be trained on, and what is wrong with the others.
+) -> tuple[dict[int, Row], list[LeftOut]]:
+    """Tokenises the triplets of a trait that can be trained on, and says what is wrong with the others.
 
     Args:
         trait: Its name.
@@ -143,21 +144,26 @@ def usable(
         places: File and line of each.
         collator: What training will encode them with.
         limit: Positions of the model; `None` for no limit.
+
+    Returns:
+        {a triplet's place: what `collator.encode` made of it} and those that are left out.
     """
-    fine, left_out = [], []
+    fine: dict[int, Row] = {}
+    left_out: list[LeftOut] = []
     for i, (triplet, place) in enumerate(zip(triplets, places, strict=True)):
-        where, kind, reason = f"{trait}[{i}] ({place})", None, ""
+        where = f"{trait}[{i}] ({place})"
         try:
-            length = row_length(collator.encode(triplet, where))
-            if limit is not None and length > limit:
-                kind, reason = TOO_LONG, f"{where} has {too_long(length, limit)}."
+            row = collator.encode(triplet, where)
         except ValueError as error:
-            kind, reason = UNFIT, str(error)
+            left_out.append(LeftOut(trait, where, UNFIT, str(error)))
         except (TypeError, OverflowError) as error:  # a tokenizer's or a template's
-            kind, reason = UNFIT, f"{where}: {error}"
-        fine.append(kind is None)
-        if kind is not None:
-            left_out.append(LeftOut(trait, where, kind, reason))
+            left_out.append(LeftOut(trait, where, UNFIT, f"{where}: {error}"))
+        else:
+            if limit is not None and row_length(row) > limit:
+                reason = f"{where} has {too_long(row_length(row), limit)}."
+                left_out.append(LeftOut(trait, where, TOO_LONG, reason))
+            else:
+                fine[i] = row
     return fine, left_out
 
 

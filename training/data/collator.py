@@ -7,26 +7,72 @@ one and the same for the edit and for the loss (METHOD 3).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 import torch
 
 from peft_psr.config import POSITIONS, check_strength
 from peft_psr.positions import common_suffix_length, pad_rows, pad_tokens, question_start
-from peft_psr.prompts.conversations import decode_completion, encode_completion, encode_prompt
+from peft_psr.prompts.conversations import Prompt, decode_completion, encode_completion, encode_prompt
 
 from .triplets import check_triplet
 
 
-class TripletCollator:
-    """Turns triplets into the batches that `PSRTrainer` and the measures work on.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-    A batch holds, padded on the right, for the student `input_ids`, `attention_mask`, `labels` (-100 outside y') and
-    `steering_mask`, all (batch, seq); for the teacher `teacher_input_ids`, `teacher_attention_mask` and
-    `teacher_mask`, all (batch, teacher seq); and, (batch,) each, `alpha` (float32), `neutral` (bool: the two prompts
-    are one and the same, so the edit is to change nothing), `adapter` (int64: which of several
-    adapters the triplet belongs to) and `index` (int64: its place among all triplets; -1 for one not in a data set).
+
+class Batch(TypedDict):
+    """Triplets as tensors, rows padded on the right.
+
     Both masks name the same tokens in the same order.
+
+    Attributes:
+        input_ids: The student's x y', (batch, seq) int64.
+        attention_mask: (batch, seq) int64, 0 for padding.
+        labels: (batch, seq) int64, -100 outside y'.
+        steering_mask: (batch, seq) int64, 1 where the edit and the loss are.
+        teacher_input_ids: The teacher's x' y', (batch, teacher seq) int64.
+        teacher_attention_mask: Likewise.
+        teacher_mask: Likewise, `steering_mask` on the teacher's side.
+        alpha: Strength of the edit, (batch,) float32.
+        neutral: (batch,) bool: the two prompts are one and the same, so the edit is to change nothing.
+        adapter: (batch,) int64: which of several adapters the triplet belongs to.
+        index: (batch,) int64: the triplet's place among all; -1 for one not in a data set.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    steering_mask: torch.Tensor
+    teacher_input_ids: torch.Tensor
+    teacher_attention_mask: torch.Tensor
+    teacher_mask: torch.Tensor
+    alpha: torch.Tensor
+    neutral: torch.Tensor
+    adapter: torch.Tensor
+    index: torch.Tensor
+
+
+def branch_inputs(batch: Batch, branch: str) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of the "teacher" (x' y'), or of any other branch (x y')."""
+    if branch == "teacher":
+        return {"input_ids": batch["teacher_input_ids"], "attention_mask": batch["teacher_attention_mask"]}
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The batch with all its tensors on a device."""
+    return cast(Batch, {name: cast(torch.Tensor, values).to(device) for name, values in batch.items()})
+
+
+def rows_at(batch: Batch, chosen: torch.Tensor) -> Batch:
+    """The rows of a batch that (batch,) bool chooses."""
+    return cast(Batch, {name: cast(torch.Tensor, values)[chosen] for name, values in batch.items()})
+
+
+class TripletCollator:
+    """Turns triplets into the batches, `Batch`, that `PSRTrainer` and the measures work on.
 
     Args:
         processing_class: A tokenizer.
@@ -40,7 +86,12 @@ class TripletCollator:
         ValueError: `positions` is unknown.
     """
 
-    def __init__(self, processing_class, positions: str = "response", alpha: str | float = "trait_score") -> None:
+    def __init__(
+        self,
+        processing_class: PreTrainedTokenizerBase,
+        positions: str = "response",
+        alpha: str | float = "trait_score",
+    ) -> None:
         if positions not in POSITIONS:
             raise ValueError(f"positions must be one of {', '.join(map(repr, POSITIONS))}, got {positions!r}.")
         self.processing_class = processing_class
@@ -72,7 +123,7 @@ class TripletCollator:
             "teacher_input_ids": steered_ids + completion,
             "prompt_length": len(prompt_ids),
             "mask_length": len(completion) + self._prompt_tokens(prompt, prompt_ids, steered, steered_ids, where),
-            "alpha": self._alpha(triplet, where, neutral=prompt_ids == steered_ids),
+            "alpha": self.strength(triplet, where, neutral=prompt_ids == steered_ids),
             "neutral": prompt_ids == steered_ids,
         }
 
@@ -102,7 +153,9 @@ class TripletCollator:
             )
         return completion
 
-    def _prompt_tokens(self, prompt, prompt_ids: list[int], steered, steered_ids: list[int], where: str) -> int:
+    def _prompt_tokens(
+        self, prompt: Prompt, prompt_ids: list[int], steered: Prompt, steered_ids: list[int], where: str
+    ) -> int:
         """Count of the last prompt tokens that are edited."""
         if self.positions == "response":
             return 1
@@ -119,7 +172,12 @@ class TripletCollator:
             )
         return count
 
-    def _alpha(self, triplet: Mapping[str, Any], where: str, neutral: bool) -> float:
+    def strength(self, triplet: Mapping[str, Any], where: str, neutral: bool) -> float:
+        """The edit's strength on a triplet, whose two prompts are equal if it is `neutral`.
+
+        Raises:
+            ValueError: it has no trait score to take it from; the message names `where`.
+        """
         if isinstance(self.alpha, float):
             return self.alpha
         if neutral:
@@ -129,7 +187,7 @@ class TripletCollator:
             raise ValueError(f"{where} has no trait_score to take alpha from. Score it, or give alpha as a number.")
         return score / 100
 
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> Batch:
         """A batch from triplets, or from what `encode` made of them."""
         features = [row for feature in features for row in feature.get("rows", (feature,))]
         rows = [f if "mask_length" in f else self.encode(f, f"triplet {i}") for i, f in enumerate(features)]
@@ -141,11 +199,14 @@ class TripletCollator:
             return pad_rows([_last(len(r[name]), r["mask_length"]) for r in rows], 0, side="right")
 
         labels = [[-100] * r["prompt_length"] + r["input_ids"][r["prompt_length"] :] for r in rows]
+        student, teacher = tokens("input_ids"), tokens("teacher_input_ids")
         return {
-            **tokens("input_ids"),
+            "input_ids": student["input_ids"],
+            "attention_mask": student["attention_mask"],
             "labels": pad_rows(labels, -100, side="right"),
             "steering_mask": mask("input_ids"),
-            **{f"teacher_{name}": values for name, values in tokens("teacher_input_ids").items()},
+            "teacher_input_ids": teacher["input_ids"],
+            "teacher_attention_mask": teacher["attention_mask"],
             "teacher_mask": mask("teacher_input_ids"),
             "alpha": torch.tensor([r["alpha"] for r in rows], dtype=torch.float32),
             "neutral": torch.tensor([r["neutral"] for r in rows]),
@@ -163,7 +224,7 @@ class TripletCollator:
         """
         rows = [self.encode(triplet, f"triplet {i}") for i, triplet in enumerate(triplets)]
         batches = [self(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-        return [{name: batch[name] for name in ("input_ids", "attention_mask", "steering_mask")} for batch in batches]
+        return [branch_inputs(batch, "student") | {"steering_mask": batch["steering_mask"]} for batch in batches]
 
 
 def _last(length: int, count: int) -> list[int]:

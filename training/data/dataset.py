@@ -2,15 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
 
 from .collator import TripletCollator
-from .triplets import check_scale
+from .triplets import Triplet, check_scale
 
 
 Row = dict[str, Any]
 """What `TripletCollator.encode` makes of a triplet, with its `index` and `adapter`."""
+
+
+@dataclass(frozen=True)
+class EncodedTriplets(Sequence[Triplet]):
+    """Triplets that have been tokenised already: `encode_dataset` takes them as they are.
+
+    Attributes:
+        triplets: The triplets, whose items these are.
+        rows: What `collator.encode` made of each.
+        collator: It. Others that edit the same positions by the same tokenizer take the rows too, at their own alpha.
+    """
+
+    triplets: Sequence[Triplet]
+    rows: Sequence[Row]
+    collator: TripletCollator
+
+    def __len__(self) -> int:
+        return len(self.triplets)
+
+    @overload
+    def __getitem__(self, place: int) -> Triplet: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Triplet]: ...
+    def __getitem__(self, place: int | slice) -> Triplet | Sequence[Triplet]:
+        return self.triplets[place]
+
+    def rows_for(self, collator: TripletCollator, name: str) -> Iterator[Row]:
+        """What a collator's own `encode` would make of each triplet; errors call the data set `name`."""
+        ours = self.collator
+        same = collator.processing_class is ours.processing_class and collator.positions == ours.positions
+        for i, (triplet, row) in enumerate(zip(self.triplets, self.rows, strict=True)):
+            where = f"{name}[{i}]"
+            if same:
+                yield row | {"alpha": collator.strength(triplet, where, row["neutral"])}
+            else:
+                yield collator.encode(triplet, where)
 
 
 def encode_dataset(collator: TripletCollator, dataset: Any, name: str, adapter: int = 0) -> list[Row]:
@@ -27,7 +64,10 @@ def encode_dataset(collator: TripletCollator, dataset: Any, name: str, adapter: 
     """
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty: there are no triplets to work on.")
-    rows = (collator.encode(triplet, f"{name}[{i}]") for i, triplet in enumerate(dataset))
+    if isinstance(dataset, EncodedTriplets):
+        rows = dataset.rows_for(collator, name)
+    else:
+        rows = (collator.encode(triplet, f"{name}[{i}]") for i, triplet in enumerate(dataset))
     encoded = [{**row, "adapter": adapter, "where": f"{name}[{i}]"} for i, row in enumerate(rows)]
     if collator.alpha == "trait_score":
         check_scale(dataset, name)

@@ -89,8 +89,8 @@ def ask_once(
     ask: Callable[[list[str]], Generator[dict[str, Any | Failure]]],
     cache: AnswerCache | None,
     usage: Counter[str],
-) -> dict[str, Any | Failure]:
-    """The answer to each text: from the cache, or asked for and put there as it comes.
+) -> dict[str, Any]:
+    """The answer to each text, or a `Failure`: from the cache, or asked for and put there as it comes.
 
     Args:
         texts: What is asked; the same text is asked about once.
@@ -101,7 +101,7 @@ def ask_once(
     """
     keys = {text: key(text) for text in texts}
     known = cache.get(keys.values()) if cache else {}
-    answers: dict[str, Any | Failure] = {text: known[key] for text, key in keys.items() if key in known}
+    answers: dict[str, Any] = {text: known[key] for text, key in keys.items() if key in known}
     usage["cached"] += len(answers)
     if missing := [text for text in keys if text not in answers]:
         with closing(ask(missing)) as batches:

@@ -65,7 +65,7 @@ def read_scores(
             first = read.logits[:, -1].float().log_softmax(-1)
             top = first.topk(min(TOP_TOKENS, first.shape[-1]))
             masses = [
-                number_masses([(processing_class.decode([t]), p) for t, p in zip(tokens, logprobs, strict=True)])
+                number_masses([(str(processing_class.decode([t])), p) for t, p in zip(tokens, logprobs, strict=True)])
                 for tokens, logprobs in zip(top.indices.tolist(), top.values.tolist(), strict=True)
             ]
         else:
@@ -100,7 +100,7 @@ def _likeliest_answers(
     for row in torch.cat(chosen, dim=1).tolist():
         length = next((i for i, token in enumerate(row) if token in stops), len(row))
         text = processing_class.decode(row[:length], skip_special_tokens=True)
-        answers.append((text, length == len(row)))
+        answers.append((str(text), length == len(row)))
     return answers
 
 

@@ -1,4 +1,4 @@
-"""What the MSE is before any training, which `normalize_loss` divides by."""
+"""What an objective's loss at each layer is before any training, which `normalize_loss` divides by."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from typing import Any
 
 import torch
 
-from peft_psr.training.passes.branches import Batch, run_branch
+from peft_psr.training.data.collator import Batch
+from peft_psr.training.passes.branches import run_branch
 from peft_psr.training.passes.frozen import FrozenModel
 
-from .losses import mse_by_layer
+from .objective import Objective, Passes
 
 
 def untrained_loss(
+    objective: Objective,
     frozen: FrozenModel,
     layers: Sequence[str],
     batches: Iterable[Batch],
     adapters: Sequence[str],
     gather: Callable[[torch.Tensor], Any],
 ) -> dict[str, torch.Tensor]:
-    """{layer: (adapters,)}: mean squared difference between the branches without any edit.
+    """{layer: (adapters,)}: mean loss without any edit.
 
     Neutral triplets do not count: there is no difference.
 
     Args:
+        objective: One that has a loss at each layer.
         frozen: The model.
         layers: The decoder layers from the first edited one on.
         batches: All triplets.
@@ -39,7 +42,8 @@ def untrained_loss(
     for batch in batches:
         teacher = frozen.teacher(batch)
         base = run_branch(frozen.model, batch, layers, "base")
-        losses = mse_by_layer(base.hidden, teacher, batch["steering_mask"])
+        losses = objective.loss(Passes(frozen.model, batch, layers, base, teacher, adapters))
+        assert isinstance(losses, dict)  # as "all" layers promise
         by_triplet = torch.stack([loss.to(batch["index"].device) for loss in losses.values()], dim=1)
         owner = torch.where(batch["neutral"], -1, batch["adapter"])
         parts += gather(by_triplet)

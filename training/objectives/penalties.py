@@ -6,14 +6,15 @@ norm penalty   mean over layers and tokens of |edit|^2 / |A_l|^2                
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 
 import torch
 
 from peft_psr.rows import EACH_ROW
-from peft_psr.training.passes.branches import Batch, Branch
+from peft_psr.training.passes.branches import psr_model
 
-from .losses import row_means, rows_of
+from .objective import Passes
+from .tokens import row_means, rows_of
 
 
 def gate_regularizer(gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -54,28 +55,29 @@ def norm_penalty(
     return row_means(squares / stream.detach().float().square().sum(dim=-1), rows, mask.shape[0])
 
 
-def relative_norm(
-    student: Branch,
-    units: Mapping[tuple[str, str], tuple[torch.Tensor, float]],
-    adapters: Sequence[str],
-    batch: Batch,
-) -> torch.Tensor:
-    """The norm penalty of a batch, mean over layers; (batch,).
+def closed_gates(passes: Passes) -> torch.Tensor:
+    """The gate regulariser of a batch, sum over layers, 0 for neutral triplets; (batch,)."""
+    neutral = passes.batch["neutral"]
+    hinges = [gate_regularizer(gates, passes.mask).to(neutral.device) for gates in passes.student.gates.values()]
+    return torch.stack(hinges).sum(dim=0) * ~neutral
 
-    Args:
-        student: The steered model's pass.
-        units: {(layer name, adapter): (z (r, d), b_m)}.
-        adapters: The adapters that are trained, as `batch["adapter"]` counts them.
-        batch: The batch.
-    """
+
+def relative_norm(passes: Passes) -> torch.Tensor:
+    """The norm penalty of a batch, mean over layers; (batch,)."""
+    batch, layers = passes.batch, {layer.name: layer for layer in psr_model(passes.model).psr_layers().values()}
     penalties = []
-    for (layer, name), gates in student.gates.items():
-        owners = adapters if name == EACH_ROW else [name]
-        own = batch["adapter"] if name == EACH_ROW else torch.zeros_like(batch["adapter"])
-        directions = torch.stack([units[layer, owner][0] for owner in owners])
-        biases = torch.tensor([units[layer, owner][1] for owner in owners], device=own.device)
-        strength = batch["alpha"] + biases[own]
+    for (name, adapter), gates in passes.student.gates.items():
+        layer, several = layers[name], adapter == EACH_ROW
+        owners = passes.adapters if several else [adapter]
+        own = batch["adapter"] if several else torch.zeros_like(batch["adapter"])
+        directions = torch.stack([layer.unit(owner).direction for owner in owners])
+        biases = torch.tensor([layer.config[owner].coefficient_bias for owner in owners], device=own.device)
         direction = directions[own.to(directions.device)]
-        penalty = norm_penalty(gates, direction, strength, student.hidden[layer], batch["steering_mask"])
+        strength = batch["alpha"] + biases[own]
+        penalty = norm_penalty(gates, direction, strength, passes.student.hidden[name], passes.mask)
         penalties.append(penalty.to(own.device))
     return torch.stack(penalties).mean(dim=0)
+
+
+PENALTIES: dict[str, Callable[[Passes], torch.Tensor]] = {"regularizer": closed_gates, "norm_penalty": relative_norm}
+"""By the fields of `PSRTrainingArguments` that hold their weights."""

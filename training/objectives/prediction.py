@@ -1,64 +1,99 @@
-"""The objectives on what the model predicts: from its last layer's outputs by its own head, or from its logits."""
+"""What the models predict: from their last layer's outputs by their own head, or as logits that came with the call."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
+from torch.utils.checkpoint import checkpoint
 
 from peft_psr.base_model.decoder import text_config
-from peft_psr.training.passes.branches import Batch, Branch, unedited
+from peft_psr.training.data.collator import Batch
+from peft_psr.training.passes.branches import Branch, unedited
 from peft_psr.training.passes.partial import predict
 
-from .losses import kl_loss, likelihood_loss, response_targets
+
+LOGITS_AT_ONCE = 2**25
+"""Most logits (128 MB in float32) that are computed at once; more come in pieces, each computed again going back."""
+
+Predict = Callable[[torch.Tensor], torch.Tensor]
+"""Logits (n, vocabulary) of outputs (n, d) of the last decoder layer."""
 
 
-def prediction_losses(
-    model: PeftModel,
-    objectives: Collection[str],
-    student: Branch,
-    last: str,
-    prompted: torch.Tensor | None,
-    batch: Batch,
-) -> dict[str, torch.Tensor]:
-    """The losses "ll" and "kl" of a batch.
+class Prediction(NamedTuple):
+    """Both models' predictions at the masked tokens.
+
+    Attributes:
+        head: Logits (n, vocabulary) of some rows of `steered`.
+        steered: (tokens, d), outputs of the last decoder layer, or logits (tokens, vocabulary), which `head` returns.
+        prompted_head: Likewise of `prompted`: the head as it was, without what `modules_to_save` trains of it.
+        prompted: Likewise of the prompted model; `None` where nothing looks at it.
+        targets: (tokens,), from `response_targets`.
+        vocabulary: Its size.
+    """
+
+    head: Predict
+    steered: torch.Tensor
+    prompted_head: Predict
+    prompted: torch.Tensor | None
+    targets: torch.Tensor
+    vocabulary: int
+
+
+def prediction_of(
+    model: PeftModel, batch: Batch, student: Branch, last: str, prompted: torch.Tensor | None
+) -> Prediction:
+    """The predictions of a batch.
 
     Args:
         model: The PEFT model.
-        objectives: Which are wanted; others are passed over.
+        batch: The batch.
         student: The steered model's pass; its logits are used if it has them, else its last layer's output.
         last: Name of the last decoder layer.
-        prompted: The same of the prompted model at the masked tokens, (tokens, vocabulary) or (tokens, d); for "kl".
-        batch: The batch.
-
-    Returns:
-        {objective: (batch,)}.
+        prompted: The same of the prompted model at the masked tokens.
     """
     mask = batch["steering_mask"]
     vocabulary = text_config(model.get_base_model()).vocab_size
     targets = response_targets(batch["labels"], mask)
     if student.logits is not None:
-        steered, head, prompted_head = student.logits[mask.bool()], _itself, _itself
-    else:
-        steered = student.hidden[last]
-        head = partial(predict, model, layers_pattern=model.active_peft_config.layers_pattern)
-        prompted_head = partial(_predict_unedited, model, head)
-    losses = {}
-    if "ll" in objectives:
-        losses["ll"] = likelihood_loss(head, steered, targets, mask, vocabulary)
-    if "kl" in objectives:
-        assert prompted is not None
-        losses["kl"] = kl_loss(head, steered, prompted, targets, mask, vocabulary, prompted_head)
-    return losses
+        return Prediction(_itself, student.logits[mask.bool()], _itself, prompted, targets, vocabulary)
+    head = partial(predict, model, layers_pattern=model.active_peft_config.layers_pattern)
+    as_it_was = partial(_predict_unedited, model, head)
+    return Prediction(head, student.hidden[last], as_it_was, prompted, targets, vocabulary)
+
+
+def response_targets(labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What each masked token has to predict: the next token of y', or -100 where there is none.
+
+    The first such prediction, of y'_1, is made at the last prompt token: the first one an edit can reach.
+
+    Args:
+        labels: (batch, seq), -100 outside y'.
+        mask: (batch, seq), the masked tokens.
+
+    Returns:
+        (tokens,) int64.
+    """
+    return F.pad(labels[:, 1:], (0, 1), value=-100)[mask.bool()]
+
+
+def in_pieces(function: Callable[..., torch.Tensor], vocabulary: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """`function` of equal slices of the tensors, put together, where all at once would be too many logits."""
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    if len(tensors[0]) <= size:
+        return function(*tensors)
+    pieces = zip(*(tensor.split(size) for tensor in tensors), strict=True)
+    return torch.cat([checkpoint(function, *piece, use_reentrant=False) for piece in pieces])
 
 
 def _itself(logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _predict_unedited(model: PeftModel, head, hidden: torch.Tensor) -> torch.Tensor:
-    """By the head as it was, without what `modules_to_save` trains of it."""
+def _predict_unedited(model: PeftModel, head: Predict, hidden: torch.Tensor) -> torch.Tensor:
     with unedited(model):
         return head(hidden)

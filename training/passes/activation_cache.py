@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +20,21 @@ import torch
 logger = logging.getLogger(__name__)
 
 PLACES = ("auto", "memory", "disk", "none")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What the user allows.
+
+    Attributes:
+        place: One of `PLACES`.
+        budget: GB (1e9 bytes) that the activations may take.
+        folder: Where a file would lie.
+    """
+
+    place: str
+    budget: float
+    folder: Path
 
 
 class ActivationCache:
@@ -76,19 +92,18 @@ class ActivationCache:
         )  # fmt: skip
 
 
-def plan_cache(place: str, size: int, budget: float, folder: Path, reason: str | None) -> str:
+def plan_cache(settings: CacheSettings, size: int, reason: str | None) -> str:
     """Where to keep activations: "memory", "disk" or "none"; said in the log.
 
     Args:
-        place: What the user asked for, one of `PLACES`.
+        settings: What the user asked for.
         size: Bytes that all triplets take.
-        budget: GB (1e9 bytes) that they may take.
-        folder: Where a file would lie.
         reason: Why nothing can be kept in this run, or `None`.
 
     Raises:
         ValueError: the user asked for a place where they do not fit, or where nothing can be kept.
     """
+    place, budget, folder = settings.place, settings.budget, settings.folder
     needed = f"{size / 1e9:.2f} GB"
     if place != "auto" and place != "none":
         if reason is not None:

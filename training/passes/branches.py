@@ -18,11 +18,9 @@ from peft import PeftModel
 from peft_psr.base_model.decoder import capture_layer_outputs, decoder_layer_names
 from peft_psr.config import PSRConfig
 from peft_psr.model import PSRModel
+from peft_psr.training.data.collator import Batch, branch_inputs
 
 from .partial import in_eval_mode
-
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -129,9 +127,8 @@ def run_branch(
         wrapper: What to call in place of `model`: a wrapper around it that gathers gradients, such as DDP's.
         adapter_names: For the student, one adapter a row in place of the active ones.
     """
-    prefix = "teacher_" if branch == "teacher" else ""
     mask = batch["teacher_mask" if branch == "teacher" else "steering_mask"].bool()
-    inputs: dict[str, Any] = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}
+    inputs: dict[str, Any] = branch_inputs(batch, branch)
     if not logits:
         inputs |= few_logits(model)
     edited = branch == "student"

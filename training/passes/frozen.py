@@ -7,19 +7,18 @@ stream below the first edit known, a training step computes the layers above it 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 
 from peft_psr.base_model.decoder import capture_layer_outputs, decoder_layer_names, text_config
-from peft_psr.training.trainer.arguments import PSRTrainingArguments
+from peft_psr.training.data.collator import Batch, branch_inputs, rows_at
+from peft_psr.training.data.dataset import Row
 
-from .activation_cache import ActivationCache, plan_cache
-from .branches import Batch, few_logits, psr_model, run_branch, unedited
+from .activation_cache import ActivationCache, CacheSettings, plan_cache
+from .branches import few_logits, psr_model, run_branch, unedited
 from .partial import known_output, stop_after
 
 
@@ -32,12 +31,11 @@ class FrozenModel:
     Args:
         model: The PEFT model.
         rows: All triplets, in the order of their `index`.
+        first_edited: Name of the first decoder layer that is edited.
         teacher_layers: The layers whose prompted activations the objectives look at; may be none.
-        below: Names of the decoder layers up to the first edited one, where the stream there may be kept; else none.
-        place: `teacher_cache` of `PSRTrainingArguments`.
-        budget: `teacher_cache_gb`.
-        folder: Where to lay a file.
-        reason: Why nothing can be kept, or `None`.
+        settings: Where activations may be kept.
+        from_start: Every forward call has to compute all layers, as gradient checkpointing does.
+        sharded: The model's weights are spread over processes.
 
     Attributes:
         place: Where the activations are kept: "memory", "disk" or "none".
@@ -46,67 +44,38 @@ class FrozenModel:
     def __init__(
         self,
         model: PeftModel,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Row],
+        first_edited: str,
         teacher_layers: Sequence[str],
-        below: Sequence[str],
-        place: str,
-        budget: float,
-        folder: Path,
-        reason: str | None = None,
-    ) -> None:
-        self.model, self.teacher_layers, self.below = model, list(teacher_layers), list(below)
-        self._teacher_lengths = [row["mask_length"] for row in rows]
-        self._stream_lengths = [len(row["input_ids"]) for row in rows]
-        self._folder = folder
-        base = model.get_base_model()
-        width, itemsize = text_config(base).hidden_size, next(base.parameters()).dtype.itemsize
-        numbers = sum(self._teacher_lengths) * len(self.teacher_layers) + sum(self._stream_lengths) * bool(self.below)
-        self.place = plan_cache(place, numbers * width * itemsize, budget, folder, reason)
-        self._teacher: ActivationCache | None = None
-        self._stream: ActivationCache | None = None
-        self._trusted: bool | None = None
-
-    @classmethod
-    def for_training(
-        cls,
-        model: PeftModel,
-        rows: Sequence[Mapping[str, Any]],
-        layers: Sequence[str],
-        args: PSRTrainingArguments,
+        settings: CacheSettings,
+        from_start: bool,
         sharded: bool,
-    ) -> FrozenModel:
-        """What can be kept with these arguments.
-
-        Args:
-            model: The PEFT model.
-            rows: All triplets, in the order of their `index`.
-            layers: The decoder layers from the first edited one on.
-            args: The trainer's.
-            sharded: The model's weights are spread over processes.
-        """
-        weights, base = args.objective_weights, model.get_base_model()
+    ) -> None:
+        base = model.get_base_model()
         names = decoder_layer_names(base, model.active_peft_config.layers_pattern)
         trained_elsewhere = any(p.requires_grad and ".psr_unit." not in n for n, p in model.named_parameters())
         # edits inside a decoder layer: what is not computed is not edited
         inside = any(layer.name not in names for layer in psr_model(model).psr_layers().values())
         # upper layers that read the keys and values of lower ones
         shares = getattr(text_config(base), "num_kv_shared_layers", 0)
-        whole = args.gradient_checkpointing or trained_elsewhere or inside or shares
+        whole = from_start or trained_elsewhere or inside or shares
         reason = None
         if any(parameter.is_meta for parameter in base.parameters()):
             reason = "part of the base model is offloaded"
         elif sharded:
             reason = "the base model is sharded, so that all processes have to run each layer at the same time"
-        return cls(
-            model,
-            rows,
-            teacher_layers=layers if "mse" in weights else layers[-1:] if "kl" in weights else [],
-            below=[] if whole else names[: names.index(layers[0]) + 1],
-            place=args.teacher_cache,
-            budget=args.teacher_cache_gb,
-            folder=Path(args.output_dir or "."),
-            reason=reason,
-        )
+        self.model, self.teacher_layers = model, list(teacher_layers)
+        # the decoder layers up to the first edited one, where the stream there may be kept
+        self.below = [] if whole else names[: names.index(first_edited) + 1]
+        self._teacher_lengths = [row["mask_length"] for row in rows]
+        self._stream_lengths = [len(row["input_ids"]) for row in rows]
+        self._folder = settings.folder
+        width, itemsize = text_config(base).hidden_size, next(base.parameters()).dtype.itemsize
+        numbers = sum(self._teacher_lengths) * len(self.teacher_layers) + sum(self._stream_lengths) * bool(self.below)
+        self.place = plan_cache(settings, numbers * width * itemsize, reason)
+        self._teacher: ActivationCache | None = None
+        self._stream: ActivationCache | None = None
+        self._trusted: bool | None = None
 
     def _cache(self, lengths: list[int], names: list[str], example: torch.Tensor) -> ActivationCache:
         folder = self._folder if self.place == "disk" else None
@@ -171,8 +140,7 @@ class FrozenModel:
             stop_after(base, names[len(self.below) :]),
             capture_layer_outputs(base, [first]) as outputs,
         ):
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            self.model(**inputs, **few_logits(self.model), use_cache=False)
+            self.model(**branch_inputs(batch, "base"), **few_logits(self.model), use_cache=False)
         flat = outputs[first][batch["attention_mask"].bool().to(outputs[first].device)]
         if self._stream is None:
             self._stream = self._cache(self._stream_lengths, [first], flat)
@@ -205,5 +173,4 @@ def _missing(cache: ActivationCache | None, batch: Batch) -> Batch:
     """The rows of a batch that a cache does not hold."""
     if cache is None:
         return batch
-    missing = ~cache.holds(batch["index"]).to(batch["index"].device)
-    return {name: values[missing] for name, values in batch.items()}
+    return rows_at(batch, ~cache.holds(batch["index"]).to(batch["index"].device))

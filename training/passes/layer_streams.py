@@ -16,9 +16,10 @@ import torch
 from peft import PeftModel
 
 from peft_psr.base_model.decoder import capture_layer_outputs, decoder_layer_names, text_config
-from peft_psr.training.data.collator import TripletCollator
+from peft_psr.training.data.collator import Batch, TripletCollator, branch_inputs, to_device
+from peft_psr.training.data.dataset import Row
 
-from .branches import Batch, few_logits, psr_model, unedited
+from .branches import few_logits, psr_model, unedited
 from .partial import in_eval_mode, known_output, stop_after
 
 
@@ -64,9 +65,7 @@ class LayerStreams:
         batch_size: Triplets a forward pass.
     """
 
-    def __init__(
-        self, model: PeftModel, collator: TripletCollator, rows: Sequence[dict[str, Any]], batch_size: int
-    ) -> None:
+    def __init__(self, model: PeftModel, collator: TripletCollator, rows: Sequence[Row], batch_size: int) -> None:
         self.model = model
         self.layers = decoder_layer_names(psr_model(model).model, model.active_peft_config.layers_pattern)
         # alike lengths together, so that little is padded
@@ -74,8 +73,7 @@ class LayerStreams:
         self._triplets = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         device = next(model.parameters()).device
         self._batches: list[Batch] = [
-            {name: tensor.to(device) for name, tensor in collator([rows[i] for i in triplets]).items()}
-            for triplets in self._triplets
+            to_device(collator([rows[i] for i in triplets]), device) for triplets in self._triplets
         ]
         self._positions = [_Position() for _ in self._batches]
         # layers that read the keys of lower ones can't run without them
@@ -114,8 +112,7 @@ class LayerStreams:
         if position.layer == layer:
             return position
         hidden = {
-            "teacher": self._run(number, layer, "teacher_", position.hidden.get("teacher")),
-            "student": self._run(number, layer, "", position.hidden.get("student")),
+            branch: self._run(number, layer, branch, position.hidden.get(branch)) for branch in ("teacher", "student")
         }
         position = _Position(layer, hidden, hidden["student"].device)
         if self._keep is None:
@@ -126,8 +123,7 @@ class LayerStreams:
         return position
 
     def _fits(self, number: int, hidden: dict[str, torch.Tensor]) -> bool:
-        names = ("input_ids", "teacher_input_ids")
-        tokens = [sum(batch[name].numel() for name in names) for batch in self._batches]
+        tokens = [batch["input_ids"].numel() + batch["teacher_input_ids"].numel() for batch in self._batches]
         size = sum(tensor.nbytes for tensor in hidden.values()) / tokens[number] * sum(tokens)
         if size > KEPT_BYTES:
             logger.info(
@@ -136,13 +132,12 @@ class LayerStreams:
             )  # fmt: skip
         return size <= KEPT_BYTES
 
-    def _run(self, number: int, layer: int, prefix: str, known: torch.Tensor | None) -> torch.Tensor:
-        """Output of a layer (batch, seq, d), from what is known of an earlier one; "teacher_" runs without edits."""
+    def _run(self, number: int, layer: int, branch: str, known: torch.Tensor | None) -> torch.Tensor:
+        """Output of a layer (batch, seq, d), from what is known of an earlier one; "teacher" runs without edits."""
         batch, position = self._batches[number], self._positions[number]
         base = self.model.get_base_model()
-        inputs: dict[str, Any] = {name: batch[prefix + name] for name in ("input_ids", "attention_mask")}
-        inputs |= few_logits(self.model)
-        if not prefix:
+        inputs: dict[str, Any] = branch_inputs(batch, branch) | few_logits(self.model)
+        if branch == "student":
             inputs |= {"steering_mask": batch["steering_mask"], "alpha": batch["alpha"]}
         before = nullcontext() if known is None else known_output(
             base, self.layers[: position.layer + 1], known.to(position.device), edited=False
@@ -151,7 +146,7 @@ class LayerStreams:
         with (
             torch.no_grad(),
             in_eval_mode(self.model),  # dropout would make the branches differ by noise
-            unedited(self.model) if prefix else nullcontext(),
+            unedited(self.model) if branch == "teacher" else nullcontext(),
             before,
             stop_after(base, self.layers[layer + 1 :]),
             capture_layer_outputs(base, [name]) as outputs,

@@ -214,18 +214,27 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 def _bare_kinds(kind: type[RecipeFields], name: str) -> list[Any]:
-    """What a field may be, without constraints."""
-    parts = _kinds(kind.model_fields[name].annotation)
-    return [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
+    """What a field may be, without constraints; `Registered` for a registry's names."""
+    field = kind.model_fields[name]
+    return [
+        _names_in(part, field.metadata) or (get_args(part)[0] if get_origin(part) is Annotated else part)
+        for part in _kinds(field.annotation)
+    ]
+
+
+def _names_in(kind: Any, constraints: Sequence[Any]) -> Registered | None:
+    """The registry that a text has to be a name of, if any."""
+    own = get_args(kind)[1:] if get_origin(kind) is Annotated else constraints if kind is str else ()
+    return next((constraint for constraint in own if isinstance(constraint, Registered)), None)
 
 
 def _kind_in_words(kind: Any, constraints: Sequence[Any]) -> str:
+    names = _names_in(kind, constraints)
+    if names is not None:
+        return " | ".join(names.registry)
     if get_origin(kind) is Annotated:
         kind, *own = get_args(kind)
-        constraints = [*constraints, *(c for field in own for c in getattr(field, "metadata", [field]))]
-    for constraint in constraints:
-        if isinstance(constraint, Registered) and kind is str:
-            return " | ".join(constraint.registry)
+        constraints = [*constraints, *(c for field in own for c in getattr(field, "metadata", []))]
     if get_origin(kind) is Literal:
         return " | ".join(get_args(kind))
     if get_origin(kind) is dict:

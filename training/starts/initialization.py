@@ -6,8 +6,9 @@ layers before it already do their part, and D what is then still missing,
     D = A_l(x' y') - A
 
 `mean_difference` sets z = mean(D) with open gates (w = 0, b = 1): DiM for a single layer, CAA-like. `ridge` fits gates
-and directions together, or the gates alone where directions are given; see `ridge.py`. Measuring D in one pass for all
-layers, as Delta_l - Delta_{l-1}, would count twice what a block makes by itself of an edited stream.
+and directions together, or the gates alone where directions are given; see `ridge.py`. `registry.py` lists them all.
+Measuring D in one pass for all layers, as Delta_l - Delta_{l-1}, would count twice what a block makes by itself of an
+edited stream.
 
 Source: docs/results.md of this project; `mean_difference` is the paper's DiM.
 """
@@ -15,7 +16,8 @@ Source: docs/results.md of this project; `mean_difference` is the paper's DiM.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
@@ -26,25 +28,27 @@ from peft_psr.config import check_strength
 from peft_psr.layer import PSRUnit
 from peft_psr.training.data.collator import TripletCollator
 from peft_psr.training.data.context import check_rows
-from peft_psr.training.data.dataset import encode_dataset
+from peft_psr.training.data.dataset import Row, encode_dataset
 from peft_psr.training.data.triplets import Triplet
 from peft_psr.training.passes.branches import layers_downstream, psr_model
 from peft_psr.training.passes.layer_streams import LayerStreams, Tokens
 from peft_psr.training.progress import Progress
 
 from .directions import Directions, directions_by_layer
-from .ridge import Edit, Moments, fit_edit, fit_gates, mean_edit, mean_gates
+from .registry import STARTS
+from .regression import Edit, Moments
+from .start import DataStart, Wanted
 
 
-METHODS = ("ridge", "mean_difference")
-FOLDS = 2
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def initialize_psr_weights(
     model: PeftModel,
     dataset: Sequence[Triplet],
     method: str = "ridge",
-    processing_class=None,
+    processing_class: PreTrainedTokenizerBase | None = None,
     ridge_strength: float | None = None,
     directions: Directions | None = None,
     batch_size: int = 16,
@@ -57,13 +61,13 @@ def initialize_psr_weights(
     0.7 GB and 14 s of one processor core, strength chosen; memory grows as d^2, time as d^3. They are float64, on the
     layer's device.
 
-    A constant gate gets the mean difference from either method. Ranks that there is no use for start with z = 0 behind
+    A constant gate gets the mean difference from ridge, too. Ranks that there is no use for start with z = 0 behind
     open gates that differ, so that training can tell them apart.
 
     Args:
         model: A PEFT model with an active PSR adapter on decoder layers.
         dataset: Triplets; their scores do not matter.
-        method: "ridge" or "mean_difference".
+        method: "ridge", "mean_difference", or one that was added to `peft_psr.training.starts.registry.STARTS`.
         processing_class: The tokenizer; `None` loads the one that lies with the model.
         ridge_strength: Penalty on the gates' weights, > 0, relative to the variance of the stream's features. `None`
             chooses it for each layer by the error on held-out triplets, without further passes over the data.
@@ -81,8 +85,10 @@ def initialize_psr_weights(
             that do not fit the adapter, an empty data set, activations that are not finite, or an instruction that
             changes nothing at an edited layer.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
+    methods = {name: start for name in STARTS if isinstance(start := STARTS[name], DataStart)}
+    if method not in methods:
+        raise ValueError(f"method must be one of {', '.join(map(repr, methods))}, got {method!r}.")
+    start = methods[method]
     if ridge_strength is not None and check_strength(ridge_strength, "ridge_strength") <= 0:
         raise ValueError(f"ridge_strength must be > 0, got {ridge_strength}; None chooses it by held-out error.")
     tuner = psr_model(model)
@@ -105,19 +111,24 @@ def initialize_psr_weights(
     collator = TripletCollator(processing_class, config.positions, alpha=1.0)
     rows = encode_dataset(collator, dataset, "dataset")
     check_rows(rows, model)
-    choosing = method == "ridge" and config.gate == "relu" and ridge_strength is None
-    folds = fold_of_each(rows, FOLDS if choosing else 1)
+    wanted = Wanted(config.r, config.gate == "relu", ridge_strength)
+    folds = fold_of_each(rows, start.folds(wanted))
     streams = LayerStreams(model, collator, rows, batch_size)
     for unit in units.values():
         unit.reset_parameters(init_weights=True)
     with Progress(f"{method} start", len(names) * len(streams), unit="batches", shown=progress) as bar:
         for name, unit in units.items():
             moments = _sums(streams.at(name), folds, layers[name].width, bar)
+            if all(sums.square == 0 for sums in moments):
+                raise ValueError(
+                    f"The instruction changes nothing at {name}: its activations are equal with and without it on "
+                    "every triplet, so there is no direction to start from."
+                )
             z = None if given is None else given[layer_index(name)].to(moments[0].gram.device)
-            _set_weights(unit, _edit(moments, unit, method, ridge_strength, z, name), strength)
+            _set_weights(unit, start.edit(moments, replace(wanted, directions=z)), strength)
 
 
-def fold_of_each(rows: Sequence[dict[str, Any]], count: int) -> torch.Tensor:
+def fold_of_each(rows: Sequence[Row], count: int) -> torch.Tensor:
     """A fold, 0 to `count` - 1, for each triplet: (triplets,) int64; fewer folds where there are fewer triplets.
 
     Triplets in the order of their prompted tokens are cut into blocks, so that those that share an instruction, or
@@ -143,20 +154,6 @@ def _sums(batches: Iterable[Tokens], folds: torch.Tensor, width: int, bar: Progr
             sums.add(tokens.stream[chosen], tokens.difference[chosen])
         bar.advance()
     return moments
-
-
-def _edit(
-    moments: list[Moments], unit: PSRUnit, method: str, strength: float | None, z: torch.Tensor | None, name: str
-) -> Edit:
-    total, r = sum(moments[1:], moments[0]), unit.direction.shape[0]
-    if total.square == 0:
-        raise ValueError(
-            f"The instruction changes nothing at {name}: its activations are equal with and without it on "
-            "every triplet, so there is no direction to start from."
-        )
-    if method == "mean_difference" or unit.gate_weight is None:
-        return mean_edit(total, r) if z is None else mean_gates(total, z)
-    return fit_edit(moments, r, strength) if z is None else fit_gates(moments, z, strength)
 
 
 @torch.no_grad()

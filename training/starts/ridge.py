@@ -19,10 +19,12 @@ Mukherjee & Zhu (2011). Other ways that were tried: docs/results.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
+
+from .mean_difference import MEAN_DIFFERENCE
+from .regression import Edit, Moments, Regression
+from .start import DataStart, Wanted
 
 
 STRENGTHS = tuple(10.0 ** (k / 2) for k in range(-12, 5))
@@ -33,108 +35,26 @@ FIRST_STRENGTH = 0.1
 
 OPENNESS = 2.5
 
-
-class Edit(NamedTuple):
-    """Weights of one layer, float64: w (r, d), b (r,), z (r, d)."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    direction: torch.Tensor
+FOLDS = 2
 
 
-@dataclass
-class Moments:
-    """Sums over tokens, float64; about 16 d^2 bytes: 0.27 GB at d = 4096.
+class Ridge(DataStart):
+    """The start "ridge"; a constant gate, which has nothing to fit, gets the mean difference."""
 
-    Attributes:
-        gram: Sum of a a^T with a = (A, 1), (d + 1, d + 1); its last entry counts the tokens.
-        cross: Sum of a D^T, (d + 1, d).
-        square: Sum of |D|^2, ().
-    """
+    def folds(self, wanted: Wanted) -> int:
+        """Two where a strength is to be chosen."""
+        return FOLDS if wanted.gated and wanted.strength is None else 1
 
-    gram: torch.Tensor
-    cross: torch.Tensor
-    square: torch.Tensor
-
-    @classmethod
-    def zeros(cls, width: int, device: torch.device | str = "cpu") -> Moments:
-        """Of no tokens, for a stream of `width` features."""
-        shapes = ((width + 1, width + 1), (width + 1, width), ())
-        return cls(*(torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes))
-
-    def add(self, stream: torch.Tensor, difference: torch.Tensor) -> None:
-        """Add tokens: A (tokens, d) and D (tokens, d)."""
-        inputs = torch.cat([stream, stream.new_ones(stream.shape[0], 1)], dim=1).to(self.gram)
-        outputs = difference.to(self.gram)
-        self.gram.addmm_(inputs.T, inputs)
-        self.cross.addmm_(inputs.T, outputs)
-        self.square += outputs.square().sum()
-
-    def __add__(self, other: Moments) -> Moments:
-        """Of the tokens of both."""
-        return Moments(self.gram + other.gram, self.cross + other.cross, self.square + other.square)
-
-    def __sub__(self, other: Moments) -> Moments:
-        """Of the tokens without those of `other`."""
-        return Moments(self.gram - other.gram, self.cross - other.cross, self.square - other.square)
-
-    @property
-    def mean_difference(self) -> torch.Tensor:
-        """Mean of D, (d,)."""
-        return self.cross[-1] / self.gram[-1, -1]
-
-    def missing(self, fit: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Sum of |D - (a @ fit) @ z|^2, () for `fit` (d + 1, r), with gates that are never closed."""
-        predicted = (fit.T @ self.gram @ fit * (z @ z.T)).sum()
-        return self.square - 2 * (fit.T @ self.cross * z).sum() + predicted
+    def edit(self, folds: Sequence[Moments], wanted: Wanted) -> Edit:
+        """Gates and directions together, or the gates alone where directions are given."""
+        if not wanted.gated:
+            return MEAN_DIFFERENCE.edit(folds, wanted)
+        if wanted.directions is None:
+            return fit_edit(folds, wanted.r, wanted.strength)
+        return fit_gates(folds, wanted.directions, wanted.strength)
 
 
-class Regression:
-    """Ridge regressions of D on A over some tokens, for any strength, by one eigendecomposition of d x d.
-
-    Constant features get no weight; collinear ones, and more features than tokens, share it.
-
-    Args:
-        moments: The tokens' sums.
-    """
-
-    def __init__(self, moments: Moments) -> None:
-        tokens = moments.gram[-1, -1]
-        self.mean = moments.gram[-1, :-1] / tokens
-        self.mean_difference = moments.mean_difference
-        covariance = moments.gram[:-1, :-1] / tokens - torch.outer(self.mean, self.mean)
-        variance, square = covariance.diagonal(), moments.gram.diagonal()[:-1] / tokens
-        # what float64 sums of float32 numbers leave of a constant feature is below this
-        self.scale = torch.where(variance > 1e-12 * square, variance.clamp(min=0).sqrt(), torch.inf)
-        values, self.vectors = torch.linalg.eigh(covariance / torch.outer(self.scale, self.scale))
-        self.values = values.clamp(min=0)
-        crossed = moments.cross[:-1] / tokens - torch.outer(self.mean, self.mean_difference)
-        self.crossed = crossed / self.scale[:, None]
-
-    def directions(self, r: int, strength: float) -> torch.Tensor:
-        """Orthonormal main directions of the fit to D, (at most r, d): fewer if it has no more."""
-        factor = self.vectors.T @ self.crossed / (self.values + strength).sqrt()[:, None]
-        energy = factor.T @ factor + torch.outer(self.mean_difference, self.mean_difference)
-        values, vectors = torch.linalg.eigh(energy)
-        found = values.flip(0)[:r] > 1e-10 * values[-1]
-        return vectors.flip(1).T[:r][found]
-
-    def gates(self, z: torch.Tensor, strength: float) -> torch.Tensor:
-        """The fit (d + 1, r), bias last, of how much of each direction z (r, d) a token takes."""
-        coefficients = torch.linalg.pinv(z)  # (d, r)
-        projected = self.vectors.T @ (self.crossed @ coefficients)
-        weight = self.vectors @ (projected / (self.values + strength)[:, None]) / self.scale[:, None]
-        return torch.cat([weight, (self.mean_difference @ coefficients - self.mean @ weight)[None]])
-
-    def waiting_gates(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gates that are open and differ, w (count, d) and b (count,): each reads a main direction of the stream.
-
-        For ranks whose direction is still 0: with equal gates they would get equal gradients and stay one rank.
-        """
-        values, vectors = self.values.flip(0)[:count], self.vectors.flip(1)[:, :count]
-        deviation = torch.where(values > 1e-10 * self.values[-1], 0.5 * values.rsqrt(), 0.0)
-        weight = (vectors * deviation / self.scale[:, None]).T
-        return weight, 1.0 - weight @ self.mean
+RIDGE = Ridge()
 
 
 def choose_strength(folds: Sequence[Moments], z: torch.Tensor) -> float:
@@ -227,22 +147,3 @@ def fit_gates(folds: Sequence[Moments], z: torch.Tensor, strength: float | None)
     scale = torch.where(size > 0, size, 1.0) * torch.where(total.gram[-1] @ fit < 0, -1.0, 1.0)
     fit = fit / scale
     return Edit(fit[:-1].T, fit[-1], z * scale[:, None])
-
-
-def mean_edit(moments: Moments, r: int) -> Edit:
-    """The mean difference behind a gate that is open at 1; further ranks have a direction of 0."""
-    first = moments.mean_difference[None]
-    weight, bias = first[:0], first[:0, 0]
-    if r > 1:
-        weight, bias = Regression(moments).waiting_gates(r - 1)
-    return Edit(
-        torch.cat([torch.zeros_like(first), weight]),
-        torch.cat([bias.new_ones(1), bias]),
-        torch.cat([first, torch.zeros_like(weight)]),
-    )
-
-
-def mean_gates(moments: Moments, z: torch.Tensor) -> Edit:
-    """The part of the mean difference that lies in given directions z (r, d), behind gates that are open at 1."""
-    scaled = z * (moments.mean_difference @ torch.linalg.pinv(z))[:, None]
-    return Edit(torch.zeros_like(scaled), torch.ones_like(scaled[:, 0]), scaled)

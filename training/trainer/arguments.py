@@ -11,12 +11,12 @@ from typing import Any
 from transformers import TrainingArguments
 
 from peft_psr.config import check_strength
+from peft_psr.training.objectives.penalties import PENALTIES
+from peft_psr.training.objectives.registry import OBJECTIVES
 from peft_psr.training.passes.activation_cache import PLACES
 
 
-OBJECTIVES = ("mse", "ll", "kl")
 NORMALIZERS = (None, "global", "layer")
-EPOCHS = {"mse": 15.0, "ll": 7.0, "kl": 15.0}
 
 
 def objective_weights(objective: Any) -> dict[str, float]:
@@ -30,13 +30,19 @@ def objective_weights(objective: Any) -> dict[str, float]:
         ValueError: an unknown objective, a negative weight, or none above 0.
     """
     given: Mapping[str, Any] = objective if isinstance(objective, Mapping) else {str(objective): 1.0}
-    unknown = [name for name in given if name not in OBJECTIVES]
-    if unknown or not given:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} or weights for them; got {unknown!r}.")
+    if not given:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)} or weights for them; got {objective!r}.")
+    for name in given:
+        OBJECTIVES.check(name)
     weights = {name: check_strength(weight, f"objective[{name!r}]") for name, weight in given.items()}
     if min(weights.values()) < 0 or max(weights.values()) == 0:
         raise ValueError(f"objective weights must be >= 0 and not all 0, got {weights}.")
     return {name: weight for name, weight in weights.items() if weight}
+
+
+def learns_from_text(objective: Any) -> bool:
+    """Whether a training looks at the answers' text alone, at nothing of the prompted model's pass over them."""
+    return all(OBJECTIVES[name].layers == "none" for name in objective_weights(objective))
 
 
 @dataclass
@@ -51,10 +57,12 @@ class PSRTrainingArguments(TrainingArguments):
 
     Args:
         objective: "mse" (the prompted model's activations), "ll" (the likelihood of its answers), "kl" (its next-token
-            distributions), or weights for a sum of them such as `{"mse": 1.0, "kl": 5.0}`.
-        normalize_loss: How the MSE is scaled. `None`: not at all; "global": by its value without any edit, averaged
-            over the training set, so that 1 means "nothing done"; "layer": each layer by its own such value, then
-            averaged over layers, so that late layers with large norms do not dominate.
+            distributions), one that was added to `peft_psr.training.objectives.registry.OBJECTIVES`, or weights for a
+            sum of them such as `{"mse": 1.0, "kl": 5.0}`.
+        normalize_loss: How the MSE, or any objective with a loss at each layer, is scaled. `None`: not at all;
+            "global": by its value without any edit, averaged over the training set, so that 1 means "nothing done";
+            "layer": each layer by its own such value, then averaged over layers, so that late layers with large norms
+            do not dominate.
         regularizer: Weight c of the gate regulariser, >= 0. Reported runs use 0.1 together with
             `normalize_loss="global"` (personas), or neither (IFEval).
         alpha: Strength while training: "trait_score", the judge's score / 100 as a soft label, or a number for all.
@@ -72,7 +80,7 @@ class PSRTrainingArguments(TrainingArguments):
     """
 
     objective: dict | str | None = field(
-        default="mse", metadata={"help": "'mse', 'll', 'kl', or weights such as {\"mse\": 1.0, \"kl\": 5.0}."}
+        default="mse", metadata={"help": 'An objective\'s name, or weights such as {"mse": 1.0, "kl": 5.0}.'}
     )
     normalize_loss: str | None = field(default=None, metadata={"help": "None, 'global' or 'layer'."})
     regularizer: float = field(default=0.0, metadata={"help": "Weight of the gate regulariser, >= 0."})
@@ -82,7 +90,8 @@ class PSRTrainingArguments(TrainingArguments):
     teacher_cache: str = field(default="auto", metadata={"help": "'auto', 'memory', 'disk' or 'none'."})
     teacher_cache_gb: float = field(default=4.0, metadata={"help": "Most that the cache may take, in GB."})
     num_train_epochs: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Passes over the triplets; None: 15 for MSE and KL, 7 for LL."}
+        default=None,
+        metadata={"help": "Passes over the triplets; None: the objective's own number, 15 for MSE and KL, 7 for LL."},
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "Initial learning rate of AdamW."})
     weight_decay: float = field(default=1e-6, metadata={"help": "Weight decay of AdamW."})
@@ -109,8 +118,13 @@ class PSRTrainingArguments(TrainingArguments):
         if self.alpha != "trait_score":
             self.alpha = check_strength(self.alpha, "alpha")
         if self.num_train_epochs is None:
-            self.num_train_epochs = max(EPOCHS[name] for name in self.objective_weights)
+            self.num_train_epochs = max(OBJECTIVES[name].epochs for name in self.objective_weights)
         super().__post_init__()
+
+    @property
+    def penalty_weights(self) -> dict[str, float]:
+        """{penalty: weight}."""
+        return {name: getattr(self, name) for name in PENALTIES}
 
 
 def check_arguments(args: object) -> None:

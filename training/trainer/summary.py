@@ -30,7 +30,8 @@ class TrainingSummary:
         teacher_cache: Where the frozen model's activations were kept: "memory", "disk" or "none".
         losses: Mean of each part of the loss over the last epoch: "mse", "ll", "kl", "regularizer", "norm_penalty";
             of several adapters their mean.
-        loss_by_layer: The same of each layer's MSE, {layer: mean squared difference}; empty for other objectives.
+        loss_by_layer: The same of each layer's MSE, {layer: mean squared difference}, or of the first objective that
+            has a loss at each layer; empty for others.
         loss_by_adapter: The loss of each adapter where several were trained, over the last epoch.
         live_gates: Share (0-1) of gates that opened at least once in the last two epochs.
         gate_sparsity: Share (0-1) of gate values at edited tokens that were 0 in the last epoch.
@@ -158,21 +159,21 @@ def sum_up(
     """The summary of a run.
 
     Args:
-        means: Of the last epoch: parts of the loss by name, "mse/layer_<l>", "loss/<adapter>".
+        means: Of the last epoch: parts of the loss by name, "<objective>/layer_<l>", "loss/<adapter>".
         recent: Gates in the last two epochs, as `GateRecord` counts them.
         last: Gates in the last epoch.
         **others: The other fields of `TrainingSummary`.
     """
-
-    def under(prefix: str) -> dict[str, float]:
-        return {name.removeprefix(prefix): mean for name, mean in means.items() if name.startswith(prefix)}
-
+    by_layer: dict[str, float] = {}
+    for name, mean in means.items():
+        if "/layer_" in name and not name.startswith("loss/"):
+            by_layer.setdefault(name.split("/layer_")[1], mean)
     live = [bool(times) for opened, _ in recent.values() for times in opened.flatten().tolist()]
     opened, looked_at = (sum(int(counts[i].sum()) for counts in last.values()) for i in (0, 1))
     return TrainingSummary(
         losses={name: mean for name, mean in means.items() if "/" not in name},
-        loss_by_layer=under("mse/layer_"),
-        loss_by_adapter=under("loss/"),
+        loss_by_layer=by_layer,
+        loss_by_adapter={name.removeprefix("loss/"): mean for name, mean in means.items() if name.startswith("loss/")},
         live_gates=sum(live) / max(1, len(live)),
         gate_sparsity=1.0 - opened / max(1, looked_at),
         **others,

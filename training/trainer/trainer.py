@@ -5,34 +5,36 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate.utils import DynamoBackend
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
-from peft_psr.base_model.decoder import layer_index
 from peft_psr.base_model.loading import tokenizer_of
-from peft_psr.hooks import is_encoder_decoder
-from peft_psr.training.data.collator import TripletCollator
+from peft_psr.training.data.collator import Batch, TripletCollator
 from peft_psr.training.data.context import check_rows
 from peft_psr.training.data.dataset import encode_datasets
 from peft_psr.training.data.triplets import Triplet
-from peft_psr.training.objectives.losses import mse_by_layer, rows_of, scaled_mse
+from peft_psr.training.objectives.losses import Losses, losses_of
 from peft_psr.training.objectives.normalizer import untrained_loss
-from peft_psr.training.objectives.penalties import gate_regularizer, relative_norm
-from peft_psr.training.objectives.prediction import prediction_losses
-from peft_psr.training.passes.branches import Batch, Branch, config_of, layers_downstream, psr_model, run_branch
+from peft_psr.training.objectives.objective import Objective, Passes, layers_looked_at
+from peft_psr.training.objectives.registry import OBJECTIVES
+from peft_psr.training.objectives.tokens import rows_of
+from peft_psr.training.passes.activation_cache import CacheSettings
+from peft_psr.training.passes.branches import Branch, config_of, layers_downstream, psr_model, run_branch
 from peft_psr.training.passes.compiled import compiled_layers
 from peft_psr.training.passes.frozen import FrozenModel
 
 from .arguments import PSRTrainingArguments, check_arguments
 from .checkpoints import load_adapters
+from .checks import check_adapters, check_decoder_only, check_directions, check_one_gpu, check_whole_layers
 from .length_grouping import LengthGroupedSampler
 from .not_finite import not_finite
-from .several import check_adapters, check_directions, clip_each, in_turn
+from .several import clip_each, in_turn
 from .summary import GateKey, GateRecord, Means, TrainingSummary, peak_memory, sum_up
 
 
@@ -43,10 +45,10 @@ class PSRTrainer(Trainer):
     """Train a PSR adapter to do what the prompt does, or several adapters at once.
 
     Everything else is transformers' `Trainer`: devices, checkpoints, callbacks, progress bar. Its logs gain the loss
-    of each objective, `mse/layer_<l>` for every layer that the edit can change, `regularizer`, `norm_penalty`, and
-    `live_gates`, the share (0-1) of gates that opened at least once since the last log. Gates that did not open in the
-    last two epochs are named in a warning when training ends, and kept in `dead_gates`; `summary` holds what the run
-    came to. Under several processes all of these cover the triplets of every process.
+    of each objective, `mse/layer_<l>` (or another one's) for every layer that the edit can change, `regularizer`,
+    `norm_penalty`, and `live_gates`, the share (0-1) of gates that opened at least once since the last log. Gates that
+    did not open in the last two epochs are named in a warning when training ends, and kept in `dead_gates`; `summary`
+    holds what the run came to. Under several processes all of these cover the triplets of every process.
 
     Several adapters: the loss is the sum of theirs, gradients are clipped for each by itself, and a batch of n holds n
     triplets of each, so that each comes out as it would alone (with the same number of triplets and no grouping by
@@ -80,7 +82,7 @@ class PSRTrainer(Trainer):
         args: PSRTrainingArguments | None = None,
         train_dataset: Sequence[Triplet] | Mapping[str, Sequence[Triplet]] | None = None,
         eval_dataset: Sequence[Triplet] | Mapping[str, Sequence[Triplet]] | None = None,
-        processing_class=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
@@ -88,11 +90,7 @@ class PSRTrainer(Trainer):
             model = get_peft_model(model, peft_config)
         tuner = psr_model(model)
         assert isinstance(model, PeftModel)  # which psr_model has just checked
-        if is_encoder_decoder(model.get_base_model()):
-            raise ValueError(
-                f"{type(model.get_base_model()).__name__} is an encoder-decoder; PSRTrainer trains decoder-only "
-                "models, where prompt and completion are one sequence. An adapter on its decoder can be run, though."
-            )
+        check_decoder_only(model.get_base_model())
         args = PSRTrainingArguments(output_dir="psr_output") if args is None else args
         check_arguments(args)
         if processing_class is None:
@@ -123,17 +121,12 @@ class PSRTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=collators[self.adapters[0]],
+            data_collator=cast(Any, collators[self.adapters[0]]),
             processing_class=processing_class,
             **items,
             **kwargs,
         )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"This process sees {self.args.n_gpu} GPUs and would copy the model to each (nn.DataParallel), "
-                "where PSR can't follow its layers. Start one process a GPU with `accelerate launch`, or let the "
-                "process see one GPU (CUDA_VISIBLE_DEVICES=0)."
-            )
+        check_one_gpu(self.args)
         self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO  # not as a whole: `train` compiles the layers
         # the loss is a mean over triplets already, which the Trainer is to divide by its accumulation steps
         self.model_accepts_loss_kwargs = False
@@ -141,11 +134,11 @@ class PSRTrainer(Trainer):
         self._activate()
         self.layers = layers_downstream(model)
         self._deactivate()
-        edited = {n.name for n in tuner.psr_layers().values() if any(a in n.psr_unit for a in self.adapters)}
-        if self.args.norm_penalty and not edited <= set(self.layers):
-            others = ", ".join(sorted(edited - set(self.layers)))
-            raise ValueError(f"norm_penalty is for edits of decoder layers, and this adapter edits {others} as well.")
-        self.normalizer: dict[str, torch.Tensor] | None = None
+        if self.args.norm_penalty:
+            check_whole_layers(tuner, self.adapters, self.layers)
+        weights = self.args.objective_weights
+        self.objectives: dict[str, Objective] = {name: OBJECTIVES[name] for name in OBJECTIVES if name in weights}
+        self.normalizers: dict[str, dict[str, torch.Tensor]] = {}
         self.dead_gates: list[str] = []
         self.summary: TrainingSummary | None = None
         self._frozen: FrozenModel | None = None
@@ -172,7 +165,7 @@ class PSRTrainer(Trainer):
         """Train; then sum up, and name the gates that are dead."""
         begin = time.perf_counter()
         self._activate()
-        self._frozen = self.normalizer = None  # the base model may have been changed since
+        self._frozen, self.normalizers = None, {}  # the base model may have been changed since
         self._since_log, self._in_epoch, self._epoch = Means(), Means(), 0
         self._gates, self._step = GateRecord(self.adapters), None
         try:
@@ -275,71 +268,40 @@ class PSRTrainer(Trainer):
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroupedSampler([len(row["input_ids"]) for row in rows], size, self.args.data_seed or 0)
 
-    def _untrained_loss(self, model: PeftModel) -> dict[str, torch.Tensor]:
+    def _untrained_loss(self, objective: Objective, model: PeftModel) -> dict[str, torch.Tensor]:
         if self.train_dataset is None:
             raise ValueError("normalize_loss is by the loss without any edit on train_dataset, and there is none.")
-        batches = map(self._prepare_inputs, self.get_test_dataloader(cast(Any, self.train_dataset)))
+        batches: Any = map(self._prepare_inputs, self.get_test_dataloader(cast(Any, self.train_dataset)))
         names = self.adapters if self.several else [""]
         # from all processes, without the triplets that fill up the last batch; several adapters have one process
         gather = list if self.several else self.accelerator.gather_for_metrics
-        return untrained_loss(self._frozen_model(model), self.layers, batches, names, gather)
+        return untrained_loss(objective, self._frozen_model(model), self.layers, batches, names, gather)
 
     def _frozen_model(self, model: PeftModel) -> FrozenModel:
         if self._frozen is None:
-            self._frozen = FrozenModel.for_training(model, self._rows, self.layers, self.args, self._sharded)
+            args, layers = self.args, layers_looked_at(self.objectives.values(), self.layers)
+            settings = CacheSettings(args.teacher_cache, args.teacher_cache_gb, Path(args.output_dir or "."))
+            again = bool(args.gradient_checkpointing)
+            self._frozen = FrozenModel(model, self._rows, self.layers[0], layers, settings, again, self._sharded)
         return self._frozen
 
     def compute_loss(
-        self, model: torch.nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ):
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
         """The weighted sum of objectives and penalties on one batch; () float32. Of several adapters, their sum."""
-        args, weights = self.args, self.args.objective_weights
-        unwrapped = cast(PeftModel, self.accelerator.unwrap_model(model))
-        if not args.gradient_checkpointing:  # which works in training mode only
-            model.eval()  # dropout would make the branches differ by noise
-        frozen = self._frozen_model(unwrapped)
-        if "mse" in weights and args.normalize_loss is not None and self.normalizer is None:
-            self.normalizer = self._untrained_loss(unwrapped)
-        teacher = frozen.teacher(inputs)
-        names = [self.adapters[i] for i in inputs["adapter"].tolist()] if self.several else None
-        prompted = None
-        if self._logits_at_once and "kl" in weights:
-            logits = run_branch(unwrapped, inputs, [], "teacher", logits=True).logits
-            assert logits is not None
-            prompted = logits[inputs["teacher_mask"].bool()]
-        # last, so that what the call left for the layers is still there when checkpoints are computed again
-        with frozen.layers_below_known(inputs):
-            student = run_branch(
-                unwrapped, inputs, self.layers, "student", self._logits_at_once, wrapper=model, adapter_names=names
-            )
-        mask, adapter = inputs["steering_mask"], inputs["adapter"]
-        parts: dict[str, torch.Tensor] = {}  # (batch,) each
-        by_layer: dict[str, torch.Tensor] = {}
-        if "mse" in weights:
-            by_layer = mse_by_layer(student.hidden, teacher, mask)
-            parts["mse"] = scaled_mse(by_layer, self.normalizer, args.normalize_loss, adapter)
-        if "ll" in weights or "kl" in weights:
-            prompted = teacher.get(self.layers[-1]) if prompted is None else prompted
-            parts |= prediction_losses(unwrapped, weights, student, self.layers[-1], prompted, inputs)
-        factors = dict(weights)
-        if args.regularizer:
-            hinges = [gate_regularizer(gates, mask).to(args.device) for gates in student.gates.values()]
-            parts["regularizer"] = torch.stack(hinges).sum(dim=0) * ~inputs["neutral"]
-            factors["regularizer"] = args.regularizer
-        if args.norm_penalty:
-            units = {
-                (layer.name, name): (layer.unit(name).direction, layer.config[name].coefficient_bias)
-                for layer in psr_model(unwrapped).psr_layers().values()
-                for name in layer.psr_unit
-            }
-            parts["norm_penalty"] = relative_norm(student, units, self.adapters, inputs)
-            factors["norm_penalty"] = args.norm_penalty
-        values = torch.stack([factors[name] * part.to(args.device) for name, part in parts.items()]).sum(dim=0)
-        share = self._shares(adapter, step=torch.is_grad_enabled())
-        values = torch.where(inputs["neutral"], args.neutral_weight, 1.0) * values
+        args, batch = self.args, cast(Batch, inputs)
+        passes = self._passes(model, batch)
+        losses = losses_of(passes, self.objectives, args.penalty_weights, self.normalizers, args.normalize_loss)
+        values = losses.weighted(args.objective_weights | args.penalty_weights, args.device)
+        share = self._shares(batch["adapter"], step=torch.is_grad_enabled())
+        values = torch.where(batch["neutral"], args.neutral_weight, 1.0) * values
         loss = (share * values).sum()
         if not torch.isfinite(loss):
-            index, where = not_finite(parts, by_layer, student.hidden, teacher, inputs)
+            index, where = not_finite(losses, passes)
             triplet = self._rows[index]["where"] if index >= 0 else "a triplet of no data set"
             raise FloatingPointError(
                 f"Step {self.state.global_step}: {where} not finite on {triplet}. If it is the steered model, a "
@@ -347,11 +309,36 @@ class PSRTrainer(Trainer):
                 "small for this triplet: load it in bfloat16 or float32."
             )
         if torch.is_grad_enabled():
-            self._observe(parts, by_layer, values, student, inputs)
+            self._observe(losses, values, passes.student, batch)
         else:
             self._held_out = self._held_out.to(values.device)
-            self._held_out.index_add_(1, adapter, torch.stack([values, torch.ones_like(values)]))
+            self._held_out.index_add_(1, batch["adapter"], torch.stack([values, torch.ones_like(values)]))
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _passes(self, model: torch.nn.Module, batch: Batch) -> Passes:
+        """Both branches on a batch; of the prompted model what is known already."""
+        unwrapped = cast(PeftModel, self.accelerator.unwrap_model(model))
+        if not self.args.gradient_checkpointing:  # which works in training mode only
+            model.eval()  # dropout would make the branches differ by noise
+        frozen = self._frozen_model(unwrapped)
+        for name, objective in self.objectives.items():
+            if objective.layers == "all" and self.args.normalize_loss is not None and name not in self.normalizers:
+                self.normalizers[name] = self._untrained_loss(objective, unwrapped)
+        teacher = frozen.teacher(batch)
+        names = [self.adapters[i] for i in batch["adapter"].tolist()] if self.several else None
+        # a sharded head can't be called once more before going back, so logits come with the forward call
+        with_logits = [one for one in self.objectives.values() if one.needs_logits and self._sharded]
+        prompted = None
+        if any(objective.layers != "none" for objective in with_logits):
+            logits = run_branch(unwrapped, batch, [], "teacher", logits=True).logits
+            assert logits is not None
+            prompted = logits[batch["teacher_mask"].bool()]
+        # last, so that what the call left for the layers is still there when checkpoints are computed again
+        with frozen.layers_below_known(batch):
+            student = run_branch(
+                unwrapped, batch, self.layers, "student", bool(with_logits), wrapper=model, adapter_names=names
+            )
+        return Passes(unwrapped, batch, self.layers, student, teacher, self.adapters, prompted)
 
     def _shares(self, adapter: torch.Tensor, step: bool) -> torch.Tensor:
         """Weights (batch,) of triplets: their sum is each adapter's mean, of a step once its batches are averaged."""
@@ -364,42 +351,32 @@ class PSRTrainer(Trainer):
     def _sharded(self) -> bool:
         return self.is_fsdp_enabled or any(isinstance(weight, DTensor) for weight in self._peft_model.parameters())
 
-    @property
-    def _logits_at_once(self) -> bool:
-        """Whether logits come with the forward call: a sharded head can't be called once more before going back."""
-        return bool({"ll", "kl"} & set(self.args.objective_weights)) and self._sharded
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss alone: there is nothing else to predict."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
-    def _observe(
-        self,
-        parts: dict[str, torch.Tensor],
-        by_layer: dict[str, torch.Tensor],
-        values: torch.Tensor,
-        student: Branch,
-        inputs: Batch,
-    ) -> None:
+    def _observe(self, losses: Losses, values: torch.Tensor, student: Branch, batch: Batch) -> None:
         """Sum up what the logs will show, without waiting for the device."""
         epoch = int(self.state.epoch or 0)
         if epoch != self._epoch:
             self._epoch, self._in_epoch = epoch, Means()
-        share = self._shares(inputs["adapter"], step=False)
-        layers = {f"mse/layer_{layer_index(name)}": loss for name, loss in by_layer.items()}
+        share = self._shares(batch["adapter"], step=False)
+        layers = {f"{name}/layer_{layer}": loss for name, layer, loss in losses.of_layers()}
         mean = share / share.sum()  # over adapters, too
-        means = {name: (value.detach().to(mean.device) * mean).sum() for name, value in {**parts, **layers}.items()}
+        means = {
+            name: (value.detach().to(mean.device) * mean).sum() for name, value in {**losses.parts, **layers}.items()
+        }
         self._since_log.add(means)
         if self.several:
-            own = values.new_zeros(len(self.adapters)).index_add(0, inputs["adapter"], values.detach() * share)
-            there = set(inputs["adapter"].tolist())
+            own = values.new_zeros(len(self.adapters)).index_add(0, batch["adapter"], values.detach() * share)
+            there = set(batch["adapter"].tolist())
             means |= {f"loss/{name}": own[i] for i, name in enumerate(self.adapters) if i in there}
         self._in_epoch.add(means)
-        rows = rows_of(inputs["steering_mask"])
+        rows = rows_of(batch["steering_mask"])
         biases = torch.tensor([config_of(self._peft_model, name).coefficient_bias for name in self.adapters])
-        strength = inputs["alpha"] + biases.to(inputs["alpha"].device)[inputs["adapter"]]
-        self._gates.add(epoch, student.gates, strength[rows] != 0, inputs["adapter"][rows])
+        strength = batch["alpha"] + biases.to(batch["alpha"].device)[batch["adapter"]]
+        self._gates.add(epoch, student.gates, strength[rows] != 0, batch["adapter"][rows])
 
     def _over_processes(self, counts: dict[GateKey, torch.Tensor]) -> dict[GateKey, torch.Tensor]:
         """The counts of all processes together."""

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from peft_psr.base_model.decoder import capture_layer_outputs
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import sample_completions
+from peft_psr.training.data.collator import Batch, branch_inputs
 from peft_psr.training.data.draws import Completion
-from peft_psr.training.passes.branches import Batch, Branch, few_logits
+from peft_psr.training.passes.branches import Branch, few_logits
 from peft_psr.training.passes.partial import in_eval_mode
 
 
@@ -74,7 +75,7 @@ class AdapterKind(ABC):
         if len(strengths) > 1:
             kind = type(model.base_model).__name__
             raise ValueError(f"A {kind} has one strength for the whole batch, got {sorted(strengths)}.")
-        inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        inputs: dict[str, Any] = branch_inputs(batch, "student")
         if not logits:
             inputs |= few_logits(model)
         captured = capture_layer_outputs(model.get_base_model(), layers)

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from peft_psr.model import PSRModel
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import sample_completions
+from peft_psr.training.data.collator import Batch
 from peft_psr.training.data.draws import Completion
-from peft_psr.training.passes.branches import Batch, Branch, config_of, run_branch
+from peft_psr.training.passes.branches import Branch, config_of, run_branch
 
 from .kind import AdapterKind
 

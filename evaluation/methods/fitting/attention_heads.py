@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from peft_psr.base_model.decoder import decoder_layer_names, text_config
 from peft_psr.evaluation.methods.method import FitSettings
 from peft_psr.training import TripletCollator
+from peft_psr.training.data.collator import branch_inputs, to_device
 from peft_psr.training.data.dataset import Row
 from peft_psr.training.starts.initialization import fold_of_each
 
@@ -90,10 +91,9 @@ class HeadReader:
         for start in starts:
             batch = self.collator(self.rows[start : start + self.size])
             held_out = self.folds[start : start + self.size] == self.folds.max()
-            for label, prefix, mask_name in ((1, "teacher_", "teacher_mask"), (0, "", "steering_mask")):
-                mask = batch[mask_name].bool()
-                inputs = {name: batch[prefix + name].to(device) for name in ("input_ids", "attention_mask")}
-                outputs = self._run(inputs, mask)
+            for label, branch, ones in ((1, "teacher", batch["teacher_mask"]), (0, "base", batch["steering_mask"])):
+                mask = ones.bool()
+                outputs = self._run(branch_inputs(to_device(batch, device), branch), mask)
                 tokens = held_out[mask.nonzero()[:, 0]]
                 for module in self.modules:
                     if module not in outputs:

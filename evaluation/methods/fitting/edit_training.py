@@ -20,8 +20,10 @@ from transformers import Trainer
 from peft_psr.base_model.decoder import decoder_layer_names, hidden_of
 from peft_psr.evaluation.methods.method import FitSettings
 from peft_psr.layer import PSRUnit
-from peft_psr.training.objectives.prediction import prediction_losses
-from peft_psr.training.passes.branches import Batch, psr_model, run_branch
+from peft_psr.training.data.collator import Batch
+from peft_psr.training.objectives.ll import LL
+from peft_psr.training.objectives.objective import Passes
+from peft_psr.training.passes.branches import psr_model, run_branch
 
 from .trainer_settings import text_arguments, train_quietly
 
@@ -77,7 +79,7 @@ def mean_log_likelihood(model: PeftModel, batch: Batch, edit: Edit | None = None
     last = decoder_layer_names(model.get_base_model())[-1]
     with edited(model, edit or torch.zeros_like, batch["steering_mask"]):
         student = run_branch(model, batch, [last], "student")
-    return -prediction_losses(model, ["ll"], student, last, None, batch)["ll"].to(batch["alpha"].device)
+    return -LL.loss(Passes(model, batch, [last], student)).to(batch["alpha"].device)
 
 
 def train_edit(

@@ -17,6 +17,7 @@ the response's length, as the formula has it (their code divides by that of prom
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ from torch import nn
 
 from peft_psr.evaluation.methods.method import FitSettings
 from peft_psr.training import Triplet, TripletCollator, sample_completions
+from peft_psr.training.data.collator import Batch, to_device
 from peft_psr.training.data.dataset import Row, encode_dataset
-from peft_psr.training.passes.branches import Batch
 
 from .edit_training import mean_log_likelihood, train_edit
 
@@ -36,6 +37,19 @@ STRENGTHS = tuple(strength / 6 for strength in (2, 4, 6, 8, 10))
 
 Pair = tuple[Row, Row, float]
 """The rows of y' and of y, and log p(y' | x) - log p(y | x) under the plain model."""
+
+
+class PairBatch(Batch):
+    """The rows of y', then those of y.
+
+    Attributes:
+        strength: Of the edit, (batch, 1, 1).
+        advantage: Of each pair, (pairs,).
+    """
+
+    strength: torch.Tensor
+    advantage: torch.Tensor
+
 
 ScaledEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From the layer's output (batch, seq, d) and strengths (batch, 1, 1) to what is added."""
@@ -92,21 +106,23 @@ def train_by_preference(
     generator = torch.Generator().manual_seed(settings.seed)
     strengths = torch.tensor(STRENGTHS)
 
-    def collate(pairs: Sequence[Pair]) -> Batch:
+    def collate(pairs: Sequence[Pair]) -> PairBatch:
         batch = collator([pair[0] for pair in pairs] + [pair[1] for pair in pairs])
         drawn = strengths[torch.randint(len(strengths), (len(pairs),), generator=generator)]
-        return batch | {
+        return {
+            **batch,
             "strength": (drawn.repeat(2) * batch["alpha"])[:, None, None],
             "advantage": torch.tensor([pair[2] for pair in pairs]),
         }
 
     def loss(batch: Batch, progress: float) -> torch.Tensor:
+        both = cast(PairBatch, batch)
+
         def likelihoods(edit: ScaledEdit) -> tuple[torch.Tensor, torch.Tensor]:
-            both = mean_log_likelihood(model, batch, lambda hidden: edit(hidden, batch["strength"]))
-            wanted, plain = both.chunk(2)
+            wanted, plain = mean_log_likelihood(model, batch, lambda hidden: edit(hidden, both["strength"])).chunk(2)
             return wanted, plain
 
-        return preference_loss(likelihoods(steer), likelihoods(null), batch["advantage"])
+        return preference_loss(likelihoods(steer), likelihoods(null), both["advantage"])
 
     train_edit(model, module, loss, pairs, collate, settings, learning_rate)
     return len(triplets) - len(pairs)
@@ -142,6 +158,6 @@ def _log_likelihoods(model: PeftModel, collator: TripletCollator, rows: Sequence
     """What log p(y | x) is for each row under the plain model, summed over tokens."""
     sums: list[float] = []
     for start in range(0, len(rows), batch_size):
-        batch = {name: value.to(model.device) for name, value in collator(rows[start : start + batch_size]).items()}
+        batch = to_device(collator(rows[start : start + batch_size]), model.device)
         sums += (mean_log_likelihood(model, batch) * (batch["labels"] != -100).sum(dim=1)).tolist()
     return sums

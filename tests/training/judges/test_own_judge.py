@@ -75,7 +75,6 @@ def test_it_scores_triplets(tmp_path, mine):
     assert usage == [{"calls": 6}]
 
 
-@pytest.mark.long
 def test_it_scores_a_benchmark(tmp_path, mine):
     done = psr("evaluate", "persona", *SMALL, "--models", "embedded", "--methods", "S-Const DiM", "--strengths", 1,
                "--calibration-steps", 1, "--score-draws", 1, "--output", tmp_path / "run")  # fmt: skip

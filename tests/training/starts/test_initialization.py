@@ -155,7 +155,7 @@ def test_a_triplet_that_is_not_finite_is_named():
 
 def test_errors():
     model = get_peft_model(tiny_model(), PSRConfig())
-    with pytest.raises(ValueError, match="'ridge', 'mean_difference'"):
+    with pytest.raises(ValueError, match="one of 'mean_difference', 'ridge', got 'svd'"):
         start(model, method="svd")
     for strength, error in ((0, ValueError), (-1.0, ValueError), (math.nan, ValueError), ("auto", TypeError)):
         with pytest.raises(error, match="ridge_strength"):

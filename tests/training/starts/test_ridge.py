@@ -9,17 +9,9 @@ import torch
 from helpers.reference import naive_ridge
 
 from peft_psr.training.starts.initialization import fold_of_each
-from peft_psr.training.starts.ridge import (
-    OPENNESS,
-    STRENGTHS,
-    Moments,
-    Regression,
-    choose_strength,
-    fit_edit,
-    fit_gates,
-    mean_edit,
-    open_basis,
-)
+from peft_psr.training.starts.mean_difference import mean_edit
+from peft_psr.training.starts.regression import Moments, Regression
+from peft_psr.training.starts.ridge import OPENNESS, STRENGTHS, choose_strength, fit_edit, fit_gates, open_basis
 
 
 WIDTH = 32

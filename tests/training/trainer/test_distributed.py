@@ -120,7 +120,7 @@ def test_what_is_reported_covers_all_processes(one, two, case):
         reported = seen(two, case, rank)
         assert reported["dead_gates"] == expected["dead_gates"]
         assert reported["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
-        assert (reported["normalizer"] or {}) == pytest.approx(expected["normalizer"] or {}, rel=1e-5)
+        assert reported["normalizer"] == pytest.approx(expected["normalizer"], rel=1e-5)
         for log, expected_log in zip(reported["logs"], expected["logs"], strict=True):
             assert log == pytest.approx(expected_log, rel=1e-5)
 

@@ -15,9 +15,13 @@ from peft import get_peft_model
 
 from peft_psr import PSRConfig
 from peft_psr.training import TripletCollator
-from peft_psr.training.objectives import losses as objectives
-from peft_psr.training.objectives.losses import kl_loss, likelihood_loss, mse_by_layer, response_targets, row_means
+from peft_psr.training.objectives import prediction
+from peft_psr.training.objectives.kl import kl_loss
+from peft_psr.training.objectives.ll import likelihood_loss
+from peft_psr.training.objectives.mse import mse_by_layer
 from peft_psr.training.objectives.penalties import gate_regularizer, norm_penalty
+from peft_psr.training.objectives.prediction import response_targets
+from peft_psr.training.objectives.tokens import row_means
 from peft_psr.training.passes.branches import layers_downstream, run_branch
 from peft_psr.training.passes.partial import predict
 
@@ -110,7 +114,7 @@ def test_kl_equals_the_plain_formula_on_the_models_own_logits_whole_and_in_piece
     mask = batch["steering_mask"]
     targets = response_targets(batch["labels"], mask)
     for at_once in (2**25, 3 * VOCABULARY):
-        monkeypatch.setattr(objectives, "LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr(prediction, "LOGITS_AT_ONCE", at_once)
         student = run_branch(model, batch, last, "student")
         rows = []
 

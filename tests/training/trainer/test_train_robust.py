@@ -160,8 +160,8 @@ def test_neutral_triplets_leave_normaliser_and_regulariser_alone(tmp_path):
     batch = plain.data_collator(SIX)
     plain.compute_loss(plain.model, batch)
     mixed.compute_loss(mixed.model, batch)
-    for name, value in plain.normalizer.items():
-        torch.testing.assert_close(mixed.normalizer[name], value)
+    for name, value in plain.normalizers["mse"].items():
+        torch.testing.assert_close(mixed.normalizers["mse"][name], value)
     model = get_peft_model(tiny_model(), PSRConfig())  # a no-op: nothing is lost on neutral triplets
     made = made_trainer(tmp_path, data=[*SIX, *NEUTRAL], model=model, **settings)
     with torch.no_grad():

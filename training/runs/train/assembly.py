@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
-from transformers import (
-    EarlyStoppingCallback,
-    set_seed,
-)
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from peft_psr.config import PSRConfig
 from peft_psr.files import read_json
 from peft_psr.training.data.triplets import Triplet
 from peft_psr.training.starts.initialization import initialize_psr_weights
+from peft_psr.training.starts.registry import STARTS
+from peft_psr.training.starts.start import DataStart
 from peft_psr.training.trainer.arguments import PSRTrainingArguments
 from peft_psr.training.trainer.step_progress import StepProgress, silence
 from peft_psr.training.trainer.trainer import PSRTrainer
@@ -39,7 +38,7 @@ def make_config(recipe: TrainRecipe) -> PSRConfig:
         gate=recipe.gate,
         layers_to_transform=list(layers) if isinstance(layers, tuple) else layers,
         positions=recipe.positions,
-        init_weights=recipe.start != "linear",
+        init_weights=STARTS[recipe.start].init_weights,
         revision=recipe.revision,
     )
 
@@ -102,7 +101,10 @@ def add_adapters(base: Any, recipe: TrainRecipe, adapters: Sequence[str]) -> Pef
 
 
 def start_from_data(
-    model: PeftModel, recipe: TrainRecipe, triplets: Mapping[str, Sequence[Triplet]], tokenizer: Any
+    model: PeftModel,
+    recipe: TrainRecipe,
+    triplets: Mapping[str, Sequence[Triplet]],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Sets the weights of each adapter from its triplets, if that is how the recipe begins.
 
@@ -115,7 +117,7 @@ def start_from_data(
     Raises:
         ValueError: the instruction changes nothing at an edited layer.
     """
-    if recipe.start not in ("ridge", "mean_difference"):
+    if not isinstance(STARTS[recipe.start], DataStart):
         return
     shown = PartialState().is_main_process
     for name, rows in triplets.items():
@@ -129,7 +131,7 @@ def make_trainer(
     arguments: PSRTrainingArguments,
     train: Mapping[str, Sequence[Triplet]],
     held_out: Mapping[str, Sequence[Triplet]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     title: str,
     logs: Path,
 ) -> PSRTrainer:

@@ -20,7 +20,7 @@ def training_facts(trainer: PSRTrainer, **known: Any) -> AdapterFacts:
         Facts for `write_model_card` and `push_adapter`.
     """
     weights, triplets = trainer.args.objective_weights, trainer.train_dataset
-    parts = [name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items() if weight]
+    parts = [name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()]
     run = {
         "objective": " + ".join(parts),
         "triplets": len(triplets) if isinstance(triplets, Sized) else None,

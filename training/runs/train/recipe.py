@@ -11,14 +11,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from peft_psr.training.objectives.registry import OBJECTIVES
 from peft_psr.training.runs.model_fields import ModelFields
-from peft_psr.training.runs.recipe_fields import FREE, Count, Place, TraitNames, read_recipe, split, yaml_files
+from peft_psr.training.runs.recipe_fields import (
+    FREE,
+    Count,
+    Place,
+    Registered,
+    TraitNames,
+    read_recipe,
+    split,
+    yaml_files,
+)
+from peft_psr.training.starts.registry import STARTS
 
 
 Layer = Annotated[int, Field(ge=0)]
 Layers = Annotated[tuple[Layer, ...], Field(min_length=1), BeforeValidator(split)]
 Weight = Annotated[float, Field(ge=0)]
-Objective = Literal["mse", "ll", "kl"]
+Objective = Annotated[str, Registered(OBJECTIVES)]
 
 
 class TrainRecipe(ModelFields):
@@ -68,7 +79,7 @@ class TrainRecipe(ModelFields):
         None, description="Decoder layers to edit, from 0, with commas between them; none: all of them."
     )
     positions: Literal["response", "question_and_response", "all"] = Field("response", description="Edited tokens.")
-    start: Literal["linear", "live", "mean_difference", "ridge"] = Field(
+    start: Annotated[str, Registered(STARTS)] = Field(
         "live",
         description="At random as a linear layer (the reported runs), a no-op with open gates, the mean difference "
         "with open gates, or gates fitted to it by ridge regression.",
@@ -92,7 +103,7 @@ class TrainRecipe(ModelFields):
     norm_penalty: Weight = Field(0.0, description="Weight of the edit's squared norm relative to the stream's.")
 
     epochs: float | None = Field(
-        None, gt=0, description="Passes over the triplets; none: the reported number, 15, or 7 for ll."
+        None, gt=0, description="Passes over the triplets; none: the objective's own number, 15, or 7 for ll."
     )
     batch_size: Count = Field(1, description="Triplets a step and device.")
     gradient_accumulation_steps: Count = Field(1, description="Batches to a step of the optimizer.")

@@ -94,7 +94,7 @@ def _loss(trainer: PSRTrainer, adapter: str) -> float:
     assert summary is not None
     if trainer.several:
         return summary.loss_by_adapter[adapter]
-    weights = {**args.objective_weights, "regularizer": args.regularizer, "norm_penalty": args.norm_penalty}
+    weights = args.objective_weights | args.penalty_weights
     return sum(weights[name] * loss for name, loss in summary.losses.items())
 
 

@@ -35,6 +35,8 @@ from peft_psr.training.data.by_trait import (
 )
 from peft_psr.training.data.collator import TripletCollator
 from peft_psr.training.data.context import context_length
+from peft_psr.training.data.dataset import EncodedTriplets
+from peft_psr.training.data.triplets import Triplet
 from peft_psr.training.runs.folder_lock import locked
 from peft_psr.training.runs.models import load_config, load_model, load_tokenizer
 from peft_psr.training.runs.run_folder import begun_run, check_same_recipe
@@ -95,11 +97,10 @@ class TrainRun:
         self.triplets = self._files.traits
         self.left_out = self._files.left_out
         sides = {name: hold_out(rows, recipe.eval_share, recipe.seed, name) for name, rows in self.triplets.items()}
-        self.train = {name: train for name, (train, _) in sides.items()}
-        self.held_out = {name: held_out for name, (_, held_out) in sides.items()}
+        self.train: dict[str, Sequence[Triplet]] = {name: train for name, (train, _) in sides.items()}
+        self.held_out: dict[str, Sequence[Triplet]] = {name: held_out for name, (_, held_out) in sides.items()}
         for name, rows in self.triplets.items():
             check_share(name, len(rows), self.left_out[name])
-        self._tokenizer: Any = None
         self._base: Any = None
 
     def check(self) -> list[TrainPlan]:
@@ -128,9 +129,9 @@ class TrainRun:
         arguments = make_arguments(recipe, self.folder)
         if recipe.parallel and arguments.world_size > 1:
             raise ValueError("parallel trains the traits in one process; leave it out under accelerate launch.")
-        self._tokenizer = load_tokenizer(recipe.model, recipe)
-        check_origin(self.triplets, recipe.model, recipe.triplets_model, self._tokenizer)
-        self._leave_out(TripletCollator(self._tokenizer, recipe.positions, recipe.alpha))
+        tokenizer = load_tokenizer(recipe.model, recipe)
+        check_origin(self.triplets, recipe.model, recipe.triplets_model, tokenizer)
+        self._encode(TripletCollator(tokenizer, recipe.positions, recipe.alpha))
         plans = []
         for name, rows in self.train.items():
             batches = math.ceil(len(rows) / (recipe.batch_size * arguments.world_size))
@@ -140,20 +141,22 @@ class TrainRun:
             plans.append(TrainPlan(name, len(rows), held_out, steps, finished, self.left_out[name]))
         return plans
 
-    def _leave_out(self, collator: TripletCollator) -> None:
-        """Take out of `train` and `held_out` what can't be used."""
+    def _encode(self, collator: TripletCollator) -> None:
+        """Tokenise all triplets, once, and take out of `train` and `held_out` what can't be used."""
         limit = context_length(load_config(self.recipe.model, self.recipe))
-        for name, rows in self.triplets.items():
-            fine, bad = usable(name, rows, self._files.places[name], collator, limit)
+        for name, triplets in self.triplets.items():
+            fine, bad = usable(name, triplets, self._files.places[name], collator, limit)
             left_out = [*self._files.left_out[name], *bad]
-            check_share(name, sum(fine), left_out)
-            unfit = {id(row) for row, is_fine in zip(rows, fine, strict=True) if not is_fine}
+            check_share(name, len(fine), left_out)
+            rows = {id(triplets[i]): row for i, row in fine.items()}
             for side in (self.train, self.held_out):
-                had, side[name] = side[name], [row for row in side[name] if id(row) not in unfit]
-                if had and not side[name]:
+                had, kept = side[name], [triplet for triplet in side[name] if id(triplet) in rows]
+                side[name] = EncodedTriplets(kept, [rows[id(triplet)] for triplet in kept], collator)
+                if had and not kept:
                     what = "train on" if side is self.train else "hold out (eval_share)"
                     raise ValueError(f"triplets: of {name!r} nothing is left to {what}. {in_words(left_out)}")
             self.left_out = {**self.left_out, name: left_out}
+        self._tokenizer = collator.processing_class
 
     def _check_folder(self) -> None:
         state = self._state()
