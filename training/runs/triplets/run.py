@@ -17,7 +17,7 @@ from peft_psr.training.data.context import context_length
 from peft_psr.training.data.draws import Draw, Failure, PromptPair, Sampler, draws_on
 from peft_psr.training.data.filtering import Fits, answer_of, has_answer, sort_out
 from peft_psr.training.data.triplets import NEGATIVES, STATE, TRIPLETS
-from peft_psr.training.judges.base import Judge
+from peft_psr.training.judges.base import Judge, Judging, as_judge
 from peft_psr.training.progress import Progress
 from peft_psr.training.runs.folder_lock import locked
 from peft_psr.training.runs.journal import Journal
@@ -72,7 +72,7 @@ class TripletRun:
         recipe: Recipe,
         pairs: Sequence[PromptPair],
         make_sampler: Callable[[], Sampler],
-        make_judge: Callable[[str], Judge],
+        make_judge: Callable[[str], Judging],
     ) -> None:
         self.folder, self.recipe, self.pairs = Path(folder), recipe, list(pairs)
         self.make_sampler, self.make_judge = make_sampler, make_judge
@@ -219,7 +219,7 @@ class TripletRun:
         chunk = max(JUDGED_TOGETHER, 4 * self.recipe.concurrency if self.recipe.judge_at_server else 0)
         with Progress("judging", len(every), len(every) - left) as progress:
             for trait, entries in waiting.items():
-                judge = self.make_judge(trait)
+                judge = as_judge(self.make_judge(trait))
                 self._describe_judge(trait, judge)
                 for start in range(0, len(entries), chunk):
                     self._judge_some(judge, entries[start : start + chunk], drawn, scores, progress)
