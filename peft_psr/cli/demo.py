@@ -23,7 +23,7 @@ class DemoOptions(CommandOptions):
     )
     output: Folder = Field(Path("psr_demo"), description="An empty folder for adapter, results and figures.")
     seed: Seed = Field(0, description="Makes the run repeatable on the same machine.")
-    quick: bool = Field(False, description="Under a minute; fewer samples, rougher numbers.")
+    quick: bool = Field(False, description="Under a minute of one core: fewer methods and samples, rougher numbers.")
 
 
 @command(DemoOptions)
