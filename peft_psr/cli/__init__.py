@@ -71,7 +71,9 @@ def demo(
         Path("psr_demo"), callback=home, help="An empty folder for adapter, results and figures."
     ),
     seed: int = typer.Option(0, min=0, help="Makes the run repeatable on the same machine."),
-    quick: bool = typer.Option(False, "--quick", help="Under a minute of one core: fewer methods and samples, rougher numbers."),
+    quick: bool = typer.Option(
+        False, "--quick", help="Under a minute of one core: fewer methods and samples, rougher numbers."
+    ),
     dry_run: bool = DRY_RUN,
     config: Path | None = CONFIG,
 ) -> None:
