@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from rich import box
@@ -23,6 +23,7 @@ from peft_psr.evaluation.benchmarks.persona.recipe import PersonaRecipe, demo_re
 from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.inspection.shading import shaded_answer
 from peft_psr.evaluation.measures.faithfulness import intervention_strength, relative_rmse
+from peft_psr.evaluation.measures.neutral import instruction_of
 from peft_psr.evaluation.measures.scoring import SteeringScore
 from peft_psr.evaluation.methods.method import PROMPT
 from peft_psr.evaluation.methods.registry import METHODS
@@ -32,8 +33,9 @@ from peft_psr.hub.facts import AdapterFacts, package_versions
 from peft_psr.hub.model_card import write_model_card
 from peft_psr.positions import encode_chat
 from peft_psr.prompts.conversations import Prompt, last_text
+from peft_psr.prompts.messages import Message
 from peft_psr.tiny_chat import questions, tiny_chat_path
-from peft_psr.training import sample_completions
+from peft_psr.training import PromptPair, sample_completions
 from peft_psr.training.judges.base import judge_answers
 from peft_psr.training.passes.branches import unedited
 
@@ -153,7 +155,7 @@ def as_row(cell: Cell) -> dict[str, Any]:
             why[name] = reason or "no adapter"
         return None if number is None else round(number, 4)
 
-    row = {"method": cell.method, "alpha1": _rounded(found["alpha1"])}
+    row: dict[str, Any] = {"method": cell.method, "alpha1": _rounded(found["alpha1"])}
     for what, source in (("ta", "trait"), ("alpha", "alpha")):
         for place in ("c80", "cp"):
             at = found.get(place, {})
@@ -205,7 +207,7 @@ def _facts(bench: Bench, cells: Sequence[Cell], best: Cell, alpha: float, calibr
     asked = {last_text(pair.prompt): None for pair in bench.pairs("test")[best.trait]}
     return AdapterFacts(
         trait=best.trait,
-        instructions=tuple(dict.fromkeys(pair.steered_prompt[0]["content"] for pair in pairs))[:2],
+        instructions=tuple(dict.fromkeys(_instruction(pair) for pair in pairs))[:2],
         question=next(iter(asked)),
         base_model="the toy chat model inside peft-psr (1.35 M parameters)",
         data="the base model's own answers to everyday questions with the instruction in its prompt, "
@@ -267,6 +269,10 @@ def _table(trait: str, cells: Sequence[Cell]) -> Table:
     return table
 
 
+def _instruction(pair: PromptPair) -> str:
+    return instruction_of(pair, "system")
+
+
 def _show_answers(bench: Bench, steered: PeftModel, processing_class: PreTrainedTokenizerBase, best: Cell) -> None:
     recipe, console, pairs = bench.recipe, bench.console, bench.pairs("test")[best.trait]
     pair = pairs[recipe.seed % len({last_text(pair.prompt) for pair in pairs})]  # of the first instruction
@@ -279,9 +285,9 @@ def _show_answers(bench: Bench, steered: PeftModel, processing_class: PreTrained
     answer = sample_completions(steered, processing_class, [pair.prompt], **settings)[0].text
     console.print(f"\n[bold]{last_text(pair.prompt)}")
     console.print("[dim]plain   [/]", plain, soft_wrap=True)
-    console.print(f"[dim]prompted[/] [dim]({pair.steered_prompt[0]['content']})[/]", with_prompt, soft_wrap=True)
+    console.print(f"[dim]prompted[/] [dim]({_instruction(pair)})[/]", with_prompt, soft_wrap=True)
     console.print(f"[dim]steered [/] [dim]({best.method}, no prompt; darker: gates open wider)[/]", soft_wrap=True)
-    encoded = encode_chat(processing_class, [pair.prompt])
+    encoded = encode_chat(processing_class, [cast(list[Message], pair.prompt)])
     answer_ids = processing_class(answer, add_special_tokens=False, return_tensors="pt")["input_ids"]
     shaded = shaded_answer(steered, processing_class, encoded, answer_ids, encoding=console.encoding)
     console.print(shaded, "\n", soft_wrap=True)
