@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from peft_psr.base_model.loading import EMBEDDED, load_tokenizer, model_path
 from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.persona.benchmark import check_persona, persona_cells
-from peft_psr.evaluation.benchmarks.persona.recipe import PersonaRecipe
-from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
+from peft_psr.evaluation.benchmarks.persona.recipe import PersonaRecipe, demo_recipe
 from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.inspection.shading import shaded_answer
 from peft_psr.evaluation.measures.faithfulness import intervention_strength, relative_rmse
@@ -33,25 +32,13 @@ from peft_psr.hub.facts import AdapterFacts, package_versions
 from peft_psr.hub.model_card import write_model_card
 from peft_psr.positions import encode_chat
 from peft_psr.prompts.conversations import Prompt, last_text
-from peft_psr.tiny_chat import TRAITS, questions, tiny_chat_path
+from peft_psr.tiny_chat import questions, tiny_chat_path
 from peft_psr.training import sample_completions
 from peft_psr.training.judges.base import judge_answers
 from peft_psr.training.passes.branches import unedited
 
 
 Bench = Workbench[PersonaRecipe]
-
-
-def demo_recipe(trait: str, model: str = EMBEDDED, seed: int = 0, quick: bool = False) -> PersonaRecipe:
-    """What the demo measures of one trait: the recipe `persona-demo`, or `persona-demo-quick`.
-
-    Raises:
-        ValueError: no such trait.
-    """
-    if trait not in TRAITS:
-        raise ValueError(f"No trait {trait!r}; there are: {', '.join(TRAITS)}, or 'all'.")
-    options = {"traits": (trait,), "models": (model,), "seed": seed, "seeds": (seed,)}
-    return load_evaluate_recipe(PersonaRecipe, "persona-demo-quick" if quick else "persona-demo", options)
 
 
 def run_demo(

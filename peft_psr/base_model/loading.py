@@ -14,13 +14,9 @@ from transformers.utils import find_adapter_config_file
 
 from peft_psr.prompts.chat_template import read_chat_template, set_chat_template
 from peft_psr.text import read_text
-from peft_psr.tiny_chat import tiny_chat_path
+from peft_psr.tiny_chat import EMBEDDED, tiny_chat_path
 
 from .threads import choose_threads
-
-
-EMBEDDED = "embedded"
-"""As a model's name: the one in the package."""
 
 
 class ModelName(NamedTuple):

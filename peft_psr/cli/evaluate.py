@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import typer
@@ -13,9 +12,11 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from peft_psr.evaluation.benchmarks.benchmark import Benchmark
+from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, load_evaluate_recipe
 from peft_psr.evaluation.benchmarks.registry import BENCHMARKS
 
-from .common import CONFIG, DRY_RUN, RECIPE, RUN_FOLDER, errors, plain_console, recipe_options, show_progress_of_runs
+from .common import errors, plain_console, show_progress_of_runs
+from .options import RunOptions, recipe_command
 
 
 class _Benchmarks(TyperGroup):
@@ -40,45 +41,33 @@ def _command(benchmark: Benchmark[Any]) -> Any:
     app = typer.Typer(add_completion=False)
 
     @app.command(name=benchmark.name, help=benchmark.summary)
-    @recipe_options(benchmark.recipe)
-    def run(
-        recipe: str = RECIPE,
-        output: Path = RUN_FOLDER,
-        dry_run: bool = DRY_RUN,
-        config: Path | None = CONFIG,
-        **options: str | bool | None,
-    ) -> None:
-        _run(benchmark, recipe, output, dry_run, options)
+    @recipe_command(benchmark.recipe, partial(load_evaluate_recipe, benchmark.recipe))
+    def run(recipe: EvaluateRecipe, options: RunOptions) -> None:
+        _run(benchmark, recipe, options)
 
     return typer.main.get_command(app)
 
 
-def _run(
-    benchmark: Benchmark[Any], recipe: str, output: Path, dry_run: bool, options: dict[str, str | bool | None]
-) -> None:
-    warnings.simplefilter("ignore", FutureWarning)
-    from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
+def _run(benchmark: Benchmark[Any], recipe: EvaluateRecipe, options: RunOptions) -> None:
+    show_progress_of_runs()
     from peft_psr.evaluation.benchmarks.run import run_benchmark
     from peft_psr.evaluation.benchmarks.workbench import Workbench
     from peft_psr.training.sampling.chat_server import ServerError, TooManyFailures
 
-    show_progress_of_runs()
     logging.getLogger("peft_psr.training.passes.frozen").setLevel(logging.WARNING)  # it would say so for every adapter
-    console = plain_console()
+    console, output = plain_console(), options.output
     with errors(console, ServerError, TooManyFailures, ImportError, FloatingPointError):
-        given = {name: value for name, value in options.items() if value is not None}
-        chosen = load_evaluate_recipe(benchmark.recipe, recipe or None, given)
-        if dry_run:
-            bench = Workbench(chosen, output, benchmark.name)
+        if options.dry_run:
+            bench = Workbench(recipe, output, benchmark.name)
             benchmark.check(bench)
             console.print(f"would measure {', '.join(bench.method_names()) or 'no method'} beside the plain and the "
                           "prompted model")  # fmt: skip
             console.print(f"on {', '.join(bench.traits)}")
-            seeds = ", ".join(map(str, chosen.seeds))
-            console.print(f"of {', '.join(chosen.models)}, with seeds {seeds}, and write to {output}/")
+            seeds = ", ".join(map(str, recipe.seeds))
+            console.print(f"of {', '.join(recipe.models)}, with seeds {seeds}, and write to {output}/")
             return
         try:
-            _, files = run_benchmark(benchmark, chosen, output, console)
+            _, files = run_benchmark(benchmark, recipe, output, console)
         except KeyboardInterrupt:
             console.print(f"stopped; the same command goes on from what is in {output}/")
             raise typer.Exit(130) from None

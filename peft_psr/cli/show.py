@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
 from typing import cast
 
-import typer
+from pydantic import Field
 
-from .common import (
-    ADAPTERS,
-    CHAT_TEMPLATE,
-    CONFIG,
-    DRY_RUN,
-    MODEL,
-    REVISION,
-    TEMPLATE_ARGS,
-    TRUST_REMOTE_CODE,
-    errors,
-    home,
-    plain_console,
-    quiet_transformers,
-    tokenizer_settings,
-)
+from peft_psr.training.runs.recipe_fields import Count
+
+from .common import errors, plain_console, quiet_transformers
+from .options import Folder, Seed, SteeredOptions, command
 
 
-def show(
-    adapters: list[str] = ADAPTERS,
-    prompt: str = typer.Option(..., "--prompt", "--text", help="The user's turn."),
-    answer: str = typer.Option("", help="The answer to look at; by default the model's own, steered by each adapter."),
-    instruction: str = typer.Option("", help="Show too what this instruction in the prompt moves on the same tokens."),
-    placement: str = typer.Option("system", help="Where the instruction stands: system, before or after."),
-    model: str = MODEL,
-    revision: str = REVISION,
-    chat_template: Path | None = CHAT_TEMPLATE,
-    template_args: str = TEMPLATE_ARGS,
-    trust_remote_code: bool = TRUST_REMOTE_CODE,
-    max_new_tokens: int = typer.Option(128, min=1, help="Longest answer of the model's own, in tokens."),
-    output: Path | None = typer.Option(None, callback=home, help="A new HTML file, with every layer's numbers."),
-    seed: int = typer.Option(0, min=0, help="Of the model's own answer."),
-    dry_run: bool = DRY_RUN,
-    config: Path | None = CONFIG,
-) -> None:
+class ShowOptions(SteeredOptions):
+    """What `psr show` takes."""
+
+    prompt: str = Field(json_schema_extra={"flags": ["--prompt", "--text"]}, description="The user's turn.")
+    answer: str = Field("", description="The answer to look at; by default the model's own, steered by each adapter.")
+    instruction: str = Field("", description="Show too what this instruction in the prompt moves on the same tokens.")
+    placement: str = Field("system", description="Where the instruction stands: system, before or after.")
+    max_new_tokens: Count = Field(128, description="Longest answer of the model's own, in tokens.")
+    output: Folder | None = Field(None, description="A new HTML file, with every layer's numbers.")
+    seed: Seed = Field(0, description="Of the model's own answer.")
+
+
+@command(ShowOptions)
+def show(options: ShowOptions) -> None:
     """Show how far an adapter's gates are open at each token of a text, and what a prompt moves there."""
-    warnings.simplefilter("ignore", FutureWarning)
+    quiet_transformers()
     from peft_psr.base_model.loading import load_tokenizer
     from peft_psr.evaluation.inspection.shading import shade
     from peft_psr.evaluation.inspection.token_map import map_adapters, token_page
@@ -53,25 +37,32 @@ def show(
     from peft_psr.text import check_unicode
     from peft_psr.training.data.placement import Placement, check_placement
 
-    quiet_transformers()
-    console = plain_console()
+    console, output = plain_console(), options.output
+    prompt, answer, instruction = options.prompt, options.answer, options.instruction
     with errors(console):
-        named = name_adapters(adapters)
+        named = name_adapters(options.adapters)
         check_transcript(output)
         for option, text in {"--prompt": prompt, "--answer": answer, "--instruction": instruction}.items():
             check_unicode(text, option)
-        base = base_model_of(named, model, revision or None)
-        settings = tokenizer_settings(named, chat_template, template_args, trust_remote_code)
-        place = cast(Placement, placement)
+        base = base_model_of(named, options.model, options.revision or None)
+        settings = options.tokenizer_settings_for(named)
+        place = cast(Placement, options.placement)
         if instruction:
             check_placement(load_tokenizer(*base, **settings), place)
-        if dry_run:
+        if options.dry_run:
             listed = ", ".join(f"{name} ({where})" for name, where in named.items())
             console.print(f"would show {listed} on {base}")
             return
         steered, processing_class = load_with_adapters(base, named, **settings)
         maps = map_adapters(
-            steered, processing_class, prompt, answer, instruction, place, max_new_tokens=max_new_tokens, seed=seed
+            steered,
+            processing_class,
+            prompt,
+            answer,
+            instruction,
+            place,
+            max_new_tokens=options.max_new_tokens,
+            seed=options.seed,
         )
         digits = console.color_system is None
         for each in maps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,36 +10,27 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from peft_psr.training.runs.train.recipe import TrainRecipe
+from peft_psr.training.runs.train.recipe import TrainRecipe, load_train_recipe
 
-from .common import CONFIG, DRY_RUN, RECIPE, RUN_FOLDER, errors, plain_console, recipe_options, show_progress_of_runs
+from .common import errors, plain_console, show_progress_of_runs
+from .options import RunOptions, recipe_command
 
 
-@recipe_options(TrainRecipe)
-def train(
-    recipe: str = RECIPE,
-    output: Path = RUN_FOLDER,
-    dry_run: bool = DRY_RUN,
-    config: Path | None = CONFIG,
-    **options: str | bool | None,
-) -> None:
+@recipe_command(TrainRecipe, load_train_recipe)
+def train(recipe: TrainRecipe, options: RunOptions) -> None:
     """Train an adapter for each trait. Stopped at any moment, the same command goes on where it was."""
-    warnings.simplefilter("ignore", FutureWarning)
+    show_progress_of_runs()
     from peft_psr.training.data.by_trait import in_words
-    from peft_psr.training.runs.train.recipe import load_train_recipe
     from peft_psr.training.runs.train.run import TrainRun
 
-    show_progress_of_runs()
-    console = plain_console()
+    console, output = plain_console(), options.output
     with errors(console, ImportError, FloatingPointError):
-        given = {name: value for name, value in options.items() if value is not None}
-        chosen = load_train_recipe(recipe or None, given)
-        run = TrainRun(output, chosen)
-        if dry_run:
+        run = TrainRun(output, recipe)
+        if options.dry_run:
             plans = run.check()
-            together = ", together" if chosen.parallel else ""
-            console.print(f"would train {len(plans)} adapter(s) of {chosen.model}{together}, r={chosen.r}, "
-                          f"start: {chosen.start}, objective: {chosen.objective}")  # fmt: skip
+            together = ", together" if recipe.parallel else ""
+            console.print(f"would train {len(plans)} adapter(s) of {recipe.model}{together}, r={recipe.r}, "
+                          f"start: {recipe.start}, objective: {recipe.objective}")  # fmt: skip
             for plan in plans:
                 held_out = f", {plan.held_out} held out" if plan.held_out else ""
                 todo = "is there already" if plan.finished else f"at most {plan.steps} steps"

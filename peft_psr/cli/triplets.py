@@ -5,61 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 
 import typer
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from peft_psr.training.runs.triplets.recipe import Recipe
+from peft_psr.training.runs.recipe_fields import Count, Place
+from peft_psr.training.runs.triplets.recipe import Recipe, load_recipe
 from peft_psr.training.runs.yaml_reading import read_yaml
 
-from .common import (
-    CONFIG,
-    DRY_RUN,
-    RECIPE,
-    RUN_FOLDER,
-    errors,
-    home,
-    plain_console,
-    quiet_transformers,
-    recipe_options,
-    show_progress_of_runs,
-)
+from .common import errors, plain_console, quiet_transformers, show_progress_of_runs
+from .options import ARGUMENT, CommandOptions, Folder, RunOptions, Seed, command, recipe_command
 
 
-@recipe_options(Recipe)
-def triplets(
-    recipe: str = RECIPE,
-    output: Path = RUN_FOLDER,
-    dry_run: bool = DRY_RUN,
-    **options: str | bool | None,
-) -> None:
+@recipe_command(Recipe, load_recipe)
+def triplets(recipe: Recipe, options: RunOptions) -> None:
     """Draw, judge and filter triplets. Stopped at any moment, the same command goes on where it was."""
+    show_progress_of_runs()
     from peft_psr.training.runs.triplets.assembly import judge_maker, make_sampler, prompt_pairs
     from peft_psr.training.runs.triplets.estimate import estimate
-    from peft_psr.training.runs.triplets.recipe import load_recipe
     from peft_psr.training.runs.triplets.run import MANIFEST, REPORT, TRIPLETS, TripletRun
     from peft_psr.training.sampling.chat_server import ServerError, TooManyFailures
 
-    show_progress_of_runs()
-    console = plain_console()
+    console, output = plain_console(), options.output
     with errors(console, ServerError, TooManyFailures, ImportError):
-        given = {name: value for name, value in options.items() if value is not None}
-        chosen = load_recipe(recipe or None, given)
-        pairs = prompt_pairs(chosen)
-        run = TripletRun(output, chosen, pairs, lambda: make_sampler(chosen), judge_maker(chosen, pairs, output))
+        pairs = prompt_pairs(recipe)
+        run = TripletRun(output, recipe, pairs, lambda: make_sampler(recipe), judge_maker(recipe, pairs, output))
         run.check()
-        if dry_run:
-            cost = estimate(chosen, pairs)
+        if options.dry_run:
+            cost = estimate(recipe, pairs)
             about = "" if cost.counted else "about "
             traits = len({pair.trait for pair in pairs})
             console.print(f"would draw {cost.completions} completions on {len(pairs)} prompts of {traits} trait(s) "
-                          f"from {chosen.model} ({chosen.sampler})")  # fmt: skip
+                          f"from {recipe.model} ({recipe.sampler})")  # fmt: skip
             console.print(f"prompts: {about}{cost.prompt_tokens:,} tokens; completions: at most "
                           f"{cost.most_completion_tokens:,} tokens")  # fmt: skip
             if cost.judge_calls:
-                console.print(f"judge: {cost.judge_calls:,} questions to {chosen.judge_model} ({chosen.model_judge}), "
+                console.print(f"judge: {cost.judge_calls:,} questions to {recipe.judge_model} ({recipe.model_judge}), "
                               f"at most about {cost.most_judge_tokens:,} tokens")  # fmt: skip
             else:
-                console.print(f"judge: {chosen.judge}, without a model")
+                console.print(f"judge: {recipe.judge}, without a model")
             console.print(f"first prompt: {pairs[0].steered_prompt}")
             console.print(f"and write to {output}/")
             return
@@ -96,40 +80,49 @@ def recipes(
         typer.echo(shipped[name].read_bytes(), nl=False)  # whatever the terminal's encoding: a recipe is UTF-8
         return
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    for command, recipes in kinds.items():
+    for kind, recipes in kinds.items():
         for title, path in recipes.items():
-            table.add_row(command, title, read_yaml(path)["description"])
+            table.add_row(kind, title, read_yaml(path)["description"])
     Console(highlight=False).print(table)
 
 
-def draft(
-    name: str = typer.Argument(help="The trait's name: small letters, digits, - and _."),
-    description: str = typer.Argument(help="What the trait is, in a sentence or two."),
-    model: str = typer.Option(..., callback=home, help="A chat model: Hub name or folder, or its name on the server."),
-    output: Path = typer.Option(
-        Path("traits"), callback=home, help="Folder for the trait's files, as `source: personas` reads it."
-    ),
-    server_url: str = typer.Option("", help="An OpenAI-compatible server, such as http://localhost:8000/v1."),
-    key_variable: str = typer.Option("OPENAI_API_KEY", help="Environment variable with the server's key."),
-    max_new_tokens: int = typer.Option(8192, min=1, help="Longest answer, in tokens."),
-    temperature: float = typer.Option(0.7, min=0, help="Of the sampling."),
-    seed: int = typer.Option(0, min=0, help="Of the sampling."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Say what would be done, do nothing."),
-    config: Path | None = CONFIG,
-) -> None:
+class DraftOptions(CommandOptions):
+    """What `psr draft` takes."""
+
+    name: str = Field(json_schema_extra=ARGUMENT, description="The trait's name: small letters, digits, - and _.")
+    description: str = Field(json_schema_extra=ARGUMENT, description="What the trait is, in a sentence or two.")
+    model: Place = Field(description="A chat model: Hub name or folder, or its name on the server.")
+    output: Folder = Field(Path("traits"), description="Folder for the trait's files, as `source: personas` reads it.")
+    server_url: str = Field("", description="An OpenAI-compatible server, such as http://localhost:8000/v1.")
+    key_variable: str = Field("OPENAI_API_KEY", description="Environment variable with the server's key.")
+    max_new_tokens: Count = Field(8192, description="Longest answer, in tokens.")
+    temperature: float = Field(0.7, ge=0, description="Of the sampling.")
+    seed: Seed = Field(0, description="Of the sampling.")
+
+
+@command(DraftOptions)
+def draft(options: DraftOptions) -> None:
     """Draft a new trait's instructions, questions and judge prompt with a chat model, for you to read over."""
+    quiet_transformers()
     from peft_psr.text import check_unicode
     from peft_psr.training.runs.drafting import draft_trait, make_chat
     from peft_psr.training.sampling.chat_server import ServerError, TooManyFailures
 
-    quiet_transformers()
-    console = plain_console()
+    console, name, output = plain_console(), options.name, options.output
     with errors(console, ServerError, TooManyFailures):
-        if dry_run:
-            console.print(f"would ask {model} at {server_url or 'this machine'} for {name!r} and write to {output}/")
+        if options.dry_run:
+            where = options.server_url or "this machine"
+            console.print(f"would ask {options.model} at {where} for {name!r} and write to {output}/")
             return
-        check_unicode(description, "The description")
-        chat = make_chat(model, server_url or None, key_variable, max_new_tokens, temperature, seed)
-        for path in draft_trait(name, description, chat, output).values():
+        check_unicode(options.description, "The description")
+        chat = make_chat(
+            options.model,
+            options.server_url or None,
+            options.key_variable,
+            options.max_new_tokens,
+            options.temperature,
+            options.seed,
+        )
+        for path in draft_trait(name, options.description, chat, output).values():
             console.print(f"wrote {path}")
         console.print("a draft: read both files over, correct them, then remove the note in them")

@@ -15,12 +15,17 @@ from .grammar import (
 )
 
 
+EMBEDDED = "embedded"
+"""As a model's name: the one in the package."""
+
+
 def tiny_chat_path() -> str:
     """The folder of the embedded chat model, for `from_pretrained`."""
     return str(Path(__file__).parent / "model")
 
 
 __all__ = [
+    "EMBEDDED",
     "TOPICS",
     "TRAITS",
     "Question",

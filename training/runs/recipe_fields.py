@@ -184,6 +184,9 @@ def _explain(kind: type[RecipeFields], problem: Any, values: Mapping[str, Any]) 
     about = _accepted(kind, name)
     if problem["type"] == "missing":
         return f"{name} is missing; accepted: {about}"
+    own = str(problem["msg"]).removeprefix("Value error, ")
+    if own.startswith(f"{name}: "):
+        return own
     if name.endswith("_url"):  # it may hold a password
         return f"{name} must look like http://localhost:8000/v1, without user name, password or query. {about}"
     if name.endswith("key_variable"):  # it may be the key itself, put in the wrong place
@@ -244,7 +247,8 @@ def _kind_in_words(kind: Any, constraints: Sequence[Any]) -> str:
         whole = (get_args(item)[0] if get_origin(item) is Annotated else item) is int
         return "a list of whole numbers" if whole else "a list of numbers"
     if kind not in (int, float):
-        return {str: "text", bool: "true | false", type(None): "none"}.get(kind, "a list of names")
+        words = {str: "text", Path: "a path", bool: "true | false", type(None): "none"}
+        return words.get(kind, "a list of names")
     bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     limits = [
         f"{text} {getattr(constraint, bound):g}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, Positions, PositiveAlphas
+from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, Positions, PositiveAlphas, load_evaluate_recipe
+from peft_psr.tiny_chat import EMBEDDED, TRAITS
 from peft_psr.training.runs.recipe_fields import Count
 
 
@@ -22,3 +23,15 @@ class PersonaRecipe(EvaluateRecipe):
     @classmethod
     def _with_one(cls, strengths: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(sorted({1.0, *strengths}))
+
+
+def demo_recipe(trait: str, model: str = EMBEDDED, seed: int = 0, quick: bool = False) -> PersonaRecipe:
+    """What the demo measures of one trait: the recipe `persona-demo`, or `persona-demo-quick`.
+
+    Raises:
+        ValueError: no such trait.
+    """
+    if trait not in TRAITS:
+        raise ValueError(f"No trait {trait!r}; there are: {', '.join(TRAITS)}, or 'all'.")
+    options = {"traits": (trait,), "models": (model,), "seed": seed, "seeds": (seed,)}
+    return load_evaluate_recipe(PersonaRecipe, "persona-demo-quick" if quick else "persona-demo", options)

@@ -154,7 +154,7 @@ def test_command_line_mistakes(tmp_path):
     assert lost.exit_code == 2 and "is no model folder" in lost.stdout
     (tmp_path / "options.yaml").write_text("sead: 3\n")
     misspelt = psr("demo", "--config", str(tmp_path / "options.yaml"), "--dry-run")
-    assert misspelt.exit_code == 2 and "sead" in misspelt.stderr
+    assert misspelt.exit_code == 2 and "unknown field sead (value 3). Did you mean seed?" in misspelt.stdout
     assert not (tmp_path / "a").exists()
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from peft_psr.base_model.loading import EMBEDDED
+from peft_psr.tiny_chat import EMBEDDED
 from peft_psr.training.data.filtering import FilterSettings
 from peft_psr.training.data.placement import Placement
 from peft_psr.training.judges.registry import JUDGES
