@@ -41,7 +41,8 @@ def generate_rows(
     if not stops or max_new_tokens <= STRETCH or not can_be_interrupted(model):
         return model.generate(**inputs, **arguments(rows), max_new_tokens=max_new_tokens)[:, prompt:].tolist()  # type: ignore[operator]
     drawn: dict[int, list[int]] = {}
-    left, cache = max_new_tokens, {}
+    left = max_new_tokens
+    cache: dict[str, Any] = {}
     while True:
         output = model.generate(  # type: ignore[operator]
             **inputs, **arguments(rows), **cache, max_new_tokens=min(left, STRETCH), return_dict_in_generate=True
