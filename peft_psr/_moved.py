@@ -51,6 +51,8 @@ class _Finder(MetaPathFinder):
 
 def keep_old_paths() -> None:
     """Has the import system know the old paths."""
-    if not any(type(finder).__qualname__ == _Finder.__qualname__ and type(finder).__module__ == __name__
-               for finder in sys.meta_path):  # fmt: skip
+    if not any(
+        type(finder).__qualname__ == _Finder.__qualname__ and type(finder).__module__ == __name__
+        for finder in sys.meta_path
+    ):
         sys.meta_path.append(_Finder())

@@ -58,9 +58,13 @@ class Progress:
         self._bar = None
         if shown and (sys.stderr.isatty() or "ipykernel" in sys.modules):
             self._bar = tqdm(
-                total=total, initial=done, desc=title, unit=f" {unit}", dynamic_ncols=True,
+                total=total,
+                initial=done,
+                desc=title,
+                unit=f" {unit}",
+                dynamic_ncols=True,
                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
-            )  # fmt: skip
+            )
         elif shown:
             logger.info("%s: %d of %s done before", title, done, "?" if total is None else total)
 

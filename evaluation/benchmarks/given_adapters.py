@@ -44,5 +44,7 @@ def check_adapter(name: str, place: str, recipe: EvaluateRecipe) -> None:
         logger.warning(
             "Adapter %s was trained with other arguments of the chat template (%s) than it is measured with (%s), so "
             "on other prompts; --template-args sets them.",
-            name, json.dumps(facts.template_args), json.dumps(args),
-        )  # fmt: skip
+            name,
+            json.dumps(facts.template_args),
+            json.dumps(args),
+        )

@@ -25,9 +25,7 @@ def check_folder(folder: Path, benchmark: str, recipe: EvaluateRecipe) -> None:
     """
     if begun := begun_run(folder, STATE, "run of psr evaluate"):
         now = {"benchmark": benchmark, **_filter_of(recipe.model_dump()), **recipe.fixed()}
-        before = {
-            "benchmark": begun.get("benchmark"), **_filter_of(begun.get("recipe", {})), **begun.get("fixed", {}),
-        }  # fmt: skip
+        before = {"benchmark": begun.get("benchmark"), **_filter_of(begun.get("recipe", {})), **begun.get("fixed", {})}
         check_same_recipe(folder, before, now)
 
 

@@ -161,9 +161,13 @@ def token_page(maps: Sequence[TokenMap], question: str, instruction: str = "", m
 def _for_page(token_map: TokenMap) -> dict[str, object]:
     flows = {"gates": token_map.openness()}
     tables = [
-        _grid("Gate values", "Colour: share of the layer's widest gate here, which the last line names.",
-              token_map.gates, {layer: relative(values) for layer, values in token_map.gates.items()}),
-    ]  # fmt: skip
+        _grid(
+            "Gate values",
+            "Colour: share of the layer's widest gate here, which the last line names.",
+            token_map.gates,
+            {layer: relative(values) for layer, values in token_map.gates.items()},
+        ),
+    ]
     changes = {"Change by the adapter": token_map.adapter}
     if token_map.prompt is not None:
         changes["Change by the instruction"] = token_map.prompt

@@ -161,9 +161,12 @@ def score_model(
     rows = [i for i in range(len(prompts)) for _ in range(num_draws)]
     shown = prompts if bare_prompts is None else bare_prompts
     sampling = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size, "seed": seed,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "batch_size": batch_size,
+        "seed": seed,
         "progress": progress,
-    }  # fmt: skip
+    }
     answers = judged_answers(
         model, processing_class, [prompts[i] for i in rows], [shown[i] for i in rows], rows, judge, sampling, alphas
     )

@@ -5,10 +5,8 @@
     usable range    the strengths from 0 on at which mean coherence stays above a floor
 
 A prompt is neutral if the trait should not show in its answer although the instruction, or the adapter, is there: the
-user asks to drop it, say, or the text is no answer at all. An ordinary question is not: there the trait is what was
-asked for. The first two are computed on given tokens, without sampling and without a judge. KL is taken from the base
-model to the steered one because the right answer is the base model's: it is the price, in nats, of what the steered
-model no longer expects.
+user asks to drop it, say, or the text is no answer. Of an ordinary question the trait is what was asked for. The first
+two are computed on given tokens, without a judge; KL from the base model, whose answer is right, to the steered one.
 """
 
 from __future__ import annotations

@@ -18,8 +18,11 @@ from rich.text import Text
 
 def accept_any_encoding() -> None:
     """Have streams that are not UTF-8 (Windows' pipes) show by escapes what they lack, and take any byte."""
-    for stream, way in ((sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace"),
-                        (sys.stdin, "surrogateescape")):  # fmt: skip
+    for stream, way in (
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+        (sys.stdin, "surrogateescape"),
+    ):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=way)
 

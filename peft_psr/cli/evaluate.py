@@ -60,8 +60,10 @@ def _run(benchmark: Benchmark[Any], recipe: EvaluateRecipe, options: RunOptions)
         if options.dry_run:
             bench = Workbench(recipe, output, benchmark.name)
             benchmark.check(bench)
-            console.print(f"would measure {', '.join(bench.method_names()) or 'no method'} beside the plain and the "
-                          "prompted model")  # fmt: skip
+            console.print(
+                f"would measure {', '.join(bench.method_names()) or 'no method'} beside the plain and the "
+                "prompted model"
+            )
             console.print(f"on {', '.join(bench.traits)}")
             seeds = ", ".join(map(str, recipe.seeds))
             console.print(f"of {', '.join(recipe.models)}, with seeds {seeds}, and write to {output}/")

@@ -128,8 +128,10 @@ def recipe_command(
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     """The options in a file, if there is one, and the flags, which win."""
     path = flags.pop("config")
-    return {**({} if path is None else _read(home(path))), **{name: flags[name] for name in flags if flags[name]
-            not in (None, [], ())}}  # fmt: skip
+    return {
+        **({} if path is None else _read(home(path))),
+        **{name: flags[name] for name in flags if flags[name] not in (None, [], ())},
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -29,8 +29,10 @@ def train(recipe: TrainRecipe, options: RunOptions) -> None:
         if options.dry_run:
             plans = run.check()
             together = ", together" if recipe.parallel else ""
-            console.print(f"would train {len(plans)} adapter(s) of {recipe.model}{together}, r={recipe.r}, "
-                          f"start: {recipe.start}, objective: {recipe.objective}")  # fmt: skip
+            console.print(
+                f"would train {len(plans)} adapter(s) of {recipe.model}{together}, r={recipe.r}, "
+                f"start: {recipe.start}, objective: {recipe.objective}"
+            )
             for plan in plans:
                 held_out = f", {plan.held_out} held out" if plan.held_out else ""
                 todo = "is there already" if plan.finished else f"at most {plan.steps} steps"

@@ -35,13 +35,19 @@ def triplets(recipe: Recipe, options: RunOptions) -> None:
             cost = estimate(recipe, pairs)
             about = "" if cost.counted else "about "
             traits = len({pair.trait for pair in pairs})
-            console.print(f"would draw {cost.completions} completions on {len(pairs)} prompts of {traits} trait(s) "
-                          f"from {recipe.model} ({recipe.sampler})")  # fmt: skip
-            console.print(f"prompts: {about}{cost.prompt_tokens:,} tokens; completions: at most "
-                          f"{cost.most_completion_tokens:,} tokens")  # fmt: skip
+            console.print(
+                f"would draw {cost.completions} completions on {len(pairs)} prompts of {traits} trait(s) "
+                f"from {recipe.model} ({recipe.sampler})"
+            )
+            console.print(
+                f"prompts: {about}{cost.prompt_tokens:,} tokens; completions: at most "
+                f"{cost.most_completion_tokens:,} tokens"
+            )
             if cost.judge_calls:
-                console.print(f"judge: {cost.judge_calls:,} questions to {recipe.judge_model} ({recipe.model_judge}), "
-                              f"at most about {cost.most_judge_tokens:,} tokens")  # fmt: skip
+                console.print(
+                    f"judge: {cost.judge_calls:,} questions to {recipe.judge_model} ({recipe.model_judge}), "
+                    f"at most about {cost.most_judge_tokens:,} tokens"
+                )
             else:
                 console.print(f"judge: {recipe.judge}, without a model")
             console.print(f"first prompt: {pairs[0].steered_prompt}")
@@ -52,8 +58,10 @@ def triplets(recipe: Recipe, options: RunOptions) -> None:
         except KeyboardInterrupt:
             console.print(f"stopped; the same command goes on from what is in {output}/")
             raise typer.Exit(130) from None
-        console.print(f"kept {counts.kept} of {counts.drawn} completions as triplets in {output / TRIPLETS}"
-                      + (f", and {counts.negatives} negatives" if counts.negatives else ""))  # fmt: skip
+        console.print(
+            f"kept {counts.kept} of {counts.drawn} completions as triplets in {output / TRIPLETS}"
+            + (f", and {counts.negatives} negatives" if counts.negatives else "")
+        )
         if counts.dropped:
             console.print(f"dropped: {counts.why()}")
         if missing := counts.planned - counts.judged:

@@ -37,8 +37,10 @@ def test_save_and_reload(tmp_path):
     tensors = load_file(folder / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert {name.rsplit(".", 1)[1]: tuple(t.shape) for name, t in tensors.items()} == {
-        "gate_weight": (2, WIDTH), "gate_bias": (2,), "direction": (2, WIDTH),
-    }  # fmt: skip
+        "gate_weight": (2, WIDTH),
+        "gate_bias": (2,),
+        "direction": (2, WIDTH),
+    }
     assert len(tensors) == 6
 
     reloaded = PeftModel.from_pretrained(copy.deepcopy(base), folder, adapter_name="again").eval()

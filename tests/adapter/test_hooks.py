@@ -177,8 +177,10 @@ def test_bare_model_saved(saved, tmp_path, expected):
     base.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == ["adapter_model.safetensors"]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "PSR"
-    assert all(name.rsplit(".", 1)[1] in ("gate_weight", "gate_bias", "direction")
-               for name in load_file(tmp_path / "adapter_model.safetensors"))  # fmt: skip
+    assert all(
+        name.rsplit(".", 1)[1] in ("gate_weight", "gate_bias", "direction")
+        for name in load_file(tmp_path / "adapter_model.safetensors")
+    )
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(again), logits(expected))
     torch.testing.assert_close(logits(PeftModel.from_pretrained(tiny_model(), tmp_path).eval()), logits(expected))

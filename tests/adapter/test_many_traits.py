@@ -112,8 +112,9 @@ def test_active_together_edits_add_up_in_any_order_and_later_layers_see_all_of_t
         edited = output
         for name, unit in units.items():
             config = model.peft_config[name]
-            gates = torch.ones(1) if unit.gate_weight is None else torch.relu(
-                output @ unit.gate_weight.T + unit.gate_bias)  # fmt: skip
+            gates = (
+                torch.ones(1) if unit.gate_weight is None else torch.relu(output @ unit.gate_weight.T + unit.gate_bias)
+            )
             edited = edited + (config.alpha + config.coefficient_bias) * gates @ unit.direction
         return edited
 

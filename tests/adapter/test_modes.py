@@ -61,8 +61,11 @@ def test_offloaded_base(where, tmp_path):
     else:
         layers = {f"base_model.model.model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(LAYERS)}
         rest = dict.fromkeys(["embed_tokens", "norm", "rotary_emb"], "cpu")
-        device_map = {**{f"base_model.model.model.{name}": device for name, device in rest.items()}, **layers,
-                      "base_model.model.lm_head": "cpu"}  # fmt: skip
+        device_map = {
+            **{f"base_model.model.model.{name}": device for name, device in rest.items()},
+            **layers,
+            "base_model.model.lm_head": "cpu",
+        }
         dispatch_model(model, device_map, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
     offloaded = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     assert any("psr_unit" in name for name in offloaded)

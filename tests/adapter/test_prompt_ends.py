@@ -211,8 +211,9 @@ def test_a_scored_text_behind_a_prefix(given, goes_on):
     model = prefixed()
     rest, labels = IDS[:, PREFIX:], IDS.clone()
     labels[:, : PREFIX + (0 if goes_on else 2)] = -100
-    wanted = {"labels": labels[:, PREFIX:]} if given == "labels" else {
-        "steering_mask": response_mask(labels)[:, PREFIX:]}  # fmt: skip
+    wanted = (
+        {"labels": labels[:, PREFIX:]} if given == "labels" else {"steering_mask": response_mask(labels)[:, PREFIX:]}
+    )
     cache = filled(model)
     with warnings.catch_warnings(record=True) as seen, torch.no_grad():
         warnings.simplefilter("always", PSRWarning)

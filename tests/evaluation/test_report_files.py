@@ -112,9 +112,7 @@ def test_markdown_tables(written):
     assert [text for text, _ in by_name["bad"]] == ["0.0", "inf", "1"]
     assert [text for text, _ in by_name[squeezed(NASTY)]] == ["83.3", "0.2503", "2048"]
     bold = {name: [part for _, bold in cells for part in bold] for name, cells in by_name.items()}
-    assert bold == {
-        "none": [], "prompt": ["0.250"], "S-PSR": ["83.3"], squeezed(NASTY): ["83.3", "0.250"], "bad": [],
-    }  # fmt: skip
+    assert bold == {"none": [], "prompt": ["0.250"], "S-PSR": ["83.3"], squeezed(NASTY): ["83.3", "0.250"], "bad": []}
     assert "<sup>1</sup> no adapter" in markdown and "<sup>3</sup> one text" in markdown
     shown = MarkdownIt("commonmark").enable("table").render(markdown)
     assert "<script" not in shown and "<a " not in shown and "A toy." in shown

@@ -49,7 +49,7 @@ def t5():
             num_heads=4,
             dropout_rate=0.0,
             decoder_start_token_id=0,
-        )  # fmt: skip
+        )
     )
 
 

@@ -134,8 +134,9 @@ WORDS = "tea dogs rain bread ships music stone light paper water glass night".sp
 
 
 def recipe(**options):
-    return load_recipe(None, {"source": "personas", "model": "fake", "judge": "local", "judge_model": "fake",
-                              "draws": 4, **options})  # fmt: skip
+    return load_recipe(
+        None, {"source": "personas", "model": "fake", "judge": "local", "judge_model": "fake", "draws": 4, **options}
+    )
 
 
 def pairs(count=5, negatives=False, trait="formal"):

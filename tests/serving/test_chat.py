@@ -263,10 +263,13 @@ def test_template_that_rewrites_earlier_turns(session):
     assert session.messages == before
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-    ({"temperature": -1.0}, "temperature must not be negative, got -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must not be negative, got -1"),
+    ],
+)
 def test_settings_out_of_range(chat_folder, settings, message):
     with pytest.raises(ValueError, match=message):
         open_session(chat_folder, **settings)
@@ -295,6 +298,7 @@ def test_embedded_model_takes_several_turns(tmp_path):
     start, n = first.prompt["input_ids"].shape[1], first.ids.shape[1]
     assert torch.equal(prompt["input_ids"][:, start : start + n], first.ids)
     assert prompt["steering_mask"][0].nonzero()[:, 0].tolist() == [
-        *range(start - 1, start + n), prompt["input_ids"].shape[1] - 1,
-    ]  # fmt: skip
+        *range(start - 1, start + n),
+        prompt["input_ids"].shape[1] - 1,
+    ]
     assert AutoTokenizer.from_pretrained(tiny_chat_path()).decode(first.ids[0]).strip() == first.text.strip()

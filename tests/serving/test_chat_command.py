@@ -59,20 +59,23 @@ def test_models_that_will_not_do(chat_folder, tmp_path):
         load_chat_model(str(tmp_path / "plain"), {"formal": str(chat_folder / "formal")})
 
 
-@pytest.mark.parametrize("line, message", [
-    ("/use nope", "No adapter 'nope'; there are: formal, brief, loud, or none."),
-    ("/use formal+nope", "No adapter 'nope'"),
-    ("/use formal+formal", "names an adapter twice"),
-    ("/use formal+loud", "edit different tokens of a conversation (formal 'response', loud 'all')"),
-    ("/use", "/use needs adapters: formal+brief+loud"),
-    ("/alpha", "/alpha needs a number: /alpha 1.5, or /alpha formal 1.5"),
-    ("/alpha much", "/alpha needs a number"),
-    ("/alpha formal brief 1", "/alpha needs a number"),
-    ("/alpha nan", "alpha must be finite"),
-    ("/alpha nope 1", "No adapter 'nope'"),
-    ("/gates", "no answer to look at yet"),
-    ("/shout", "No command '/shout'; there are: /traits, /use, /alpha, /gates, /system, /reset, /help, /quit."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("/use nope", "No adapter 'nope'; there are: formal, brief, loud, or none."),
+        ("/use formal+nope", "No adapter 'nope'"),
+        ("/use formal+formal", "names an adapter twice"),
+        ("/use formal+loud", "edit different tokens of a conversation (formal 'response', loud 'all')"),
+        ("/use", "/use needs adapters: formal+brief+loud"),
+        ("/alpha", "/alpha needs a number: /alpha 1.5, or /alpha formal 1.5"),
+        ("/alpha much", "/alpha needs a number"),
+        ("/alpha formal brief 1", "/alpha needs a number"),
+        ("/alpha nan", "alpha must be finite"),
+        ("/alpha nope 1", "No adapter 'nope'"),
+        ("/gates", "no answer to look at yet"),
+        ("/shout", "No command '/shout'; there are: /traits, /use, /alpha, /gates, /system, /reset, /help, /quit."),
+    ],
+)
 def test_mistakes_change_nothing(session, line, message):
     session.use(["formal", "brief"])
     printed = talk(session, line, "w1")

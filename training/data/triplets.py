@@ -122,8 +122,10 @@ def check_triplet(triplet: object, where: str) -> None:
     assert isinstance(triplet, Mapping)  # which check_fields has just seen
     for name in ("prompt", "steered_prompt", "completion"):
         if has_half_pair(json.dumps(triplet[name], ensure_ascii=False, default=str)):
-            raise ValueError(f"{where}: {name} holds half a character (a surrogate without its other half, as of an "
-                             "emoji that was cut in two). Take it out.")  # fmt: skip
+            raise ValueError(
+                f"{where}: {name} holds half a character (a surrogate without its other half, as of an "
+                "emoji that was cut in two). Take it out."
+            )
 
 
 def check_fields(triplet: object, where: str) -> None:
@@ -134,8 +136,9 @@ def check_fields(triplet: object, where: str) -> None:
         raise ValueError(f"{where}: the names of a triplet's fields are text, got {others[0]!r}.")
     missing = [name for name in ("prompt", "steered_prompt", "completion") if not triplet.get(name)]
     if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} missing or empty; a triplet has prompt, steered_prompt and "
-                         "completion.")  # fmt: skip
+        raise ValueError(
+            f"{where}: {', '.join(missing)} missing or empty; a triplet has prompt, steered_prompt and completion."
+        )
     if not isinstance(triplet["completion"], str):
         raise ValueError(f"{where}: completion must be text, got {triplet['completion']!r}.")
     for name in ("prompt", "steered_prompt"):

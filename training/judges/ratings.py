@@ -192,8 +192,9 @@ class RatingJudge:
             for concept, instruction, answer in asked
         ]
         questions = [text for each in texts for text in each.values()]
-        replies = ask_once(questions, lambda text: answer_key(self.identity, text, {}), self._ask, self.cache,
-                           self.usage)  # fmt: skip
+        replies = ask_once(
+            questions, lambda text: answer_key(self.identity, text, {}), self._ask, self.cache, self.usage
+        )
         check_answered([reply.reason if isinstance(reply, Failure) else None for reply in replies.values()])
         answers = cast(dict[str, str], replies)
         return [_ratings({name: answers[text] for name, text in each.items()}) for each in texts]

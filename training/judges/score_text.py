@@ -40,7 +40,7 @@ _CUE = re.compile(
     r"\b(?:scor(?:e|es|ed|ing)|rat(?:e|es|ed|ing)|grad(?:e|es|ed|ing)|mark|give|gave|assign|evaluat\w+|estimate|"
     r"judge|say|go with|answer is|number is|it at)\b",
     re.IGNORECASE,
-)  # fmt: skip
+)
 _BOUND = re.compile(r"\b(?:not|never|above|below|over|under|more|less|than|least|most)\b|n['’]t\b", re.IGNORECASE)
 """In the sentence of a number: it says what the score is not."""
 
@@ -88,8 +88,12 @@ def _mention(text: str, match: re.Match[str]) -> _Mention:
     following = _NOT_AFTER.match(after)
     words_after = following is not None and (not has_unit or not re.match(r"\s+[^\W\d]", after))
     fits = bool(_SCALE_0_100.fullmatch(number)) and float(number) <= 100
-    return _Mention(float(number), before, after, fits and on_scale and not ratio and not words_after
-                    and not _NOT_BEFORE.search(before))  # fmt: skip
+    return _Mention(
+        float(number),
+        before,
+        after,
+        fits and on_scale and not ratio and not words_after and not _NOT_BEFORE.search(before),
+    )
 
 
 def _is_labelled(before: str) -> bool:

@@ -63,8 +63,12 @@ class ServerJudge(LLMJudge):
         return ServerSampler(given.server(), max_new_tokens, temperature=0.0)
 
     def _description(self) -> dict[str, Any]:
-        return {"engine": "OpenAI-compatible server", **self.server.describe(), **self._parameters(),
-                "top_logprobs": self.server.top_logprobs(TOP_TOKENS)}  # fmt: skip
+        return {
+            "engine": "OpenAI-compatible server",
+            **self.server.describe(),
+            **self._parameters(),
+            "top_logprobs": self.server.top_logprobs(TOP_TOKENS),
+        }
 
     def _identity(self) -> dict[str, Any]:
         return {"model": self.server.model, "extra_body": self.server.extra_body}

@@ -87,9 +87,11 @@ class ActivationCache:
     def _tokens(self, triplets: torch.Tensor) -> torch.Tensor:
         chosen = triplets.cpu()
         return torch.cat(
-            [torch.arange(start, start + length) for start, length in
-             zip(self._starts[chosen].tolist(), self._lengths[chosen].tolist(), strict=True)]
-        )  # fmt: skip
+            [
+                torch.arange(start, start + length)
+                for start, length in zip(self._starts[chosen].tolist(), self._lengths[chosen].tolist(), strict=True)
+            ]
+        )
 
 
 def plan_cache(settings: CacheSettings, size: int, reason: str | None) -> str:

@@ -38,8 +38,9 @@ def compiled_layers(model: PeftModel, args: TrainingArguments) -> Iterator[None]
         yield
         return
     base = model.get_base_model()
-    layers = {name: base.get_submodule(name) for name in
-              decoder_layer_names(base, model.active_peft_config.layers_pattern)}  # fmt: skip
+    layers = {
+        name: base.get_submodule(name) for name in decoder_layer_names(base, model.active_peft_config.layers_pattern)
+    }
     offloaded = [name for name, layer in layers.items() if "forward" in vars(layer)]
     if offloaded:
         raise ValueError(

@@ -128,8 +128,10 @@ class LayerStreams:
         if size > KEPT_BYTES:
             logger.info(
                 "Hidden states of all triplets would take %.1f GB, more than the %.1f GB that may be kept: every look "
-                "at a layer runs the model from its start.", size / 1e9, KEPT_BYTES / 1e9,
-            )  # fmt: skip
+                "at a layer runs the model from its start.",
+                size / 1e9,
+                KEPT_BYTES / 1e9,
+            )
         return size <= KEPT_BYTES
 
     def _run(self, number: int, layer: int, branch: str, known: torch.Tensor | None) -> torch.Tensor:
@@ -139,9 +141,11 @@ class LayerStreams:
         inputs: dict[str, Any] = branch_inputs(batch, branch) | few_logits(self.model)
         if branch == "student":
             inputs |= {"steering_mask": batch["steering_mask"], "alpha": batch["alpha"]}
-        before = nullcontext() if known is None else known_output(
-            base, self.layers[: position.layer + 1], known.to(position.device), edited=False
-        )  # fmt: skip
+        before = (
+            nullcontext()
+            if known is None
+            else known_output(base, self.layers[: position.layer + 1], known.to(position.device), edited=False)
+        )
         name = self.layers[layer]
         with (
             torch.no_grad(),

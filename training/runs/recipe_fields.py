@@ -165,8 +165,9 @@ def _find(recipe: str | Path, shipped: Mapping[str, Path]) -> Path:
         return shipped[str(recipe)]
     path = Path(os.path.expanduser(recipe))
     if not path.is_file():
-        raise FileNotFoundError(f"No recipe file {str(path)!r}, and none of that name ships; there are: "
-                                f"{', '.join(shipped)}.")  # fmt: skip
+        raise FileNotFoundError(
+            f"No recipe file {str(path)!r}, and none of that name ships; there are: {', '.join(shipped)}."
+        )
     return path
 
 

@@ -118,8 +118,9 @@ def parse_trait(data: Any, name: str, split: Split, where: str) -> Trait:
         ValueError: a field is missing or malformed; the message names `where` and the field.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"{where} must hold an object with instruction, questions and eval_prompt, got "
-                         f"{type(data).__name__}.")  # fmt: skip
+        raise ValueError(
+            f"{where} must hold an object with instruction, questions and eval_prompt, got {type(data).__name__}."
+        )
     instructions = []
     for index, pair in enumerate(_list(data, "instruction", where)):
         field = f"{where}: instruction[{index}]"

@@ -29,9 +29,12 @@ COLUMNS = (
     Column("instruction", "mean rating of how far the instruction is followed, 0-2", 3, "high"),
     Column("fluency", "mean rating of how fluent the answer is, 0-2", 3, "high"),
     Column("factor", "mean strength chosen", 2),
-    Column("unparsable %", "of all rated answers, also those to choose the factor by: share without a score, because "
-           "the judge gave no rating in the form asked for, 0-100"),
-)  # fmt: skip
+    Column(
+        "unparsable %",
+        "of all rated answers, also those to choose the factor by: share without a score, because "
+        "the judge gave no rating in the form asked for, 0-100",
+    ),
+)
 
 
 def axbench_report(recipe: AxBenchRecipe, cells: Sequence[Cell]) -> Report:

@@ -43,16 +43,22 @@ COLUMNS = (
            "instruction moves", 2),
 )  # fmt: skip
 CORRELATIONS = dict(
-    zip([column.name for column in COLUMNS[3:]], ("edit_prompt", "edit_neutral", "edit_prompt_given_neutral"),
-        strict=True)
-)  # fmt: skip
+    zip(
+        [column.name for column in COLUMNS[3:]],
+        ("edit_prompt", "edit_neutral", "edit_prompt_given_neutral"),
+        strict=True,
+    )
+)
 CONTROL_COLUMNS = (
     Column("prompt", "|change of the stream| / |stream| under the trait's instruction, mean of layers and tokens", 3),
     Column("neutral", "the same under the neutral instruction", 3),
-    Column("neutral size", "RMS of what the neutral instruction moves over RMS of what the prompt moves, mean of "
-           "layers; 1 = as much", 2),
+    Column(
+        "neutral size",
+        "RMS of what the neutral instruction moves over RMS of what the prompt moves, mean of layers; 1 = as much",
+        2,
+    ),
     Column("cosine", "of the two changes, over all tokens of the group, mean of layers; 1 = the same change", 2),
-)  # fmt: skip
+)
 
 
 def faithfulness_report(recipe: FaithfulnessRecipe, cells: Sequence[Cell]) -> Report:

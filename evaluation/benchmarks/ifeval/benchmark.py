@@ -218,10 +218,13 @@ def _measure(bench: Workbench[IFEvalRecipe], checkers: IFEvalJudge, folds: Mappi
         return {
             "answers": _answers(bench, checkers, fold, cell, fitted.model, [False, True]),
             "adapter": {
-                "prompts": len(fold.tested), "triplets": len(fold.triplets), "seconds": fitted.seconds,
-                "dead_gates": fitted.dead_gates, "notes": fitted.notes,
+                "prompts": len(fold.tested),
+                "triplets": len(fold.triplets),
+                "seconds": fitted.seconds,
+                "dead_gates": fitted.dead_gates,
+                "notes": fitted.notes,
             },
-        }  # fmt: skip
+        }
 
 
 def _answers(

@@ -115,9 +115,11 @@ class _Scorer:
         self.questions = [bare.index(prompt) for prompt in self.bare]
         self.judge = bench.judge(cell.trait)
         self.sampling = {
-            "max_new_tokens": recipe.max_new_tokens, "temperature": recipe.temperature,
-            "batch_size": recipe.batch_size, "seed": cell.seed,
-        }  # fmt: skip
+            "max_new_tokens": recipe.max_new_tokens,
+            "temperature": recipe.temperature,
+            "batch_size": recipe.batch_size,
+            "seed": cell.seed,
+        }
         self.seen: dict[float | None, Answers] = {}
 
     def measure(
@@ -152,7 +154,7 @@ class _Scorer:
                     "alpha": alpha,
                     "trait_score": score.trait,
                     "coherence_score": score.coherence,
-                }  # fmt: skip
+                }
             )
         return kept
 

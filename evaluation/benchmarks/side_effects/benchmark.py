@@ -106,9 +106,11 @@ class _Task:
     def sampling(self) -> dict[str, Any]:
         recipe = self.recipe
         return {
-            "max_new_tokens": recipe.max_new_tokens, "temperature": recipe.temperature,
-            "batch_size": recipe.batch_size, "seed": self.seed,
-        }  # fmt: skip
+            "max_new_tokens": recipe.max_new_tokens,
+            "temperature": recipe.temperature,
+            "batch_size": recipe.batch_size,
+            "seed": self.seed,
+        }
 
     def answers(
         self, model: PreTrainedModel | PeftModel, prompted: bool, alphas: Sequence[float] | None
@@ -157,9 +159,13 @@ class _Task:
     def neutral(self, model: PeftModel, alpha: float) -> Result:
         """KL and perplexity of each neutral answer and text; an answer has one of the instructions, in turn."""
         rows = neutral_triplets(
-            model, self.processing_class, self.data.prompts, self.recipe.max_new_tokens,
-            batch_size=self.recipe.batch_size, seed=self.seed,
-        )  # fmt: skip
+            model,
+            self.processing_class,
+            self.data.prompts,
+            self.recipe.max_new_tokens,
+            batch_size=self.recipe.batch_size,
+            seed=self.seed,
+        )
         prompts = instructed([row["prompt"] for row in rows], self.instructions, self.recipe.placement)
         answers: list[Triplet] = [{**row, "steered_prompt": p} for row, p in zip(rows, prompts, strict=True)]
         texts = text_rows(self.data, self.instructions)

@@ -37,9 +37,13 @@ COLUMNS = (
 INJECTION_COLUMNS = (
     Column("trait", "mean trait score on held-out questions, 0-100"),
     Column("with the request", "the same where the user also asks to drop the trait"),
-    Column("success", "1 - lift with the request / lift without, over the plain model in either; 0 = the request does "
-           "nothing, 1 = the trait is gone", 2),
-)  # fmt: skip
+    Column(
+        "success",
+        "1 - lift with the request / lift without, over the plain model in either; 0 = the request does "
+        "nothing, 1 = the trait is gone",
+        2,
+    ),
+)
 
 
 def side_effects_report(recipe: SideEffectsRecipe, cells: Sequence[Cell], capability: Sequence[Cell]) -> Report:

@@ -71,9 +71,13 @@ class HeadReader:
     """
 
     def __init__(
-        self, model: PreTrainedModel, modules: list[str], collator: TripletCollator, rows: list[Row],
+        self,
+        model: PreTrainedModel,
+        modules: list[str],
+        collator: TripletCollator,
+        rows: list[Row],
         settings: FitSettings,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.modules, self.collator, self.rows = model, modules, collator, rows
         self.size, self.on_step, self.done = settings.batch_size, settings.on_step, 0
         self.heads = head_count(model)

@@ -49,9 +49,13 @@ def train_by_likelihood(
 
     with TemporaryDirectory() as folder:
         arguments = text_arguments(
-            folder, model, settings, learning_rate, train_sampling_strategy="group_by_length",
+            folder,
+            model,
+            settings,
+            learning_rate,
+            train_sampling_strategy="group_by_length",
             logging_nan_inf_filter=False,
-        )  # fmt: skip
+        )
         trainer = Trainer(model, arguments, collate, rows)  # type: ignore[arg-type]
         loss = train_quietly(trainer, settings.on_step)
     if not isfinite(loss):

@@ -117,8 +117,12 @@ def test_same_folder_names_and_one_model_under_two_names(tmp_path):
 
 
 def test_the_revision_that_the_adapters_name(tmp_path):
-    for name, settings, base in [("a", {"revision": None}, BASE), ("main", {"revision": "main"}, BASE),
-                                 ("v2", {"revision": "v2"}, BASE), ("copy", {}, "/models/base")]:  # fmt: skip
+    for name, settings, base in [
+        ("a", {"revision": None}, BASE),
+        ("main", {"revision": "main"}, BASE),
+        ("v2", {"revision": "v2"}, BASE),
+        ("copy", {}, "/models/base"),
+    ]:
         several(adapters={name: settings}, base=base).save_pretrained(tmp_path)
 
     def revision(*names, **settings):

@@ -38,9 +38,11 @@ def test_push_uploads_the_adapter_and_nothing_else(adapter, hub, api):
     done = push_adapter(adapter, "formal", private=True, api=api)
     there = hub.repositories["me/formal"]
     assert done.repo_id == "me/formal" and done.creates and done.commit == there.commits[-1] and there.private
-    assert set(there.files) - {".gitattributes"} == set(done.files) == {
-        "adapter_config.json", "adapter_model.safetensors", "README.md", FACTS_NAME, FIGURE_NAME,
-    }  # fmt: skip
+    assert (
+        set(there.files) - {".gitattributes"}
+        == set(done.files)
+        == {"adapter_config.json", "adapter_model.safetensors", "README.md", FACTS_NAME, FIGURE_NAME}
+    )
     assert there.files["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
     text = there.files["README.md"].decode()
     assert 'from_pretrained("me/formal")' in text and "**formal**" in text

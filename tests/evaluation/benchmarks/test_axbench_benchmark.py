@@ -74,8 +74,10 @@ def test_the_factor_is_chosen_on_one_half_and_scored_on_the_other():
     assert cells[0]["factor"] == 1.0 and cells[7]["factor"] == 0.5  # of equally good ones the smaller
     assert cells[0]["curve"] == [(0.5, 1.0, 2), (1.0, 2.0, 2), (2.0, 2.0, 2)]
     assert [(row["instruction"], row["factor"], row["score"]) for row in cells[7]["scoring"]] == [
-        ("s1", 0.5, 0.0), ("s4", 0.5, 1.0), ("s5", 0.5, 1.0)
-    ]  # fmt: skip
+        ("s1", 0.5, 0.0),
+        ("s4", 0.5, 1.0),
+        ("s5", 0.5, 1.0),
+    ]
     choosing, scoring = seen
     assert len(choosing) == 2 * 3 * 2 and {task.instruction for task in choosing} == {"c1", "c2", "c3"}
     assert {task.place for task in choosing} == {0, 1} and [task.place for task in scoring] == [2, 3, 4] * 2

@@ -120,9 +120,12 @@ def test_groups_of_tokens_by_place():
     groups = position_groups(torch.arange(-2, 20))
     places = {name: (torch.arange(-2, 20)[chosen]).tolist() for name, chosen in groups.items()}
     assert places == {
-        "last prompt token": [0], "token 1": [1], "tokens 2-4": [2, 3, 4], "tokens 5-16": list(range(5, 17)),
+        "last prompt token": [0],
+        "token 1": [1],
+        "tokens 2-4": [2, 3, 4],
+        "tokens 5-16": list(range(5, 17)),
         "later tokens": [17, 18, 19],
-    }  # fmt: skip
+    }
 
 
 def made_up(layers=2, tokens=9, d=4):

@@ -28,8 +28,11 @@ pytestmark = pytest.mark.skipif(
     reason="the extra ifeval is not installed",
 )
 COMMAS, QUOTES, WORD, SHORT = (
-    "punctuation:no_comma", "startend:quotation", "keywords:existence", "length_constraints:number_words"
-)  # fmt: skip
+    "punctuation:no_comma",
+    "startend:quotation",
+    "keywords:existence",
+    "length_constraints:number_words",
+)
 
 
 def row(question, instruction=COMMAS, text="Use no commas.", **kwargs):
@@ -110,9 +113,13 @@ def test_no_adapter_is_tested_on_what_it_was_made_from(tmp_path, monkeypatch):
         asked.setdefault((answer["condition"], answer["seed"], answer["alpha"]), []).append(answer)
     assert all(len({a["pair"] for a in some}) == len(some) == 14 for some in asked.values())
     assert sorted({key[0] for key in asked}) == [
-        "S-PSR MSE, alpha 1", "S-PSR MSE, alpha 1 + prompt", "S-PSR MSE, alpha 2", "S-PSR MSE, alpha 2 + prompt",
-        "none", "prompt",
-    ]  # fmt: skip
+        "S-PSR MSE, alpha 1",
+        "S-PSR MSE, alpha 1 + prompt",
+        "S-PSR MSE, alpha 2",
+        "S-PSR MSE, alpha 2 + prompt",
+        "none",
+        "prompt",
+    ]
     trained = {(seed, part): {bare_text(t["prompt"]) for t in rows} for _, _, seed, part, rows in bench.fits}
     assert set(trained) == {(seed, f"fold{i}") for seed in (0, 1) for i in range(3)}
     for answer in report.results["answers"]:
@@ -127,8 +134,11 @@ def test_accuracies_of_the_four_conditions(tmp_path, monkeypatch):
     report = run_ifeval(FakeBench(made_recipe(tmp_path, *rows, same), monkeypatch))
     summary = report.tables[0]
     assert {name: values["strict"].mean for name, values in summary.rows.items()} == {
-        "none": 0.0, "prompt": 100.0, "S-PSR MSE": 100.0, "S-PSR MSE + prompt": 100.0,
-    }  # fmt: skip
+        "none": 0.0,
+        "prompt": 100.0,
+        "S-PSR MSE": 100.0,
+        "S-PSR MSE + prompt": 100.0,
+    }
     assert summary.rows["none"]["cut off"].mean == 100 and "4 of 16 answers were cut off" in " ".join(report.notes)
     assert all(values["coherence"].mean is None for values in summary.rows.values())
     assert summary.rows["none"]["coherence"].why == "the recipe names no coherence_judge"

@@ -90,8 +90,11 @@ def test_coherence_says_what_it_lacks():
 
 def test_families_and_names():
     assert [family(trait) for trait in (COMMAS, WORD, SHORT, "combination:two_responses")] == [
-        "format", "keywords", "length", "format",
-    ]  # fmt: skip
+        "format",
+        "keywords",
+        "length",
+        "format",
+    ]
     assert family(f"{COMMAS} + {WORD}") == "format + keywords"
     assert list(short_names([COMMAS, "a:b", "c:b"]).values()) == ["no_comma", "a:b", "c:b"]
 

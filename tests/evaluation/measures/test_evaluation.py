@@ -131,8 +131,12 @@ def test_demo_end_to_end(tmp_path, monkeypatch):
     assert rows["S-Const DiM"]["prompt_recovery"] < 0.5 < rows["A-PSR MSE ridge"]["prompt_recovery"]
     assert written["best"] == "A-PSR MSE ridge"
     assert {path.name for path in output.iterdir()} == {
-        "adapter", "results.json", "trait_coherence.png", "rmse_by_layer.png", "strength_by_token.png",
-    }  # fmt: skip
+        "adapter",
+        "results.json",
+        "trait_coherence.png",
+        "rmse_by_layer.png",
+        "strength_by_token.png",
+    }
     assert all(path.stat().st_size > 10_000 for path in output.glob("*.png"))
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_chat_path())

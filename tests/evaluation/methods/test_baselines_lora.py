@@ -109,8 +109,10 @@ def test_what_has_no_strength():
         ({"bias": "lora_only"}, "bias='lora_only'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
     ):
-        with pytest.raises(ValueError, match=f"has {part}.* does not scale with alpha"), \
-                at_strength(lora_model(**settings), 1.0):  # fmt: skip
+        with (
+            pytest.raises(ValueError, match=f"has {part}.* does not scale with alpha"),
+            at_strength(lora_model(**settings), 1.0),
+        ):
             pass
     model = lora_model()
     model.merge_adapter()

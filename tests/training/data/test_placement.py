@@ -27,11 +27,15 @@ TEMPLATES = {
     "{{ '<|' + ('model' if m['role'] == 'assistant' else m['role']) + '|>\n' + m['content'] | trim + '<|end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|model|>\n' }}{% endif %}",
     # a default system turn where there is none
-    "qwen": "{% if messages[0]['role'] != 'system' %}{{ '<|system|>\n" + DEFAULT_SYSTEM + "<|end|>\n' }}{% endif %}"
-    + TURNS + "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+    "qwen": "{% if messages[0]['role'] != 'system' %}{{ '<|system|>\n"
+    + DEFAULT_SYSTEM
+    + "<|end|>\n' }}{% endif %}"
+    + TURNS
+    + "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
     # a system turn in any case, with the instruction after what it always says
     "llama": "{{ bos_token + '<|system|>\nKnowledge: 2023.\n\n' }}{% if messages[0]['role'] == 'system' %}"
-    "{{ messages[0]['content'] | trim }}{% set messages = messages[1:] %}{% endif %}{{ '<|end|>\n' }}" + TURNS
+    "{{ messages[0]['content'] | trim }}{% set messages = messages[1:] %}{% endif %}{{ '<|end|>\n' }}"
+    + TURNS
     + "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
     # the system text goes into the user's turn; the answer follows a closing tag without a line break
     "mistral": "{{ bos_token }}{% set system = '' %}{% if messages[0]['role'] == 'system' %}"
@@ -39,7 +43,7 @@ TEMPLATES = {
     "{% for m in messages %}{% if m['role'] == 'user' %}"
     "{{ '[INST] ' + (system if loop.last else '') + m['content'] + '[/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
-}  # fmt: skip
+}
 NO_SYSTEM_ROLE = ("gemma",)
 
 

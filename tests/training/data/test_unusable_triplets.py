@@ -127,8 +127,12 @@ def test_a_few_bad_lines_do_not_stop_psr_train(tmp_path, made, caplog):
     (plan,) = run.check()
     assert plan.train + plan.held_out == 15 and len(plan.left_out) == 4
     reasons = " ".join(left.reason for left in plan.left_out)
-    for words in ("brief.jsonl, line 6: prompt missing", "line 8 is not JSON", "brief[1] (brief.jsonl, line 2) has ",
-                  "brief[3] (brief.jsonl, line 4): completion holds half a character"):  # fmt: skip
+    for words in (
+        "brief.jsonl, line 6: prompt missing",
+        "line 8 is not JSON",
+        "brief[1] (brief.jsonl, line 2) has ",
+        "brief[3] (brief.jsonl, line 4): completion holds half a character",
+    ):
         assert words in reasons
     summary = run.run()["brief"]
     assert summary["triplets"] + summary["held_out"] == 15
@@ -323,6 +327,8 @@ def test_half_a_character_survives_in_files(tmp_path):
     assert "é" in (tmp_path / "t.jsonl").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=r"train_dataset\[0\]: completion holds half a character"):
         PSRTrainer(
-            get_peft_model(tiny_model(), PSRConfig()), PSRTrainingArguments(str(tmp_path), use_cpu=True),
-            read_triplets(tmp_path / "t.jsonl"), processing_class=tiny_tokenizer(),
-        )  # fmt: skip
+            get_peft_model(tiny_model(), PSRConfig()),
+            PSRTrainingArguments(str(tmp_path), use_cpu=True),
+            read_triplets(tmp_path / "t.jsonl"),
+            processing_class=tiny_tokenizer(),
+        )

@@ -113,9 +113,12 @@ def test_server_that_refuses_logprobs():
 
 @pytest.mark.parametrize(
     "words",
-    ["top_logprobs must be between 0 and 5", "Requested sample logprobs of 20, which is greater than max allowed: 5",
-     "Invalid value for 'top_logprobs': must be less"],
-)  # fmt: skip
+    [
+        "top_logprobs must be between 0 and 5",
+        "Requested sample logprobs of 20, which is greater than max allowed: 5",
+        "Invalid value for 'top_logprobs': must be less",
+    ],
+)
 def test_server_that_gives_five_logprobs(words, caplog):
     def behave(body, attempt):
         return f"400 {words}" if body.get("top_logprobs", 0) > 5 else "ok"
@@ -132,9 +135,13 @@ def thinking(content, reasoning, tokens, finish_reason="stop"):
     places = [{"token": t, "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": -0.1}]} for t in tokens]
     message = {"role": "assistant", "content": content, "reasoning_content": reasoning}
     return json.dumps(
-        {"model": MODEL, "choices": [{"index": 0, "finish_reason": finish_reason, "message": message,
-                                      "logprobs": {"content": places}}]}
-    ).encode()  # fmt: skip
+        {
+            "model": MODEL,
+            "choices": [
+                {"index": 0, "finish_reason": finish_reason, "message": message, "logprobs": {"content": places}}
+            ],
+        }
+    ).encode()
 
 
 def test_judge_whose_reasoning_is_kept_apart(caplog):

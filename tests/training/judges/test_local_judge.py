@@ -134,10 +134,14 @@ def without_blanks_in_numbers(text):
 @pytest.mark.parametrize(
     ("text", "score"),
     [
-        ("8 5", 85), ("8 5 / 1 0 0", 85), ("8 / 1 0", None), ("1 . the answer", None), ("3 dogs", None),
+        ("8 5", 85),
+        ("8 5 / 1 0 0", 85),
+        ("8 / 1 0", None),
+        ("1 . the answer", None),
+        ("3 dogs", None),
         ("7 0 - 8 0", None),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("whole", [True, False])
 def test_what_follows_a_number_decides_here_too(text, score, whole):
     words = "trait coherence what is tea the answer | dogs / . - " + " ".join(map(str, range(101)))

@@ -62,8 +62,9 @@ def test_show_and_gates_in_any_encoding(folder, piped, encoding):
     assert status == 0 and "w2[" in text and "\\U0001f642[" in text
     assert ("é[" if encoding != "ascii" else "\\xe9[") in text
     lines = b"w1 w2\n/gates\n\xe9\n/alpha 2\nw3\n"
-    status, said = piped(encoding, "chat", f"f={folder / 'formal'}", "--temperature", "0", "--max-new-tokens", "4",
-                         stdin=lines)  # fmt: skip
+    status, said = piped(
+        encoding, "chat", f"f={folder / 'formal'}", "--temperature", "0", "--max-new-tokens", "4", stdin=lines
+    )
     assert status == 0 and b"[9]" in said and "active: f (alpha 2)" in said.decode(encoding)
     assert (b"error: The line holds" in said) == (encoding == "ascii")  # which has no such byte
 
@@ -183,8 +184,10 @@ def test_an_error_is_one_line_whatever_it_holds(capsys):
 def test_adapters_that_are_none(folder, tmp_path, file, content, message):
     save_adapter(tmp_path / "bad", folder / "base", seed=1)
     (tmp_path / "bad" / file).write_bytes(content)
-    for arguments in (("show", tmp_path / "bad", "--text", "w1", "--answer", "w2"),
-                      ("compose", tmp_path / "bad", "--weights", "1", "--output", tmp_path / "c")):  # fmt: skip
+    for arguments in (
+        ("show", tmp_path / "bad", "--text", "w1", "--answer", "w2"),
+        ("compose", tmp_path / "bad", "--weights", "1", "--output", tmp_path / "c"),
+    ):
         done = psr(*arguments)
         assert done.exit_code == 2 and done.output.startswith("error: ") and message in done.output
     assert psr("push", tmp_path / "bad", "me/x", "--base-model", "me/b", "--dry-run").exit_code == 2

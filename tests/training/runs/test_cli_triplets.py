@@ -70,8 +70,9 @@ def test_draft(tmp_path):
         "rubric": "Formal words count.",
     }
     with UnrulyServer(reply=lambda body: json.dumps(draft)) as server:
-        done = psr("draft", "formal", "speaks formally", "--model", MODEL, "--server-url", server.url,
-                   "--output", tmp_path)  # fmt: skip
+        done = psr(
+            "draft", "formal", "speaks formally", "--model", MODEL, "--server-url", server.url, "--output", tmp_path
+        )
     assert done.exit_code == 0 and "read both files over" in done.output
     dry = psr("triplets", "personas-server", "--data", tmp_path, "--traits", "formal", "--dry-run", "--output",
               tmp_path / "run")  # fmt: skip

@@ -83,10 +83,12 @@ def test_options_go_before_the_file(tmp_path):
         ({"negatives": True}, "source: embedded has no instructions for the opposite"),
         ({"coherence_judge": "local", "judge_model": "m"}, "judge: grammar scores coherence itself"),
         ({"source": "ifeval", "data": "a", "judge": "ifeval"}, "scores no coherence. Name a coherence_judge, or set"),
-        ({"source": "ifeval", "data": "a", "judge": "local", "judge_model": "m", "placement": "after"},
-         "source: ifeval has no choice of placement"),
+        (
+            {"source": "ifeval", "data": "a", "judge": "local", "judge_model": "m", "placement": "after"},
+            "source: ifeval has no choice of placement",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         load_recipe(None, {**SMALL, **fields})
@@ -127,10 +129,7 @@ def test_home_in_every_field_that_is_a_place(tmp_path, monkeypatch):
     assert {name: getattr(recipe, name) for name in places} == {name: f"{tmp_path}/{name}" for name in places}
     train = load_train_recipe(None, {"model": "~/m", "triplets": "~/t", "triplets_model": "~/n"})
     assert (train.model, train.triplets, train.triplets_model) == (f"{tmp_path}/m", f"{tmp_path}/t", f"{tmp_path}/n")
-    measured = load_evaluate_recipe(
-        PersonaRecipe, "persona-embedded",
-        {"models": "~/m, owner/name", "adapters": "{}"},
-    )  # fmt: skip
+    measured = load_evaluate_recipe(PersonaRecipe, "persona-embedded", {"models": "~/m, owner/name", "adapters": "{}"})
     assert measured.models == (f"{tmp_path}/m", "owner/name")
     measured = load_evaluate_recipe(
         PersonaRecipe, "persona-embedded", {"models": "m", "triplets": "~/t", "adapters": '{"a": "~/{trait}"}'}
@@ -386,9 +385,10 @@ def test_ifeval_with_a_coherence_judge(tmp_path):
         0.0,
         100.0,
     }
-    assert counts.kept == sum(row["trait_score"] == 100 for row in scores) and counts.kept + counts.dropped[
-        "trait too weak"
-    ] == 16  # fmt: skip
+    assert (
+        counts.kept == sum(row["trait_score"] == 100 for row in scores)
+        and counts.kept + counts.dropped["trait too weak"] == 16
+    )
 
 
 def test_chat_with_a_server_or_a_local_model():

@@ -154,9 +154,10 @@ def test_records_say_where_they_come_from(tmp_path):
     order = [f"formal/{i}/{draw}" for i in range(5) for draw in range(4)]
     assert [row["id"] for row in kept] == [name for name in order if name in {row["id"] for row in kept}]
     manifest = json.loads((tmp_path / MANIFEST).read_text())
-    assert manifest["counts"]["kept"] + manifest["counts"]["negatives"] + sum(
-        manifest["counts"]["dropped"].values()
-    ) == manifest["counts"]["judged"]  # fmt: skip
+    assert (
+        manifest["counts"]["kept"] + manifest["counts"]["negatives"] + sum(manifest["counts"]["dropped"].values())
+        == manifest["counts"]["judged"]
+    )
     assert manifest["files"][TRIPLETS]["rows"] == len(kept) and manifest["sampler"]["engine"] == "fake"
     assert manifest["judges"] == {"formal": {"judge": "fake"}}
 

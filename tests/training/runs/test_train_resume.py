@@ -70,8 +70,10 @@ def test_kill_9_and_again_gives_the_adapter_of_an_uninterrupted_run(tmp_path, re
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(used.model_dump(mode="json")))
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(tmp_path / "killed")],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert killed.returncode == -9, killed.stderr[-2000:]
     done = tmp_path / "killed" / "brief" / "summary.json"
     before = done.stat().st_mtime_ns

@@ -34,9 +34,13 @@ def test_each_trait_has_an_ordinary_adapter_folder(tmp_path, recipe):
     for trait in ("brief", "kind"):
         folder = tmp_path / "out" / trait
         assert {path.name for path in folder.iterdir()} == {
-            "adapter_config.json", "adapter_model.safetensors", "README.md", "psr_facts.json", "summary.json",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "README.md",
+            "psr_facts.json",
+            "summary.json",
             "recipe.yaml",
-        }  # fmt: skip
+        }
         model = AutoPeftModelForCausalLM.from_pretrained(folder)
         assert isinstance(model, PeftModel) and set(model.psr_layers()) == {1, 2}
         summary = json.loads((folder / "summary.json").read_text())

@@ -313,8 +313,11 @@ def test_an_error_with_status_200(error, kind, action, in_choice):
                 list(ServerSampler(chat)(draws(1)))
         else:
             ((_, outcome),) = ServerSampler(chat)(draws(1))
-            assert outcome == (Completion(reply_text(server.bodies[0]), False, 7, 2) if action == "retry"
-                               else Failure(f"the answer is an error: {said}"))  # fmt: skip
+            assert outcome == (
+                Completion(reply_text(server.bodies[0]), False, 7, 2)
+                if action == "retry"
+                else Failure(f"the answer is an error: {said}")
+            )
     assert chat.counts[kind] == 1 and len(server.bodies) == (2 if action == "retry" else 1)
 
 

@@ -49,8 +49,11 @@ def test_a_folder_is_read_file_by_file(tmp_path):
     (folder / "LICENSE.txt").write_text("MIT")
     ids = [pair.id for pair in read_ifeval(folder)]
     assert ids == [
-        "punctuation:no_comma/7/0", "punctuation:no_comma/8/0", "punctuation:no_comma/7/1", "startend:quotation/7/0"
-    ]  # fmt: skip
+        "punctuation:no_comma/7/0",
+        "punctuation:no_comma/8/0",
+        "punctuation:no_comma/7/1",
+        "startend:quotation/7/0",
+    ]
     for empty in (tmp_path / "lost", tmp_path):
         with pytest.raises(FileNotFoundError, match="prompts are not at .* give their JSONL file or a folder"):
             read_ifeval(empty)

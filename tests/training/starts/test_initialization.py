@@ -122,8 +122,9 @@ def test_a_constant_gate_gets_the_mean_difference(method):
     with torch.no_grad():
         model.psr_layers()[1].unit("default").direction.zero_()
     _, difference = tokens_at(model, layers_downstream(model)[0])
-    torch.testing.assert_close(z.double(), torch.stack([difference.mean(0), torch.zeros(WIDTH)]).double(), atol=1e-5,
-                               rtol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        z.double(), torch.stack([difference.mean(0), torch.zeros(WIDTH)]).double(), atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("layers", [1, None])

@@ -23,9 +23,7 @@ def made_trainer(folder, data=SIX, held_out=None, model=None, callbacks=None, **
     torch.manual_seed(5)
     if model is None:
         model = get_peft_model(tiny_model(), PSRConfig(init_weights=False), adapter_name=settings.pop("name", "mild"))
-    settings = {
-        "num_train_epochs": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **settings,
-    }  # fmt: skip
+    settings = {"num_train_epochs": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, **settings}
     return quiet_trainer(model, folder, data, held_out, callbacks, **settings)
 
 

@@ -186,9 +186,11 @@ def test_held_out_loss_of_each_comes_from_its_own_adapter(tmp_path, of_kind, bat
     for name in data:
         alone = steered([name])
         single = PSRTrainer(
-            alone, PSRTrainingArguments(output_dir=str(tmp_path), **SETTINGS), data[name],
+            alone,
+            PSRTrainingArguments(output_dir=str(tmp_path), **SETTINGS),
+            data[name],
             processing_class=tiny_tokenizer(),
-        )  # fmt: skip
+        )
         expected += single.evaluate(data[name])["eval_loss"]
     assert made.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(ValueError, match="must be {adapter: triplets} for brief, kind, got list"):

@@ -277,8 +277,12 @@ def test_completion_that_tokenises_differently_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"train_dataset\[1\].*token boundary"):
         model = get_peft_model(tiny_model(), PSRConfig())
         good = {**bad, "steered_prompt": steered + " "}
-        PSRTrainer(model, PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True), [good, bad],
-                   processing_class=tokenizer)  # fmt: skip
+        PSRTrainer(
+            model,
+            PSRTrainingArguments(output_dir=str(tmp_path), use_cpu=True),
+            [good, bad],
+            processing_class=tokenizer,
+        )
 
 
 def test_missing_score_and_bad_arguments(tmp_path):
@@ -301,6 +305,9 @@ def test_plain_arguments_are_refused_by_name(tmp_path):
     # their learning rate, batch size and epochs are others, and whether they were chosen can't be told
     with pytest.raises(TypeError, match="must be PSRTrainingArguments, got TrainingArg.*PSRTrainingArguments\\("):
         PSRTrainer(
-            tiny_model(), TrainingArguments(str(tmp_path)), triplets(), processing_class=tiny_tokenizer(),
+            tiny_model(),
+            TrainingArguments(str(tmp_path)),
+            triplets(),
+            processing_class=tiny_tokenizer(),
             peft_config=PSRConfig(),
-        )  # fmt: skip
+        )

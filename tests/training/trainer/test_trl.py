@@ -36,8 +36,11 @@ def sft(arguments, **common):
 
 
 def dpo(arguments, **common):
-    row = {"prompt": turn("user", "what is tea"), "chosen": turn("assistant", "tea is good"),
-           "rejected": turn("assistant", "dogs are good")}  # fmt: skip
+    row = {
+        "prompt": turn("user", "what is tea"),
+        "chosen": turn("assistant", "tea is good"),
+        "rejected": turn("assistant", "dogs are good"),
+    }
     return trl.DPOTrainer(args=trl.DPOConfig(**arguments), train_dataset=Dataset.from_list([row] * 4), **common)
 
 
@@ -60,9 +63,11 @@ def test_the_adapter_moves_and_nothing_else_and_loads_as_it_was_saved(kind, tmp_
     config = PSRConfig(layers_to_transform=[0, 1], init_weights=False)
     torch.manual_seed(0)
     trainer = TRAINERS[kind](
-        {"output_dir": str(tmp_path / "out"), **SETTINGS}, model=base, processing_class=tiny_tokenizer(),
+        {"output_dir": str(tmp_path / "out"), **SETTINGS},
+        model=base,
+        processing_class=tiny_tokenizer(),
         peft_config=config,
-    )  # fmt: skip
+    )
     model = trainer.model
     start = {name: value.clone() for name, value in model.named_parameters() if ".psr_unit." in name}
     assert {name for name, value in model.named_parameters() if value.requires_grad} == set(start)

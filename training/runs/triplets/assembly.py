@@ -89,8 +89,9 @@ def judge_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Ca
         ValueError: a prompt has no place for the answer, or the judge can't score these prompts.
     """
     own, coherence = judge_prompts(recipe, pairs)
-    return JUDGES[recipe.judge].maker(replace(judge_settings(recipe, folder), pairs=pairs, trait_prompts=own,
-                                              coherence_prompt=coherence))  # fmt: skip
+    return JUDGES[recipe.judge].maker(
+        replace(judge_settings(recipe, folder), pairs=pairs, trait_prompts=own, coherence_prompt=coherence)
+    )
 
 
 def judge_settings(recipe: DrawFields, folder: Path) -> JudgeSettings:

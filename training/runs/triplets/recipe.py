@@ -93,9 +93,10 @@ class DrawFields(ModelFields):
         None, description="The judge's server; that of the sampler by default.", json_schema_extra=FREE
     )
     judge_key_variable: VariableName = Field(
-        "OPENAI_API_KEY", description="Environment variable with the judge server's key, if it wants one.",
+        "OPENAI_API_KEY",
+        description="Environment variable with the judge server's key, if it wants one.",
         json_schema_extra=FREE,
-    )  # fmt: skip
+    )
     judge_fields: dict[str, Any] = Field({}, description="More fields of each request to the judge's server.")
     judge_batch_size: Count = Field(
         16, description="Most questions that a local judge reads together.", json_schema_extra=FREE
@@ -117,10 +118,13 @@ class DrawFields(ModelFields):
         50.0, description="Every completion kept needs as much.", json_schema_extra=FREE
     )
     max_similarity: float | None = Field(
-        0.9, gt=0, le=1, json_schema_extra=FREE,
+        0.9,
+        gt=0,
+        le=1,
+        json_schema_extra=FREE,
         description="Of two completions on one prompt that are at least so similar, the second is dropped; 1: only "
         "equal ones; none: none.",
-    )  # fmt: skip
+    )
 
     @model_validator(mode="after")
     def _check_judge(self) -> DrawFields:
@@ -197,9 +201,10 @@ class Recipe(DrawFields):
         None, description="Such as http://localhost:8000/v1, for sampler: server.", json_schema_extra=FREE
     )
     server_key_variable: VariableName = Field(
-        "OPENAI_API_KEY", description="Environment variable with the server's key, if it wants one.",
+        "OPENAI_API_KEY",
+        description="Environment variable with the server's key, if it wants one.",
         json_schema_extra=FREE,
-    )  # fmt: skip
+    )
     server_fields: dict[str, Any] = Field({}, description='More fields of each request: {"top_k": -1}, say.')
 
     @model_validator(mode="after")

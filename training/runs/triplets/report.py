@@ -181,10 +181,13 @@ def report(
         f"{recipe.model}, sampler {recipe.sampler}, judge {recipe.judge}, seed {recipe.seed}. {counts.truncated} of "
         "the triplets were cut off at the token limit.",
         "",
-        *_table(["trait", "judged", *kinds], [
-            [trait, sum(found.values()), *(found.get(kind, 0) for kind in kinds)]
-            for trait, found in [*counts.traits.items(), *_total(counts, kinds)]
-        ]),
+        *_table(
+            ["trait", "judged", *kinds],
+            [
+                [trait, sum(found.values()), *(found.get(kind, 0) for kind in kinds)]
+                for trait, found in [*counts.traits.items(), *_total(counts, kinds)]
+            ],
+        ),
         "",
         f"Thresholds: trait at least {recipe.min_trait_score:g}, coherence at least {recipe.min_coherence_score:g}; "
         + (
@@ -196,7 +199,7 @@ def report(
         "",
         f"![Histograms of the scores]({figure})",
         "",
-    ]  # fmt: skip
+    ]
     missing = {"not drawn": counts.planned - counts.drawn, "drawn but not judged": counts.drawn - counts.judged}
     if any(missing.values()) or counts.failures:
         lines += ["## Failures", ""]
