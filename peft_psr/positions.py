@@ -187,7 +187,7 @@ def _start_of_turn(
 
 def encode_chat(
     processing_class: PreTrainedTokenizerBase,
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Prompt],
     positions: str = "response",
     device: torch.device | str | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -195,7 +195,7 @@ def encode_chat(
 
     Args:
         processing_class: A tokenizer with a chat template.
-        conversations: Each a list of messages that ends before the assistant's answer.
+        conversations: Each a list of messages (or plain text) that ends before the assistant's answer.
         positions: One of "response", "question_and_response", "all"; give the adapter's own (`PSRConfig.positions`).
         device: Where the tensors go.
 
