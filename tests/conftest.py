@@ -16,11 +16,11 @@ from huggingface_hub import constants, hf_api
 
 
 LONG = """
-axbench_benchmark baselines_lora baselines_trained benchmarks cli_train compile context_triplets distributed
-evaluate evaluation faithfulness_benchmark frozen hooks ifeval_benchmark ifeval_judge initialization layouts
-live_lora own_judge own_source partial peft_checks prompt_ends recipe run run_another sharing
-side_effects_benchmark template_file tiny_chat train_compiled train_resume train_robust train_run train_several
-trainer
+axbench_benchmark baselines_lora baselines_trained benchmarks cli_train command compile context_triplets
+distributed evaluate evaluation faithfulness_benchmark frozen hooks ifeval_benchmark ifeval_judge import_order
+initialization layouts live_lora own_judge own_objective own_source partial peft_checks prompt_ends recipe
+registries run run_another sharing side_effects_benchmark template_file tiny_chat train_compiled train_resume
+train_robust train_run train_several trainer
 """.split()
 """Files that train, start processes or try every layout: not in the fast half, `-m "not slow and not long"`."""
 

@@ -234,6 +234,7 @@ def test_command_line(adapter, hub, tmp_path, monkeypatch):
     assert TOKEN not in missing.output + dry.output + done.output + again.output
 
 
+@pytest.mark.long
 def test_full_circle(adapter, hub, tmp_path):
     """Pushed by one process, loaded by another through the Hub, as the card says, bit for bit."""
     base = tmp_path / "base"

@@ -17,6 +17,7 @@ def test_an_old_path_is_the_same_module(old, new):
     assert importlib.import_module(new).__spec__.name == new
 
 
+@pytest.mark.long
 def test_old_paths_first():
     code = "import peft_psr.chat; from peft_psr.training.collator import TripletCollator as c; print(c.__module__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

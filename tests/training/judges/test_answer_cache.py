@@ -36,6 +36,7 @@ def _write(path, name, count):
         cache.put({f"{name}/{i}": {"text": "x" * 200}})
 
 
+@pytest.mark.long
 def test_cache_of_several_processes_and_a_kill(tmp_path):
     path = tmp_path / "answers"
     context = multiprocessing.get_context("fork")
