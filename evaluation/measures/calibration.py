@@ -61,84 +61,47 @@ def calibrate_alpha(
     Raises:
         ValueError: a target outside 0-100, a tolerance or a cap that is not positive.
     """
-    (found,) = calibrate_alphas(
-        lambda alphas: [score(alpha) for alpha in alphas], [target_coherence], tolerance, max_steps, max_alpha, curve
-    )
-    return found
-
-
-def calibrate_alphas(
-    score: Callable[[Sequence[float]], Sequence[SteeringScore]],
-    targets: Sequence[float],
-    tolerance: float = 1.0,
-    max_steps: int = 10,
-    max_alpha: float = 32.0,
-    curve: Sequence[SteeringScore] = (),
-) -> list[Calibration]:
-    """`calibrate_alpha` for several targets at once: what one search has measured, the others see.
-
-    Args:
-        score: Measures the model at several strengths together, one a target that is still looked for.
-        targets: Coherences, 0-100.
-        tolerance: How far coherence may be from a target, in points.
-        max_steps: Cap on the strengths measured for each target.
-        max_alpha: Largest strength tried.
-        curve: Measurements already made; they cost nothing more.
-
-    Returns:
-        One result a target; their curves are the same.
-
-    Raises:
-        ValueError: a target outside 0-100, a tolerance or a cap that is not positive.
-    """
-    for target in targets:
-        if not 0 <= target <= 100:
-            raise ValueError(f"target_coherence must be between 0 and 100, got {target}.")
+    if not 0 <= target_coherence <= 100:
+        raise ValueError(f"target_coherence must be between 0 and 100, got {target_coherence}.")
     for name, value in {"tolerance": tolerance, "max_steps": max_steps, "max_alpha": max_alpha}.items():
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}.")
-    seen = {point.alpha: point for point in curve if point.alpha}
-    steps = dict.fromkeys(targets, 0)
-    while True:
-        points = sorted(seen.values(), key=_alpha)
-        found = {target: _next_alpha(points, target, tolerance, max_alpha) for target in targets}
-        wanted = {target: alpha for target, alpha in found.items() if alpha is not None and steps[target] < max_steps}
-        if not wanted:
-            return [_calibration(points, target, tolerance, steps[target]) for target in targets]
-        for target in wanted:
-            steps[target] += 1
-        alphas = list(dict.fromkeys(wanted.values()))
-        seen |= zip(alphas, score(alphas), strict=True)
+    seen = sorted((point for point in curve if point.alpha), key=_alpha)
+    steps = 0
 
+    def measure(alpha: float) -> None:
+        nonlocal steps
+        steps += 1
+        seen.append(score(alpha))
+        seen.sort(key=_alpha)
 
-def _next_alpha(seen: Sequence[SteeringScore], target: float, tolerance: float, max_alpha: float) -> float | None:
-    """The strength to measure next, or `None` where no further one helps."""
     if not seen:
-        return 1.0
-    below, above = _bracket(seen, target, tolerance)
-    # where the curve is flat near the target, a point within tolerance need not be the largest one
-    narrow = above is None or below is None or _alpha(above) <= 1.1 * _alpha(below)
-    if below is not None and abs(below.coherence - target) <= tolerance and narrow:
-        return None
-    if above is None:
-        return None if _alpha(seen[-1]) >= max_alpha else min(max_alpha, 2 * _alpha(seen[-1]))
-    if below is None:
-        return None if _alpha(above) <= 1e-3 else _alpha(above) / 2
-    return (_alpha(below) + _alpha(above)) / 2
-
-
-def _calibration(seen: list[SteeringScore], target: float, tolerance: float, steps: int) -> Calibration:
-    below, above = _bracket(seen, target, tolerance)
-    if above is None and below is not None and abs(below.coherence - target) > tolerance:
+        measure(1.0)
+    while steps < max_steps:
+        below, above = _bracket(seen, target_coherence, tolerance)
+        # where the curve is flat near the target, a point within tolerance need not be the largest one
+        narrow = above is None or below is None or _alpha(above) <= 1.1 * _alpha(below)
+        if below is not None and abs(below.coherence - target_coherence) <= tolerance and narrow:
+            return Calibration(below.alpha, below.trait, below.coherence, None, seen)
+        if above is None:
+            if _alpha(seen[-1]) >= max_alpha:
+                break
+            measure(min(max_alpha, 2 * _alpha(seen[-1])))
+        elif below is None and _alpha(above) <= 1e-3:
+            break
+        else:
+            measure((_alpha(below) + _alpha(above)) / 2 if below is not None else _alpha(above) / 2)
+    below, above = _bracket(seen, target_coherence, tolerance)
+    if above is None and below is not None and abs(below.coherence - target_coherence) > tolerance:
         why: str | None = (
-            f"coherence stays above {target:.1f} up to alpha {_alpha(below):g} ({below.coherence:.1f} there)"
+            f"coherence stays above {target_coherence:.1f} up to alpha {_alpha(below):g} ({below.coherence:.1f} there)"
         )
         return Calibration(None, None, None, why, seen)
     if below is None:
         best = max(seen, key=lambda point: point.coherence)
-        why = f"coherence stays below {target:.1f}; at best {best.coherence:.1f}, at alpha {best.alpha:g}"
+        why = f"coherence stays below {target_coherence:.1f}; at best {best.coherence:.1f}, at alpha {best.alpha:g}"
         return Calibration(None, None, None, why, seen)
-    off = abs(below.coherence - target)
+    off = abs(below.coherence - target_coherence)
     why = None if off <= tolerance else f"coherence is {off:.1f} from the target after {steps} steps"
     return Calibration(below.alpha, below.trait, below.coherence, why, seen)
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
-from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alphas
+from peft_psr.evaluation.measures.calibration import Calibration, calibrate_alpha
 from peft_psr.evaluation.measures.faithfulness import edited_gates, intervention_strength, recovery_and_rmse
 from peft_psr.evaluation.measures.scoring import Answers, SteeringScore, judged_answers
 from peft_psr.evaluation.methods.method import PROMPT
@@ -178,13 +178,12 @@ def _adapter(bench: Workbench[PersonaRecipe], cell: Cell, prompted_coherence: fl
         scorer = _Scorer(bench, cell)
         curve = scorer.measure(fitted.model, processing_class, recipe.strengths)
 
-        c80, cp = calibrate_alphas(
-            partial(scorer.measure, fitted.model, processing_class),
-            [80.0, prompted_coherence],
-            max_steps=recipe.calibration_steps,
-            max_alpha=MAX_ALPHA,
-            curve=curve,
-        )
+        def score(alpha: float) -> SteeringScore:
+            return scorer.measure(fitted.model, processing_class, [alpha])[0]
+
+        search = partial(calibrate_alpha, score, max_steps=recipe.calibration_steps, max_alpha=MAX_ALPHA)
+        c80 = search(80.0, curve=curve)
+        cp = search(prompted_coherence, curve=c80.curve)
         held_out = bench.held_out(cell.model, cell.trait)
         recovery, rmse = recovery_and_rmse(fitted.model, held_out, processing_class)
         example = _example(fitted.model, processing_class, held_out[0])

@@ -19,7 +19,6 @@ from peft_psr.evaluation import (
     text_perplexity,
     usable_alpha_range,
 )
-from peft_psr.evaluation.measures.calibration import calibrate_alphas
 
 
 class Curve:
@@ -49,21 +48,6 @@ def test_calibration_takes_the_largest_strength_that_meets_the_target():
     dip = Curve(lambda alpha: 70.0 if 0.4 < alpha < 0.6 else 95 - 10 * alpha)
     seen = [dip(alpha) for alpha in (0.5, 1.0, 4.0)]
     assert calibrate_alpha(dip, 80.0, curve=seen).alpha == pytest.approx(1.5, abs=0.15)
-
-
-def test_calibrations_together_find_what_each_finds_alone():
-    alone, together = Curve(lambda alpha: 100 - 10 * alpha), []
-
-    def score(alphas):
-        together.append(list(alphas))
-        return [Curve(lambda alpha: 100 - 10 * alpha)(alpha) for alpha in alphas]
-
-    found = calibrate_alphas(score, [80.0, 95.0])
-    expected = [calibrate_alpha(alone, target) for target in (80.0, 95.0)]
-    for one, other in zip(found, expected, strict=True):
-        assert abs(one.alpha - other.alpha) <= 0.1 * other.alpha and one.why is None
-    assert max(map(len, together)) == 2 and len(together) < len(alone.calls)
-    assert [point.alpha for point in found[0].curve] == sorted({alpha for step in together for alpha in step})
 
 
 def test_calibration_uses_what_was_seen():
