@@ -1,7 +1,5 @@
 """Triplets by trait, as `psr train` takes them: from a run of `psr triplets` or from JSONL files, some held out."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """What a model's positions hold: triplets and prompts that are longer than its context."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Triplets as the rows that training works on, tokenised once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload

@@ -4,8 +4,6 @@ Thresholds as in METHOD 5: both scores at least 50 of 100. Near-duplicates are f
 character shingles (Broder, "On the resemblance and containment of documents", 1997).
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Whether a completion can be trained on, as its tokens and the length of the model's context tell."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

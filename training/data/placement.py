@@ -5,8 +5,6 @@ themselves (Qwen2.5). An instruction in the system turn takes the place of such 
 to keep its text in x', give it to x as a system message of its own: x renders the same, and x' extends it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 

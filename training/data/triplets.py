@@ -3,8 +3,6 @@
 One JSON object a line, in TRL's conversational format with two more fields for the scores; see `Triplet`.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import os

@@ -3,8 +3,6 @@
 One SQLite file. Several processes may use it at once; a kill leaves either all of an answer or nothing of it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sqlite3

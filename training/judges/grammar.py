@@ -1,7 +1,5 @@
 """Judges completions of the toy world by its own grammar, exactly and quickly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

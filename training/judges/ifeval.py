@@ -5,8 +5,6 @@ The checkers are those of EleutherAI's lm-eval (extra `ifeval`), which keeps Goo
 follows none; loosely, each may be followed by what is left without first line, last line or asterisks.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -4,8 +4,6 @@
 asked, so that a rerun asks nothing.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence

@@ -13,8 +13,6 @@ first `ANSWER_TOKENS` tokens are read as text, and if that is no score (8/10, a 
 would follow the less likely numbers is not looked at.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import json

@@ -3,8 +3,6 @@
 Each asks for one whole number from 0 to 100 and nothing else, so that the first token of the reply tells.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

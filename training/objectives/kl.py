@@ -3,8 +3,6 @@
 KL    mean over response tokens of KL(p(. | x' y'_<i) || p_edited(. | x y'_<i))            docs/results.md
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

@@ -5,8 +5,6 @@
 It knows of the prompted model's distribution the one token that was sampled; KL takes all of it.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

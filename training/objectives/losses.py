@@ -1,7 +1,5 @@
 """A batch's loss, part by part: the objectives and penalties with their weights, as one number a triplet."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 

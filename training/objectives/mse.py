@@ -3,8 +3,6 @@
 MSE   sum over layers of mean over (tokens x d) of (A_{l|AS} - A_{l|PS})^2                METHOD 4, [R]
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

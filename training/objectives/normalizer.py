@@ -1,7 +1,5 @@
 """What an objective's loss at each layer is before any training, which `normalize_loss` divides by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

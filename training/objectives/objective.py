@@ -1,7 +1,5 @@
 """What an objective is, and what it is shown: both branches' passes over one batch."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

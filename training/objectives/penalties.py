@@ -4,8 +4,6 @@ regulariser    sum over layers of max(0, 1 - sum over tokens of lambda)         
 norm penalty   mean over layers and tokens of |edit|^2 / |A_l|^2                           docs/results.md
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """What the models predict: from their last layer's outputs by their own head, or as logits that came with the call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple

@@ -4,8 +4,6 @@ All losses average over the tokens of a triplet first, then over triplets, so th
 its length, as it does at the reported batch size of 1.
 """
 
-from __future__ import annotations
-
 import torch
 
 

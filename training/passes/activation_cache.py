@@ -4,8 +4,6 @@ Where the activations of all triplets fit the budget they are kept in memory, or
 else they are computed each time. `plan_cache` decides and says so.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -4,8 +4,6 @@ Teacher: A_{l|PS} = A_l(x' y') without gradient; student: A_{l|AS} = A_l(x y') u
 tokens that the mask names, in the same order. Source: arXiv 2605.03907.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -5,8 +5,6 @@ switches between teacher and student into its graph, and compiles anew as they c
 alike, so that a few graphs serve all of them, prompted and steered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 

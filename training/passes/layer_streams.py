@@ -4,8 +4,6 @@ The hidden states of all triplets at the current layer are kept, so that steppin
 the layers between the two. Where they do not fit `KEPT_BYTES`, each look at a layer runs the model from its start.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext

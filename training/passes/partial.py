@@ -7,8 +7,6 @@ Not for a model that computes layers again in the backward pass (gradient checkp
 call, nor for one that is compiled as a whole; one whose layers are compiled (see `compiled`) will do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any

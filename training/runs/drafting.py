@@ -1,7 +1,5 @@
 """A first draft of a trait's files by a chat model, in the layout of `traits`; its user reads it over before use."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

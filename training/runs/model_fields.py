@@ -1,7 +1,5 @@
 """Fields of every recipe that names a model which is loaded here: how its prompts are rendered, whose code it runs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from pydantic import Field, field_validator

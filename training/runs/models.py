@@ -1,7 +1,5 @@
 """The models that recipes name, their tokenizers and configurations, loaded as the recipes say."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """What recipes of every kind share: YAML files whose fields are checked one by one and explained in words."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

@@ -1,7 +1,5 @@
 """Whether a folder can take a run, and whether the run that was begun there is the one that is to go on."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any

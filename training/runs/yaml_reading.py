@@ -1,7 +1,5 @@
 """YAML as users write it: what is ambiguous or broken is refused with the line where it stands."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ the `openai` client, so that each one is counted. The API key is read from the e
 and kept nowhere else.
 """
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import logging

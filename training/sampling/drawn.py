@@ -1,7 +1,5 @@
 """A triplet from a completion that was drawn."""
 
-from __future__ import annotations
-
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training.data.draws import Completion
 from peft_psr.training.data.triplets import Triplet

@@ -6,8 +6,6 @@ on the rows beside it. Gumbel (1954); the function is SplitMix64 (Steele, Lea an
 counter to 64 bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Completions sampled from a local model: in batches of similar length, each row by its own seed, on any device."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Completions drawn from a model on an OpenAI-compatible server; a `Sampler`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any

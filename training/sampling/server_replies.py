@@ -3,8 +3,6 @@
 Servers differ and the `openai` client does not check what they send, so every field is read with care.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone

@@ -4,8 +4,6 @@ OpenAI's newer models refuse `max_tokens` and want `max_completion_tokens`, othe
 give 5 of the likeliest tokens and not 20, some none. A refusal says so once, and all further requests follow.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ A folder of it holds `metadata.jsonl` (`concept_id`, `concept`, `concept_genres_
 `output`, `category`, `concept_id`). Source: AxBench (arXiv 2501.17148) and its data sets CONCEPT10 and CONCEPT500.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -3,8 +3,6 @@
 To add one: a subclass of `Source` in a file of its own, and its name in `registry`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ to test on, each with `instruction` (`{"pos", "neg"}` pairs), `questions` and `e
 `{answer}`). Source: Persona Vectors (arXiv 2507.21509) and its repository.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from itertools import product

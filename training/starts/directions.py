@@ -3,8 +3,6 @@
 Such as rows of a sparse autoencoder's decoder, each a direction in the residual stream that means something by itself.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any

@@ -16,8 +16,6 @@ All of this needs only `Moments`, some d x d numbers whatever the count of token
 Mukherjee & Zhu (2011). Other ways that were tried: docs/results.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

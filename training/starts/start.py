@@ -1,7 +1,5 @@
 """What a start is: how an adapter's weights are set before its first gradient step."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

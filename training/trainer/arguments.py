@@ -1,7 +1,5 @@
 """`PSRTrainingArguments`: transformers' arguments with the reported settings as defaults, and PSR's own."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

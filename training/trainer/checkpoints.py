@@ -1,7 +1,5 @@
 """Adapters read back from a checkpoint of the Trainer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

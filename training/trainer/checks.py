@@ -1,7 +1,5 @@
 """What may be trained: models, adapters and processes that can't be, with the way out."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import cast
 

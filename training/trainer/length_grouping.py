@@ -1,7 +1,5 @@
 """Batches of triplets of similar length, in an order that a resumed run finds again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

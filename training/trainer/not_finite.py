@@ -1,7 +1,5 @@
 """Finds where a loss that is infinite or not a number comes from."""
 
-from __future__ import annotations
-
 import torch
 
 from peft_psr.base_model.decoder import layer_index

@@ -1,7 +1,5 @@
 """How several adapters train at once: their triplets share batches, their gradients are clipped apart."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

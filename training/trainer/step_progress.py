@@ -1,7 +1,5 @@
 """How far a training by transformers' `Trainer` is: its own printing off, and ours on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback

@@ -1,7 +1,5 @@
 """What a training run came to: live and dead gates, losses by layer, time and memory."""
 
-from __future__ import annotations
-
 import json
 import resource
 import sys

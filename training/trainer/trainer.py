@@ -1,7 +1,5 @@
 """`PSRTrainer`: transformers' Trainer on triplets; the frozen model itself, prompted, is the teacher."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """From a training recipe to its parts: configuration, arguments, base model with its adapters, trainer, checkpoint."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a finished training run says about its adapter, for the adapter's model card."""
 
-from __future__ import annotations
-
 from collections.abc import Sized
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a training run leaves for each trait: an adapter folder with its model card, summary and recipe."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace

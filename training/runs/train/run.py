@@ -5,8 +5,6 @@ later start goes on from the last one that training had not come to its end with
 was never stopped, up to rounding.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

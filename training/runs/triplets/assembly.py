@@ -1,7 +1,5 @@
 """From a recipe to its parts: prompts, sampler, judges."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What a run of `psr triplets` will ask for, before anything is drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Triplets drawn from a model here and scored by a judge, in one call and in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from peft import PeftModel

@@ -4,8 +4,6 @@ What is drawn and judged goes into append-only journals at once. The files that 
 the end, in the order of the plan, so they do not depend on when the run was stopped or what came first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
