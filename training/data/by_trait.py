@@ -73,8 +73,7 @@ def read_traits(source: str | Path, names: Sequence[str] = ()) -> Traits:
 
     Raises:
         FileNotFoundError: there is nothing of that name, or no JSONL in it.
-        ValueError: the run is not finished, a line is no triplet, a trait is not there, or two traits would share a
-            folder.
+        ValueError: the run is not finished, a line is no triplet, a trait is not there, or two would share a folder.
     """
     found = scan_traits(source, names)
     for left_out in found.left_out.values():
@@ -88,8 +87,8 @@ def scan_traits(source: str | Path, names: Sequence[str] = ()) -> TraitFiles:
 
     Raises:
         FileNotFoundError: as `read_traits`.
-        ValueError: as `read_traits`, but for lines that are no triplets; or there is nothing else in a file, or, where
-            nobody can tell whose they are, not as many good ones.
+        ValueError: as `read_traits`, but for lines that are no triplets; or a file holds nothing else, or, where
+            nobody can tell whose they are, more of these.
     """
     known: Traits = {}
     places: dict[str, list[str]] = {}
@@ -209,16 +208,13 @@ def folder_name(trait: str) -> str:
 
 
 def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -> tuple[list[Triplet], list[Triplet]]:
-    """Splits triplets by their bare prompt, so that no prompt is on both sides.
+    """Splits the triplets of a trait by their bare prompt, so that no prompt is on both sides: to train on, held out.
 
     Args:
-        triplets: Of one trait.
+        triplets: In an order that both sides keep.
         share: Of the prompts, 0-1; above 0 at least one prompt is held out.
         seed: Same seed, same prompts.
         trait: Whose they are.
-
-    Returns:
-        Those to train on and those held out, in the order in which they came.
 
     Raises:
         ValueError: one side would be empty.
@@ -241,16 +237,13 @@ def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -
 
 
 def check_origin(traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, name: str | None, tokenizer) -> None:
-    """Checks that triplets were drawn from the model that they are to train, as far as they say.
+    """Raises `ValueError` if triplets say that they were drawn from another model, or with another chat template.
 
     Args:
         traits: {trait: triplets}.
-        model: The base model.
+        model: The base model that they are to train.
         name: What the triplets call it, if something else.
         tokenizer: The base model's.
-
-    Raises:
-        ValueError: they name another model, or another chat template.
     """
     template, args = template_hash(tokenizer.chat_template), template_args_of(tokenizer)
     for trait, triplets in traits.items():
@@ -278,10 +271,9 @@ def check_origin(traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, 
 
 
 def drawn_template_args(traits: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """Returns the arguments of the chat template that triplets were drawn with; None if they do not say.
+    """The arguments of the chat template that triplets were drawn with; `None` if they do not say.
 
-    Raises:
-        ValueError: they were drawn with different ones.
+    Raises `ValueError` if they were drawn with different ones.
     """
     said = {
         json.dumps(triplet["template_args"] or {}, sort_keys=True)

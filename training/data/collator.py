@@ -173,11 +173,7 @@ class TripletCollator:
         return count
 
     def strength(self, triplet: Mapping[str, Any], where: str, neutral: bool) -> float:
-        """The edit's strength on a triplet, whose two prompts are equal if it is `neutral`.
-
-        Raises:
-            ValueError: it has no trait score to take it from; the message names `where`.
-        """
+        """The edit's strength on a triplet; `ValueError`, naming `where`, if it has no trait score to take it from."""
         if isinstance(self.alpha, float):
             return self.alpha
         if neutral:
@@ -219,8 +215,7 @@ class TripletCollator:
     ) -> list[dict[str, torch.Tensor]]:
         """The student's branch alone, as arguments of forward calls: `input_ids`, `attention_mask`, `steering_mask`.
 
-        Raises:
-            ValueError: a triplet can't be used; the message names it.
+        Raises `ValueError`, naming it, for a triplet that can't be used.
         """
         rows = [self.encode(triplet, f"triplet {i}") for i, triplet in enumerate(triplets)]
         batches = [self(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]

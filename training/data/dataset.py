@@ -73,12 +73,7 @@ def encode_dataset(collator: TripletCollator, dataset: Any, name: str, adapter: 
 
 
 def encode_datasets(collators: Mapping[str, TripletCollator], datasets: Any, name: str) -> list[Row]:
-    """Tokenise the triplets of all adapters.
-
-    Args:
-        collators: One for each adapter.
-        datasets: {adapter: triplets}, or the triplets of the only adapter.
-        name: What to call the data set in errors.
+    """Tokenise the triplets of all adapters: {adapter: triplets}, or those of the only one; each by its collator.
 
     Raises:
         ValueError: as `encode_dataset`, or the adapters are others than those of `collators`.

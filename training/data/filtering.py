@@ -100,12 +100,7 @@ def near_duplicates(texts: Sequence[str], groups: Sequence[Hashable], max_simila
     """Returns, for each text, whether it is all but equal to an earlier one of its group that is no duplicate itself.
 
     Texts are compared within a group only: the same answer to another question is another example, and the time grows
-    with the square of a group, not of the whole.
-
-    Args:
-        texts: Completions.
-        groups: The group of each.
-        max_similarity: Jaccard similarity, 0-1, from which two texts are near-duplicates.
+    with the square of a group, not of the whole. From a Jaccard similarity, 0-1, of `max_similarity` on two are alike.
     """
     kept: dict[Hashable, list[frozenset[str]]] = defaultdict(list)
     duplicates = []
@@ -136,10 +131,9 @@ def _at_least_as_similar(first: frozenset[str], second: frozenset[str], similari
 def sort_out(rows: Sequence[Row], settings: FilterSettings) -> list[str | None]:
     """Returns for each row why it is dropped, one of `REASONS`, or None if it is kept.
 
-    Args:
-        rows: As for `drop_reason`, with `trait`, `prompt` (x) and `negative`.
-        settings: The thresholds. Near-duplicates are looked for among what the scores keep, positives and negatives
-            apart, on the same trait and the same x, whatever the instruction; the first of them is kept.
+    Rows are as for `drop_reason`, with `trait`, `prompt` (x) and `negative`. Near-duplicates are looked for among what
+    the scores keep, positives and negatives apart, on the same trait and the same x, whatever the instruction; the
+    first of them is kept.
     """
     reasons = [drop_reason(row, settings, row["negative"]) for row in rows]
     if settings.max_similarity is None:

@@ -61,10 +61,6 @@ def add_instruction(prompt: Prompt, instruction: str, placement: Placement = "sy
 def check_placement(processing_class, placement: Placement) -> None:
     """Raise unless an instruction so placed reaches the model; to be called before any long work.
 
-    Args:
-        processing_class: A tokenizer.
-        placement: One of `PLACEMENTS`.
-
     Raises:
         ValueError: `placement` is unknown, or it is "system" and the tokenizer has no chat template, or one that
             refuses the system role (Gemma) or leaves its text out.

@@ -78,8 +78,7 @@ def scan_triplets(path: str | os.PathLike) -> Iterator[tuple[int, Triplet | Valu
     """Yields the number of each line that is not empty, with its triplet or with what is wrong with it.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is UTF-16.
+        FileNotFoundError, ValueError: no such file; it is UTF-16.
     """
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):

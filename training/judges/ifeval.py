@@ -84,8 +84,7 @@ class IFEvalJudge(Judge):
         """See `Judge.score`; without `pairs`, each prompt must belong to one of the judge's pairs alone.
 
         Raises:
-            ValueError: a pair the judge was not made with; or a prompt is none of the pairs', or belongs to several,
-                so that nobody can tell which instruction is asked about.
+            ValueError: a pair the judge was not made with; or a prompt of none of its pairs, or of several.
         """
         asked = [self._only_pair(prompt) for prompt in prompts] if pairs is None else pairs
         self._check_known(asked)
@@ -110,11 +109,7 @@ class IFEvalJudge(Judge):
         return candidates[0]
 
     def followed(self, pairs: Sequence[PromptPair], completions: Sequence[str]) -> list[Followed]:
-        """Strict and loose verdicts on `completions[i]` by the instructions of `pairs[i]`; asks no other judge.
-
-        Raises:
-            ValueError: a pair the judge was not made with.
-        """
+        """Strict and loose verdicts on `completions[i]` by the instructions of `pairs[i]`, which it must know."""
         self._check_known(pairs)
         return [
             Followed(self._follows(pair, completion), _follows_loosely(pair, completion))

@@ -75,8 +75,7 @@ class LLMJudge(Judge):
     def connect(cls, given: JudgeSettings) -> Callable[..., Judge]:
         """Returns what makes a judge of one model, given `trait`, `trait_prompt`, `coherence_prompt` and `cache`.
 
-        Raises:
-            ValueError: that model can't judge.
+        Raises `ValueError` if that model can't judge.
         """
 
     @classmethod
@@ -103,8 +102,7 @@ class LLMJudge(Judge):
         """See `Judge.score`; answers go to the cache as they come: what was asked is not lost if the run stops.
 
         Raises:
-            ServerError: the server refuses for good.
-            TooManyFailures: the share of failures passed the server's limit.
+            ServerError, TooManyFailures: as `ChatServer.stream`.
         """
         asked = [
             {

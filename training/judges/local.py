@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
 
 class LocalJudge(LLMJudge):
-    """A judge that runs here, on any causal language model with a chat template."""
+    """A judge that runs here, on any causal language model with a chat template.
+
+    Args:
+        model: The judging model, on the device where it is to run.
+        processing_class: Its tokenizer.
+        trait, trait_prompt, coherence_prompt: As for every `LLMJudge`.
+        cache: Likewise. A model is known there by its name and a sample of its weights.
+        batch_size: Questions read together; those of similar length go together.
+
+    Raises:
+        ValueError: as every `LLMJudge`; a tokenizer without a chat template or without numbers; `batch_size` below 1.
+    """
 
     def __init__(
         self,
@@ -33,21 +44,6 @@ class LocalJudge(LLMJudge):
         cache: AnswerCache | None = None,
         batch_size: int = 16,
     ) -> None:
-        """Nothing is run yet.
-
-        Args:
-            model: The judging model, on the device where it is to run.
-            processing_class: Its tokenizer.
-            trait: As for every `LLMJudge`.
-            trait_prompt: Likewise.
-            coherence_prompt: Likewise.
-            cache: Likewise. A model is known there by its name and a sample of its weights.
-            batch_size: Questions read together; those of similar length go together.
-
-        Raises:
-            ValueError: as every `LLMJudge`; a tokenizer without a chat template or without numbers; `batch_size`
-                below 1.
-        """
         from .number_scores import ANSWER_TOKENS, model_identity, number_tokens
 
         super().__init__(trait, trait_prompt, coherence_prompt, cache)

@@ -47,13 +47,9 @@ def read_scores(
     prompts: Sequence[list[int]],
     numbers: dict[int, Tokens],
 ) -> list[float | None]:
-    """The score in the model's answer to each prompt, read together; `None` where it holds none.
+    """The score in the model's answer to each prompt's tokens, read together; `None` where it holds none.
 
-    Args:
-        model: A causal language model.
-        processing_class: Its tokenizer.
-        prompts: Each prompt's tokens.
-        numbers: As `number_tokens` gives them.
+    `numbers` are the tokens of each, as `number_tokens` gives them.
     """
     batch = pad_tokens(processing_class, prompts, input_device(model))
     mask = batch["attention_mask"]
@@ -137,7 +133,7 @@ def number_tokens(processing_class: PreTrainedTokenizerBase) -> dict[int, Tokens
 def number_probabilities(
     model: PreTrainedModel | PeftModel, read: Any, attention_mask: torch.Tensor, numbers: dict[int, Tokens]
 ) -> list[dict[int, float]]:
-    """The probability that each number is what the model answers; the formula is at the top of this module.
+    """The probability of each number as the model's answer, for each row; the formula is at the top of this module.
 
     Args:
         model: A causal language model.
@@ -145,9 +141,6 @@ def number_probabilities(
             it is.
         attention_mask: Of the prompts, (batch, seq), 0 on padding.
         numbers: The tokens of each number, none the same as another's.
-
-    Returns:
-        For each row of the batch, the probability of each number.
     """
     beginnings = {tokens[:length] for tokens in numbers.values() for length in range(1, len(tokens))}
     longest = [b for b in beginnings if not any(b == other[: len(b)] and b != other for other in beginnings)]

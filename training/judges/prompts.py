@@ -59,11 +59,7 @@ def fill_prompt(template: str, **values: str) -> str:
 
 
 def read_prompt(file: str | Path, name: str) -> str:
-    """A judge's prompt from a file.
-
-    Args:
-        file: Where it is.
-        name: What it is for, in messages.
+    """A judge's prompt from a file; messages call it `name`.
 
     Raises:
         FileNotFoundError: it is not there.

@@ -110,11 +110,7 @@ class Ratings:
 
 
 def harmonic_mean(ratings: Sequence[float]) -> float:
-    """The number of ratings / sum of 1/rating, of ratings of 0 or more; 0 if any is 0.
-
-    Raises:
-        ValueError: no ratings, or a negative one.
-    """
+    """The number of ratings / sum of 1/rating; 0 if any is 0. Raises `ValueError` for none, or a negative one."""
     if not ratings or min(ratings) < 0:
         raise ValueError(f"A harmonic mean is of ratings of 0 or more, got {list(ratings)}.")
     return 0.0 if min(ratings) == 0 else len(ratings) / sum(1 / rating for rating in ratings)
@@ -150,15 +146,7 @@ class RatingJudge:
 
     @classmethod
     def of(cls, judge: str, given: JudgeSettings) -> RatingJudge:
-        """Asks a recipe's judge, which must be a language model, for its likeliest reply.
-
-        Args:
-            judge: By name.
-            given: What it is made of.
-
-        Raises:
-            ValueError: it is no language model.
-        """
+        """Asks a recipe's judge, by name, for its likeliest reply; raises `ValueError` if it is no language model."""
         model = _language_model(judge)
         identity = {
             "model": given.model,
@@ -171,18 +159,11 @@ class RatingJudge:
         return cls(identity, lambda: model.sampler(given, RATING_TOKENS), AnswerCache(given.cache))
 
     def __call__(self, asked: Sequence[tuple[str, str, str]]) -> list[Ratings]:
-        """Rates answers.
-
-        Args:
-            asked: (concept, instruction, answer) of each.
-
-        Returns:
-            The ratings of each, in order.
+        """The ratings of each (concept, instruction, answer), in order.
 
         Raises:
             ConnectionError: the model gave no reply to a question; the others' replies are kept.
-            ServerError: a server refuses for good.
-            TooManyFailures: the share of failures passed the server's limit.
+            ServerError, TooManyFailures: as `ChatServer.stream`.
         """
         texts = [
             {

@@ -62,11 +62,7 @@ class JudgeSettings:
     max_failure_share: float = 0.1
 
     def server(self) -> ChatServer:
-        """The model on its server; nothing is sent yet.
-
-        Raises:
-            ValueError: a setting is wrong.
-        """
+        """The model on its server; nothing is sent yet. Raises `ValueError` if a setting is wrong."""
         from peft_psr.training.sampling.chat_server import ChatServer
 
         return ChatServer(
@@ -82,19 +78,12 @@ class JudgeSettings:
     def load_model(self) -> PreTrainedModel:
         """The model, here and in eval mode; one judge is in memory at a time, whatever asks for it.
 
-        Raises:
-            OSError: it can't be had.
-            ValueError: as `peft_psr.base_model.loading.load_model`.
+        Raises as `peft_psr.base_model.loading.load_model`.
         """
         return _model(self.model, self.revision, self.dtype, self.device_map, self.trust_remote_code)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, with its own chat template.
-
-        Raises:
-            OSError: it can't be had.
-            ValueError: as `peft_psr.base_model.loading.load_tokenizer`.
-        """
+        """The model's tokenizer, with its own chat template; raises as `peft_psr.base_model.loading` does."""
         return _tokenizer(self.model, self.revision, self.trust_remote_code)
 
 

@@ -20,7 +20,7 @@ def kl_loss(
     vocabulary: int,
     predict_prompted: Predict,
 ) -> torch.Tensor:
-    """KL(prompted || steered) of the next-token distributions, nats a response token.
+    """KL(prompted || steered) of the next-token distributions, nats a response token: (batch,), each at least 0.
 
     Args:
         predict: The model's head.
@@ -30,9 +30,6 @@ def kl_loss(
         mask: (batch, seq), the masked tokens.
         vocabulary: Its size, which decides how many tokens are computed at once.
         predict_prompted: The head of the model as it was, without what `modules_to_save` trains of it.
-
-    Returns:
-        (batch,), each at least 0.
     """
 
     def divergences(hidden: torch.Tensor, prompted: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,7 @@ def untrained_loss(
     adapters: Sequence[str],
     gather: Callable[[torch.Tensor], Any],
 ) -> dict[str, torch.Tensor]:
-    """{layer: (adapters,)}: mean loss without any edit.
-
-    Neutral triplets do not count: there is no difference.
+    """{layer: (adapters,)}: mean loss without any edit; neutral triplets, without a difference, do not count.
 
     Args:
         objective: One that has a loss at each layer.

@@ -59,7 +59,7 @@ class ActivationCache:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             unlinked = os.name != "nt"  # while it is mapped, so that it can't outlive the process
-            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".activations-", delete=not unlinked)  # noqa: SIM115
+            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".activations-", delete=not unlinked)
             size = shape[0] * shape[1] * shape[2]
             values = torch.from_file(self._file.name, shared=True, size=size, dtype=dtype).view(shape)
             if unlinked:
@@ -93,12 +93,9 @@ class ActivationCache:
 
 
 def plan_cache(settings: CacheSettings, size: int, reason: str | None) -> str:
-    """Where to keep activations: "memory", "disk" or "none"; said in the log.
+    """Where to keep activations of `size` bytes: "memory", "disk" or "none"; said in the log.
 
-    Args:
-        settings: What the user asked for.
-        size: Bytes that all triplets take.
-        reason: Why nothing can be kept in this run, or `None`.
+    `reason` says why nothing can be kept in this run, if so.
 
     Raises:
         ValueError: the user asked for a place where they do not fit, or where nothing can be kept.

@@ -38,11 +38,7 @@ class Branch:
 
 
 def psr_model(model: torch.nn.Module) -> PSRModel:
-    """The PSR tuner inside a PEFT model.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The PSR tuner inside a PEFT model; raises `TypeError` if there is none."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, PSRModel):
         raise TypeError(
@@ -74,9 +70,7 @@ def unedited(model: PeftModel) -> Iterator[None]:
     """Inside, the model's own adapters are off, and whatever lies beneath them is on; all stays as trainable as it is.
 
     FSDP2 settles how it reduces gradients by `requires_grad` in its first forward call, which is the teacher's.
-
-    Args:
-        model: A PEFT model with PSR adapters, or with others: these by PEFT's own `disable_adapter`.
+    Adapters of other types than PSR go off by PEFT's own `disable_adapter`.
     """
     if isinstance(model.base_model, PSRModel):
         with model.base_model.unedited():

@@ -85,8 +85,7 @@ class LayerStreams:
     def at(self, name: str) -> Iterator[Tokens]:
         """The edited tokens at the decoder layer `name`, batch by batch; no layer before one that was looked at.
 
-        Raises:
-            ValueError: activations are not finite; the message names the layer and the triplet.
+        Raises `ValueError`, naming the layer and the triplet, if activations are not finite.
         """
         layer = self.layers.index(name)
         for number, batch in enumerate(self._batches):

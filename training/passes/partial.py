@@ -42,26 +42,16 @@ def known_output(model: nn.Module, names: Sequence[str], hidden: torch.Tensor, e
 
 @contextmanager
 def stop_after(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside, the last decoder layers pass their input through: neither computed nor edited in a forward call.
-
-    Args:
-        model: The base model of a PEFT model with a PSR adapter.
-        names: Names of these layers, up to the last one; none leaves the model as it is.
-    """
+    """Inside, the last decoder layers, by `names`, pass their input through: neither computed nor edited."""
     with _replaced(model, names, lambda given: given, names):
         yield
 
 
 def predict(model: nn.Module, hidden: torch.Tensor, layers_pattern: str | list[str] | None = None) -> torch.Tensor:
-    """What the model predicts from outputs of its last decoder layer, by its own final norm and head.
+    """Logits (n, vocabulary) of outputs (n, d) of the last decoder layer, edits included, by the model's own head.
 
-    Args:
-        model: A PEFT model with a PSR adapter or its base model; not an encoder-decoder.
-        hidden: (n, d), edits included.
-        layers_pattern: As in `PSRConfig`.
-
-    Returns:
-        Logits (n, vocabulary), with the graph of `hidden`.
+    Its final norm goes before, and the graph of `hidden` on. The model, with a PSR adapter or its base, is no
+    encoder-decoder.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     names = decoder_layer_names(base, layers_pattern)

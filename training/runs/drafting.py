@@ -97,8 +97,7 @@ def make_chat(
 
     Raises:
         ConnectionError: (by what is returned) the server gave no answer.
-        OSError: the model can't be had.
-        ValueError: a setting is wrong.
+        OSError, ValueError: the model can't be had; a setting is wrong.
     """
     sampler: Sampler
     if server_url:

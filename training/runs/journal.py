@@ -38,8 +38,7 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Writes one record, so that a kill afterwards does not lose it.
 
-        Raises:
-            OSError: the disk is full, for one. The file is left as it was; the message says what to do.
+        Raises `OSError`, with what to do, if the disk is full, for one; the file is left as it was.
         """
         line = encode(json.dumps(record, ensure_ascii=False) + "\n")
         try:

@@ -30,12 +30,7 @@ class NamesModels(Protocol):
 
 
 def load_tokenizer(model: str, recipe: NamesModels) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe's model, with the chat template that the recipe gives it.
-
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.base_model.loading.load_tokenizer`.
-    """
+    """The tokenizer of a recipe's model, with the recipe's chat template; raises as `peft_psr.base_model.loading`."""
     return _tokenizer(model, recipe.revision, json.dumps(recipe.tokenizer_settings))
 
 
@@ -45,20 +40,14 @@ def _tokenizer(model: str, revision: str | None, settings: str) -> PreTrainedTok
 
 
 def load_config(model: str, recipe: NamesModels) -> Any:
-    """The configuration of a recipe's model.
-
-    Raises:
-        OSError: it can't be had.
-    """
+    """The configuration of a recipe's model; raises `OSError` if it can't be had."""
     return loading.load_config(model, recipe.revision, recipe.trust_remote_code)
 
 
 def load_model(model: str, recipe: NamesModels) -> Any:
     """A recipe's model, in eval mode; on the CPU where the recipe does not say where it goes.
 
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.base_model.loading.load_model`.
+    Raises as `peft_psr.base_model.loading.load_model`.
     """
     device_map = getattr(recipe, "device_map", None)
     return loading.load_model(

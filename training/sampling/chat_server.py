@@ -170,8 +170,7 @@ class ChatServer:
     def models(self) -> list[str]:
         """The models that the server lists; `transformers serve` lists its cache, not all that it can load.
 
-        Raises:
-            ServerError: the server does not answer, or refuses.
+        Raises `ServerError` if the server does not answer, or refuses.
         """
         with self._client(openai.OpenAI) as client:
             try:

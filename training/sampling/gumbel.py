@@ -36,15 +36,12 @@ def _splitmix(states: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_noise(seeds: torch.Tensor, step: int, size: int) -> torch.Tensor:
-    """Standard Gumbel variables that depend on nothing but their seed, step and place.
+    """Standard Gumbel variables that depend on nothing but their seed, step and place, (batch, size) float32.
 
     Args:
-        seeds: (batch,) int64, one for each row.
+        seeds: (batch,) int64, one for each row, on the device of the result.
         step: Tokens drawn before this one, from 0.
         size: How many variables a row: the vocabulary's size.
-
-    Returns:
-        (batch, size) float32, on the device of `seeds`.
     """
     states = _splitmix(_splitmix(seeds) + _signed((step + 1) * _INCREMENT))[:, None]
     places = torch.arange(1, size + 1, device=seeds.device)
@@ -73,15 +70,7 @@ class GumbelLogitsProcessor(LogitsProcessor):
         self.prompt_length, self.temperature = prompt_length, temperature
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Adds the noise of this step.
-
-        Args:
-            input_ids: (batch, prompt and drawn tokens).
-            scores: (batch, vocabulary) logits.
-
-        Returns:
-            (batch, vocabulary), whose argmax is the draw.
-        """
+        """Adds this step's noise to logits (batch, vocabulary), so that their argmax is the draw."""
         step = input_ids.shape[1] - self.prompt_length
         noise = gumbel_noise(self.seeds.to(scores.device), step, scores.shape[1])
         return scores / self.temperature + noise  # type: ignore[return-value]

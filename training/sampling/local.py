@@ -155,7 +155,7 @@ class LocalSampler:
         self.name = name or model.config.name_or_path
 
     def describe(self) -> dict[str, Any]:
-        """Returns engine, model, revision, chat template hash and settings, and what cannot be reproduced."""
+        """See `Sampler.describe`."""
         return {
             "engine": "transformers",
             "model": self.name,
@@ -172,11 +172,7 @@ class LocalSampler:
         }
 
     def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Completion | Failure]]:
-        """Yields each draw with its completion as its batch finishes, longest prompts first.
-
-        Raises:
-            torch.OutOfMemoryError: a single draw does not fit.
-        """
+        """Yields each draw with its completion as its batch finishes; `OutOfMemoryError` where one does not fit."""
         rows = [
             _Row(i, draw.prompt, encode_prompt(self.processing_class, draw.prompt), draw.seed)
             for i, draw in enumerate(draws)

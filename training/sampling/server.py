@@ -21,27 +21,25 @@ class ServerSampler:
     `transformers serve` samples only where the model's `generation_config.json` says `do_sample`, whatever temperature
     it is asked for, and sets a request's seed for all that it draws: there, only one request in flight is
     reproducible.
+
+    Args:
+        server: The model to draw from.
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Of the sampling, with top-p 1; 0 takes the likeliest token. Other limits on what is sampled, such
+            as top-k, are the server's; set them by its `extra_body`.
+
+    Raises:
+        ValueError: `max_new_tokens` below 1, or temperature below 0.
     """
 
     def __init__(self, server: ChatServer, max_new_tokens: int = 256, temperature: float = 1.0):
-        """Nothing is sent yet.
-
-        Args:
-            server: The model to draw from.
-            max_new_tokens: Longest completion, in tokens.
-            temperature: Of the sampling, with top-p 1; 0 takes the likeliest token. Other limits on what is sampled,
-                such as top-k, are the server's; set them by its `extra_body`.
-
-        Raises:
-            ValueError: `max_new_tokens` below 1, or temperature below 0.
-        """
         check_sampling(max_new_tokens, temperature)
         self.server = server
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
 
     def describe(self) -> dict[str, Any]:
-        """What is asked of which server, as JSON, and what it cannot promise; see `Sampler.describe`."""
+        """See `Sampler.describe`."""
         return {
             "engine": "OpenAI-compatible server",
             **self.server.describe(),
@@ -60,8 +58,7 @@ class ServerSampler:
         """Yield each draw with its outcome as it finishes; closing the iterator cancels what is in flight.
 
         Raises:
-            ServerError: the server refuses for good.
-            TooManyFailures: the share of failures passed the server's limit.
+            ServerError, TooManyFailures: as `ChatServer.stream`.
             ValueError: a prompt ends with the beginning of the answer, which a server takes for a turn that has ended.
         """
         goes_on = self.server.extra_body.get("continue_final_message")

@@ -50,11 +50,7 @@ class LearntSettings:
         return sent
 
     def learn(self, sent: Mapping[str, Any], refusal: str) -> bool:
-        """Take what a refusal says of the parameters that were sent.
-
-        Returns:
-            Whether the same request, with what is known now, is worth another attempt.
-        """
+        """Take what a refusal says of what was sent; returns whether the request is worth another attempt now."""
         words = refusal.lower()
         if (count := sent.get("top_logprobs", 0)) and "logprob" in words:
             if self.top_logprobs(count) == count:

@@ -94,14 +94,7 @@ def read_negative_questions(folder: str | Path) -> list[Question]:
 
     Their answers show no concept and no adapter is trained on them. Some of the questions, though, come again among
     the positive examples of a concept: leave `Concept.inputs` out of what is to be held out from training on it.
-
-    Args:
-        folder: As in `read_axbench`.
-
-    Raises:
-        ImportError: pyarrow is not installed.
-        FileNotFoundError: no such folder, or a file is missing.
-        ValueError: several files fit, or one is malformed (the message names it).
+    `folder` and errors are as in `read_axbench`.
     """
     train = _train_file(folder)
     questions: dict[str, Question] = {}
@@ -152,18 +145,10 @@ def axbench_pairs(
 def axbench_triplets(
     concept: Concept, placement: Placement = "system", instruction: str = CONCEPT_INSTRUCTION
 ) -> list[Triplet]:
-    """Triplets to train on without drawing: the data set's own answers as completions.
+    """Triplets to train on without drawing: the data set's own answers as completions; see `axbench_pairs`.
 
     They have no scores (train with `alpha=1`), and count as truncated: the data set does not say which of them were
     cut at its token limit, so none gets an end of turn.
-
-    Args:
-        concept: As read.
-        placement: As in `axbench_pairs`.
-        instruction: As in `axbench_pairs`.
-
-    Raises:
-        ValueError: as `axbench_pairs`.
     """
     return [
         Triplet(prompt=pair.prompt, steered_prompt=pair.steered_prompt, completion=output, truncated=True)

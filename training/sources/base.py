@@ -40,15 +40,7 @@ class Selection:
     negatives: bool = False
 
     def chosen(self, known: Sequence[str], where: str) -> list[str]:
-        """The traits that are wanted, of those there are.
-
-        Args:
-            known: All there are.
-            where: Whose they are, for messages.
-
-        Raises:
-            ValueError: one is not there.
-        """
+        """The traits that are wanted, of those `known`; `ValueError`, naming `where`, if one is not there."""
         unknown = [name for name in self.traits if name not in known]
         if unknown:
             raise ValueError(f"traits: {where} has no {', '.join(map(repr, unknown))}; there are: {', '.join(known)}.")

@@ -53,9 +53,7 @@ class Trait:
 def list_traits(source: str | Path | None = None, revision: str | None = None) -> list[str]:
     """Names of the traits in a source, as `read_trait` takes it; of those that ship with the package by default.
 
-    Raises:
-        FileNotFoundError: the source is not there.
-        ValueError: it holds no trait.
+    Raises `FileNotFoundError` if the source is not there, `ValueError` if it holds no trait.
     """
     return sorted(_files(_shipped_folder() if source is None else source, revision))
 
@@ -104,16 +102,9 @@ def read_trait(
 
 
 def parse_trait(data: Any, name: str, split: Split, where: str) -> Trait:
-    """Checks what a trait file holds; other fields than the layout's are let pass.
+    """Checks what a trait file holds, as JSON; other fields than the layout's are let pass.
 
-    Args:
-        data: The file's JSON.
-        name: The trait's name.
-        split: "train" or "test".
-        where: The file, for messages.
-
-    Raises:
-        ValueError: a field is missing or malformed; the message names `where` and the field.
+    Raises `ValueError`, naming the file by `where` and the field, if one is missing or malformed.
     """
     if not isinstance(data, dict):
         raise ValueError(
@@ -158,15 +149,12 @@ def trait_pairs(trait: Trait, placement: Placement = "system", negative: bool = 
 
     Args:
         trait: As read; `dataclasses.replace` takes fewer instructions or questions.
-        placement: Where the instruction stands; see `add_instruction`.
+        placement: Where the instruction stands; see `add_instruction`, whose errors these are.
         negative: Take the instructions that ask for the opposite.
 
     Returns:
         Pairs with ids such as `"formal/2/17"` (trait/instruction/question; `"formal/negative/2/17"`), whose metadata
         holds `split`, `instruction`, `instruction_index`, `question` and `question_index`.
-
-    Raises:
-        ValueError: `placement` is unknown.
     """
     prefix = f"{trait.name}/negative" if negative else trait.name
     pairs = []

@@ -56,13 +56,9 @@ RIDGE = Ridge()
 
 
 def choose_strength(folds: Sequence[Moments], z: torch.Tensor) -> float:
-    """The largest of `STRENGTHS` whose held-out error is within one standard error of the smallest.
+    """The largest of `STRENGTHS` whose held-out error for z (r, d) is within one standard error of the smallest.
 
-    Each fold is predicted by the fit to all others; neither takes a look at the tokens again.
-
-    Args:
-        folds: Sums over the tokens of disjoint sets of triplets.
-        z: Directions (r, d).
+    Each fold's sums are predicted by the fit to all others; neither takes a look at the tokens again.
     """
     if len(folds) < 2:
         return FIRST_STRENGTH
@@ -83,9 +79,7 @@ def choose_strength(folds: Sequence[Moments], z: torch.Tensor) -> float:
 def open_basis(mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     """R (r, r) such that gates g @ R are as open as they can be, each with a mean square of 1.
 
-    Args:
-        mean: Of the gates g over tokens, (r,).
-        covariance: Likewise, (r, r).
+    `mean` (r,) and `covariance` (r, r) are those of the gates g over tokens.
     """
     r = len(mean)
     values, vectors = torch.linalg.eigh(covariance)

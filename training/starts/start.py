@@ -55,9 +55,4 @@ class DataStart(Start, ABC):
 
     @abstractmethod
     def edit(self, folds: Sequence[Moments], wanted: Wanted) -> Edit:
-        """The edit of a layer whose gates read A and which is to add D.
-
-        Args:
-            folds: Sums over the tokens of each set of triplets.
-            wanted: What kind of edit.
-        """
+        """The edit of a layer whose gates read A and which is to add D, from sums over the tokens of each fold."""

@@ -18,10 +18,7 @@ NORMALIZERS = (None, "global", "layer")
 
 
 def objective_weights(objective: Any) -> dict[str, float]:
-    """The objectives that a training looks at, with their weights; those of weight 0 are left out.
-
-    Args:
-        objective: A name, or weights by name.
+    """The objectives that a training looks at, by name or weights by name, as weights; those of 0 are left out.
 
     Raises:
         TypeError: a weight is not a number.

@@ -17,7 +17,7 @@ from peft_psr.training.data.collator import Batch, TripletCollator
 from peft_psr.training.data.context import check_rows
 from peft_psr.training.data.dataset import encode_datasets
 from peft_psr.training.data.triplets import Triplet
-from peft_psr.training.objectives.losses import Losses, losses_of
+from peft_psr.training.objectives.losses import Losses, losses_of, not_finite
 from peft_psr.training.objectives.normalizer import untrained_loss
 from peft_psr.training.objectives.objective import Objective, Passes, layers_looked_at
 from peft_psr.training.objectives.registry import OBJECTIVES
@@ -28,11 +28,9 @@ from peft_psr.training.passes.compiled import compiled_layers
 from peft_psr.training.passes.frozen import FrozenModel
 
 from .arguments import PSRTrainingArguments, check_arguments
-from .checkpoints import load_adapters
 from .checks import check_adapters, check_decoder_only, check_directions, check_one_gpu, check_whole_layers
 from .length_grouping import LengthGroupedSampler
-from .not_finite import not_finite
-from .several import clip_each, in_turn
+from .several import clip_each, in_turn, load_adapters
 from .summary import GateKey, GateRecord, Means, TrainingSummary, peak_memory, sum_up
 
 

@@ -44,8 +44,7 @@ def make_config(recipe: TrainRecipe) -> PSRConfig:
 def make_arguments(recipe: TrainRecipe, folder: Path) -> PSRTrainingArguments:
     """Returns the arguments of a recipe, with checkpoints in `folder`.
 
-    Raises:
-        ValueError: this machine can't do what the recipe asks for, such as `bf16`.
+    Raises `ValueError` if this machine can't do what the recipe asks for, such as `bf16`.
     """
     by_steps = recipe.checkpoint_steps is not None
     interval: dict[str, Any] = dict.fromkeys(("save_steps", "eval_steps"), recipe.checkpoint_steps) if by_steps else {}
@@ -104,17 +103,7 @@ def start_from_data(
     triplets: Mapping[str, Sequence[Triplet]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Sets the weights of each adapter from its triplets, if that is how the recipe begins.
-
-    Args:
-        model: With the adapters.
-        recipe: What to do.
-        triplets: {adapter: triplets}.
-        tokenizer: The model's.
-
-    Raises:
-        ValueError: the instruction changes nothing at an edited layer.
-    """
+    """Sets each adapter's weights from its triplets, if the recipe begins so; raises as `initialize_psr_weights`."""
     if not isinstance(STARTS[recipe.start], DataStart):
         return
     shown = PartialState().is_main_process
@@ -144,9 +133,6 @@ def make_trainer(
         tokenizer: The model's.
         title: What the bar calls it.
         logs: Folder for TensorBoard.
-
-    Raises:
-        ValueError: as `PSRTrainer`.
     """
     name = model.active_adapter
     trainer = PSRTrainer(

@@ -35,9 +35,8 @@ from peft_psr.training.data.collator import TripletCollator
 from peft_psr.training.data.context import context_length
 from peft_psr.training.data.dataset import EncodedTriplets
 from peft_psr.training.data.triplets import Triplet
-from peft_psr.training.runs.folder_lock import locked
 from peft_psr.training.runs.models import load_config, load_model, load_tokenizer
-from peft_psr.training.runs.run_folder import begun_run, check_same_recipe
+from peft_psr.training.runs.run_folder import begun_run, check_same_recipe, locked
 
 from .assembly import add_adapters, last_checkpoint, make_arguments, make_config, make_trainer, start_from_data
 from .recipe import TrainRecipe

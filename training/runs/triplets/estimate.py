@@ -41,9 +41,7 @@ class Estimate:
 def estimate(recipe: Recipe, pairs: Sequence[PromptPair]) -> Estimate:
     """Returns what the recipe will ask for; loads a local model's tokenizer and configuration, and nothing else.
 
-    Raises:
-        OSError: the tokenizer can't be had.
-        ValueError: the model takes no instruction where the recipe puts it, or a prompt leaves no room for answers.
+    Raises as `make_sampler`, and `ValueError` if a prompt leaves no room for answers.
     """
     completions = len(pairs) * recipe.draws
     most = completions * recipe.max_new_tokens

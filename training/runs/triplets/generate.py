@@ -6,10 +6,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from peft_psr.prompts.messages import Message
+from peft_psr.training.data.draws import drawn_triplet
 from peft_psr.training.data.placement import add_instruction
 from peft_psr.training.data.triplets import Triplet
 from peft_psr.training.judges.base import Judging, judge_answers
-from peft_psr.training.sampling.drawn import drawn_triplet
 from peft_psr.training.sampling.local import sample_completions
 
 

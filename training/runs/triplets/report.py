@@ -58,15 +58,7 @@ class Counts:
         completion_records: Sequence[Mapping[str, Any]],
         score_records: Sequence[Mapping[str, Any]],
     ) -> Counts:
-        """Counts.
-
-        Args:
-            rows: What was drawn and judged, with `trait`, `negative` and `truncated`.
-            reasons: Why each was dropped, `None` for what was kept.
-            planned: Draws of the recipe.
-            completion_records: Of the run's journal.
-            score_records: Of the run's journal.
-        """
+        """Counts rows, and what the records of the run's journals say; `reasons` are `None` for what was kept."""
         fates = [fate(row, reason) for row, reason in zip(rows, reasons, strict=True)]
         traits: dict[str, Counter[str]] = {}
         for row, what in zip(rows, fates, strict=True):
@@ -110,15 +102,9 @@ def fate(row: Mapping[str, Any], reason: str | None) -> str:
 
 
 def histograms(rows: Sequence[Mapping[str, Any]], reasons: Sequence[str | None], settings: FilterSettings) -> bytes:
-    """Draws how the scores are spread, and what the thresholds make of them.
+    """A PNG, the same for the same rows: how the scores are spread, and what the thresholds make of them.
 
-    Args:
-        rows: With `trait_score`, `coherence_score` (0-100 or `None`) and `negative`.
-        reasons: Why each was dropped, `None` for what was kept.
-        settings: The thresholds.
-
-    Returns:
-        A PNG, the same for the same rows.
+    Rows hold `trait_score`, `coherence_score` (0-100 or `None`) and `negative`; reasons are `None` for what was kept.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     parts = {

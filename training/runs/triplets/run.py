@@ -11,16 +11,14 @@ from typing import Any
 
 from peft_psr.files import as_json_lines, digest, sha256, write_json, write_whole
 from peft_psr.hub.facts import package_versions
-from peft_psr.training.data.context import context_length
+from peft_psr.training.data.context import Fits, context_length
 from peft_psr.training.data.draws import Draw, Failure, PromptPair, Sampler, draws_on
 from peft_psr.training.data.filtering import answer_of, has_answer, sort_out
-from peft_psr.training.data.fits import Fits
 from peft_psr.training.data.triplets import NEGATIVES, STATE, TRIPLETS
 from peft_psr.training.judges.base import Judge, Judging, as_judge
 from peft_psr.training.progress import Progress
-from peft_psr.training.runs.folder_lock import locked
 from peft_psr.training.runs.journal import Journal
-from peft_psr.training.runs.run_folder import begun_run, check_same_recipe
+from peft_psr.training.runs.run_folder import begun_run, check_same_recipe, locked
 from peft_psr.training.sampling.local import LocalSampler
 
 from .recipe import Recipe
