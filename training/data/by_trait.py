@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from peft_psr.prompts.chat_template import template_args_of
 from peft_psr.text import composed
 
@@ -31,34 +33,21 @@ FIRST = 3
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A triplet that can't be used.
+    """A triplet that can't be used."""
 
-    Attributes:
-        trait: Whose it is; `None` for a line of a file with several traits that can't be read.
-        where: Its place: file and line, and which of its trait's triplets.
-        kind: What is wrong: `NO_TRIPLET`, `UNFIT` or `TOO_LONG`.
-        reason: The same in a sentence, with `where` in it.
-    """
-
-    trait: str | None
-    where: str
-    kind: str
-    reason: str
+    trait: str | None  # whose it is; `None` for a line of a file with several traits that can't be read
+    where: str  # its place: file and line, and which of its trait's triplets
+    kind: str  # what is wrong: `NO_TRIPLET`, `UNFIT` or `TOO_LONG`
+    reason: str  # the same in a sentence, with `where` in it
 
 
 @dataclass(frozen=True)
 class TraitFiles:
-    """What was read.
+    """What was read."""
 
-    Attributes:
-        traits: {trait: triplets}.
-        places: {trait: file and line of each triplet}.
-        left_out: {trait: lines that are no triplets, of the files that hold the trait}.
-    """
-
-    traits: Traits
-    places: dict[str, list[str]]
-    left_out: dict[str, list[LeftOut]]
+    traits: Traits  # {trait: triplets}
+    places: dict[str, list[str]]  # {trait: file and line of each triplet}
+    left_out: dict[str, list[LeftOut]]  # {trait: lines that are no triplets, of the files that hold the trait}
 
 
 def read_traits(source: str | Path, names: Sequence[str] = ()) -> Traits:
@@ -236,7 +225,9 @@ def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -
     return sides
 
 
-def check_origin(traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, name: str | None, tokenizer) -> None:
+def check_origin(
+    traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, name: str | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Raises `ValueError` if triplets say that they were drawn from another model, or with another chat template.
 
     Args:
@@ -290,6 +281,4 @@ def drawn_template_args(traits: Mapping[str, Sequence[Mapping[str, Any]]]) -> di
 
 
 def _same(first: str, second: str) -> bool:
-    if first == second:
-        return True
-    return os.path.isdir(first) and os.path.isdir(second) and os.path.samefile(first, second)
+    return first == second or os.path.isdir(first) and os.path.isdir(second) and os.path.samefile(first, second)

@@ -14,16 +14,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class EncodedTriplets(Sequence[Triplet]):
-    """Triplets that have been tokenised already: `encode_dataset` takes them as they are.
+    """Triplets that have been tokenised already: `encode_dataset` takes them as they are."""
 
-    Attributes:
-        triplets: The triplets, whose items these are.
-        rows: What `collator.encode` made of each.
-        collator: It. Others that edit the same positions by the same tokenizer take the rows too, at their own alpha.
-    """
-
-    triplets: Sequence[Triplet]
-    rows: Sequence[Row]
+    triplets: Sequence[Triplet]  # the triplets, whose items these are
+    rows: Sequence[Row]  # what `collator.encode` made of each
+    # it. Others that edit the same positions by the same tokenizer take the rows too, at their own alpha
     collator: TripletCollator
 
     def __len__(self) -> int:

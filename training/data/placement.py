@@ -8,6 +8,8 @@ to keep its text in x', give it to x as a system message of its own: x renders t
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
+from transformers import PreTrainedTokenizerBase
+
 from peft_psr.prompts.conversations import Prompt, render_prompt
 from peft_psr.prompts.messages import Message, content_text
 from peft_psr.prompts.rendering import TemplateRefusal
@@ -58,7 +60,7 @@ def add_instruction(prompt: Prompt, instruction: str, placement: Placement = "sy
     return turns
 
 
-def check_placement(processing_class, placement: Placement) -> None:
+def check_placement(processing_class: PreTrainedTokenizerBase, placement: Placement) -> None:
     """Raise unless an instruction so placed reaches the model; to be called before any long work.
 
     Raises:

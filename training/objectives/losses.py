@@ -14,14 +14,10 @@ from .tokens import rows_of
 
 @dataclass
 class Losses:
-    """The parts of a batch's loss.
+    """The parts of a batch's loss."""
 
-    Attributes:
-        parts: {objective or penalty: (batch,)}.
-        by_layer: {objective: {layer name: (batch,)}}, of those that have a loss at each layer; not scaled.
-    """
-
-    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)  # {objective or penalty: (batch,)}
+    # {objective: {layer name: (batch,)}}, of those that have a loss at each layer; not scaled
     by_layer: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def weighted(self, weights: Mapping[str, float], device: torch.device) -> torch.Tensor:

@@ -23,23 +23,15 @@ Predict = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Prediction(NamedTuple):
-    """Both models' predictions at the masked tokens.
+    """Both models' predictions at the masked tokens."""
 
-    Attributes:
-        head: Logits (n, vocabulary) of some rows of `steered`.
-        steered: (tokens, d), outputs of the last decoder layer, or logits (tokens, vocabulary), which `head` returns.
-        prompted_head: Likewise of `prompted`: the head as it was, without what `modules_to_save` trains of it.
-        prompted: Likewise of the prompted model; `None` where nothing looks at it.
-        targets: (tokens,), from `response_targets`.
-        vocabulary: Its size.
-    """
-
-    head: Predict
+    head: Predict  # logits (n, vocabulary) of some rows of `steered`
+    # (tokens, d), outputs of the last decoder layer, or logits (tokens, vocabulary), which `head` returns
     steered: torch.Tensor
-    prompted_head: Predict
-    prompted: torch.Tensor | None
-    targets: torch.Tensor
-    vocabulary: int
+    prompted_head: Predict  # likewise of `prompted`: the head as it was, without what `modules_to_save` trains of it
+    prompted: torch.Tensor | None  # likewise of the prompted model; `None` where nothing looks at it
+    targets: torch.Tensor  # (tokens,), from `response_targets`
+    vocabulary: int  # its size
 
 
 def prediction_of(

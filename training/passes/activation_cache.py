@@ -22,17 +22,11 @@ PLACES = ("auto", "memory", "disk", "none")
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What the user allows.
+    """What the user allows."""
 
-    Attributes:
-        place: One of `PLACES`.
-        budget: GB (1e9 bytes) that the activations may take.
-        folder: Where a file would lie.
-    """
-
-    place: str
-    budget: float
-    folder: Path
+    place: str  # one of `PLACES`
+    budget: float  # GB (1e9 bytes) that the activations may take
+    folder: Path  # where a file would lie
 
 
 class ActivationCache:

@@ -23,18 +23,14 @@ from .partial import in_eval_mode
 
 @dataclass
 class Branch:
-    """One forward pass over a batch.
+    """One forward pass over a batch."""
 
-    Attributes:
-        hidden: {layer name: (tokens, d)}: layer outputs at the masked tokens of all rows, row after row.
-        gates: {(layer name, adapter): (tokens, r)} at the same tokens; empty without edits. With one adapter a row
-            the name is "*".
-        logits: (batch, seq, vocabulary), or `None` where not asked for.
-    """
-
+    # {layer name: (tokens, d)}: layer outputs at the masked tokens of all rows, row after row
     hidden: dict[str, torch.Tensor]
+    # {(layer name, adapter): (tokens, r)} at the same tokens; empty without edits. With one adapter a row the name is
+    # "*"
     gates: dict[tuple[str, str], torch.Tensor]
-    logits: torch.Tensor | None
+    logits: torch.Tensor | None  # (batch, seq, vocabulary), or `None` where not asked for
 
 
 def psr_model(model: torch.nn.Module) -> PSRModel:
@@ -87,10 +83,6 @@ def unedited(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
-def _recording(model: PeftModel, edited: bool) -> AbstractContextManager[dict[tuple[str, str], torch.Tensor]]:
-    return psr_model(model).record_gates() if edited else nullcontext({})
-
-
 def few_logits(model: PeftModel) -> dict[str, torch.Tensor]:
     """Arguments of a forward call that spare the model most of its output layer, where it can be spared."""
     if "logits_to_keep" not in inspect.signature(model.get_base_model().forward).parameters:
@@ -124,18 +116,20 @@ def run_branch(
     if not logits:
         inputs |= few_logits(model)
     edited = branch == "student"
+    off: AbstractContextManager[None] = unedited(model)
+    recording: AbstractContextManager[dict[tuple[str, str], torch.Tensor]] = nullcontext({})
     if edited:
+        off, recording = nullcontext(), psr_model(model).record_gates()
         inputs |= {"steering_mask": batch["steering_mask"], "alpha": batch["alpha"]}
         if adapter_names is not None:
             inputs["adapter_names"] = list(adapter_names)
     with_graph = edited and torch.is_grad_enabled()
-    off = nullcontext() if edited else unedited(model)
     with (
         torch.set_grad_enabled(with_graph),
         nullcontext() if with_graph else in_eval_mode(model),  # dropout would make the branches differ by noise
         off,
         capture_layer_outputs(model.get_base_model(), layers) as outputs,
-        _recording(model, edited) as gates,
+        recording as gates,
     ):
         result = (model if wrapper is None else wrapper)(**inputs, use_cache=False)
     return Branch(

@@ -28,17 +28,11 @@ KEPT_BYTES = 4e9
 
 
 class Tokens(NamedTuple):
-    """Edited tokens of some triplets at one layer.
+    """Edited tokens of some triplets at one layer."""
 
-    Attributes:
-        stream: A, the student's stream, (tokens, d) float32.
-        difference: D, the teacher's stream minus A, (tokens, d) float32.
-        triplets: The triplet that each token belongs to, (tokens,) int64.
-    """
-
-    stream: torch.Tensor
-    difference: torch.Tensor
-    triplets: torch.Tensor
+    stream: torch.Tensor  # A, the student's stream, (tokens, d) float32
+    difference: torch.Tensor  # D, the teacher's stream minus A, (tokens, d) float32
+    triplets: torch.Tensor  # the triplet that each token belongs to, (tokens,) int64
 
 
 @dataclass

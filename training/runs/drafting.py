@@ -147,14 +147,11 @@ def _files_from(answer: str, name: str) -> dict[Split, dict[str, Any]]:
     rubric = draft.get("rubric")
     if not isinstance(rubric, str) or not rubric.strip() or "{" in rubric:
         raise ValueError(f"rubric must be text without braces, got {rubric!r}.")
-    questions = draft.get("questions")
-    if not isinstance(questions, list) or len(questions) < 2 * NUM_QUESTIONS:
-        count = len(questions) if isinstance(questions, list) else 0
-        raise ValueError(f"questions must be a list of {2 * NUM_QUESTIONS}, got {count}.")
-    pairs = draft.get("instruction")
-    if not isinstance(pairs, list) or len(pairs) < NUM_INSTRUCTIONS:
-        count = len(pairs) if isinstance(pairs, list) else 0
-        raise ValueError(f"instruction must be a list of {NUM_INSTRUCTIONS} pairs, got {count}.")
+    for field, least, what in (("questions", 2 * NUM_QUESTIONS, ""), ("instruction", NUM_INSTRUCTIONS, " pairs")):
+        count = len(draft[field]) if isinstance(draft.get(field), list) else 0
+        if count < least:
+            raise ValueError(f"{field} must be a list of {least}{what}, got {count}.")
+    questions, pairs = draft["questions"], draft["instruction"]
     # alternate questions, so that neither split gets only what a model thinks of last
     halves: dict[Split, list[Any]] = {"train": questions[0::2], "test": questions[1::2]}
     files: dict[Split, dict[str, Any]] = {}

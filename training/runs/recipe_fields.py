@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -95,6 +95,10 @@ class RecipeFields(BaseModel):
 
 class ModelFields(RecipeFields):
     """How a recipe's model, where it is loaded here, renders prompts, and whether code that comes with it is run."""
+
+    if TYPE_CHECKING:  # each kind of recipe describes them in words of its own
+        revision: str | None
+        dtype: str
 
     chat_template: Place | None = Field(
         None, description="File with a chat template, for models without one or in place of their own."

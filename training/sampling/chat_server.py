@@ -60,17 +60,12 @@ class TooManyFailures(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """One request.
+    """One request."""
 
-    Attributes:
-        prompt: Messages go to `/chat/completions`; plain text goes to `/completions`, without a chat template.
-        parameters: By the API's names: `seed`, `temperature`, `max_tokens`, ...
-        top_logprobs: How many of the likeliest tokens to ask for in each place of the answer, 0 for none. For
-            messages only.
-    """
-
-    prompt: Prompt
+    prompt: Prompt  # messages go to `/chat/completions`; plain text goes to `/completions`, without a chat template
+    # by the API's names: `seed`, `temperature`, `max_tokens`,
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    # how many of the likeliest tokens to ask for in each place of the answer, 0 for none. For messages only
     top_logprobs: int = 0
 
 
@@ -238,7 +233,9 @@ class ChatServer:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _send_some(self, client, requests: Iterator, outbox: queue.SimpleQueue, room: asyncio.Semaphore) -> None:
+    async def _send_some(
+        self, client: Any, requests: Iterator, outbox: queue.SimpleQueue, room: asyncio.Semaphore
+    ) -> None:
         while True:
             await room.acquire()
             entry = next(requests, None)
@@ -250,7 +247,7 @@ class ChatServer:
             outbox.put(((tag, outcome), None))
             self._check_failures()
 
-    async def _send(self, client, request: Request) -> ServerAnswer | Failure:
+    async def _send(self, client: Any, request: Request) -> ServerAnswer | Failure:
         # every attempt of one request
         attempt = 0
         while True:
@@ -284,7 +281,7 @@ class ChatServer:
         more = self._learnt.parameters(request.parameters, request.top_logprobs, chat="messages" in asked)
         return {"model": self.model, "extra_body": self.extra_body, **asked, **more}
 
-    async def _attempt(self, client, request: Request, parameters: Mapping[str, Any]) -> ServerAnswer | Mishap:
+    async def _attempt(self, client: Any, request: Request, parameters: Mapping[str, Any]) -> ServerAnswer | Mishap:
         while (wait := self._quiet_until - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         self._count("requests")
@@ -304,7 +301,7 @@ class ChatServer:
         self._see(response)
         return answer
 
-    def _see(self, response) -> None:
+    def _see(self, response: Any) -> None:
         with self._lock:
             for name, value in (("models", response.model), ("system_fingerprints", response.system_fingerprint)):
                 if isinstance(value, str):
@@ -337,7 +334,7 @@ class ChatServer:
                 counts,
             )
 
-    async def _explain(self, client, mishap: Mishap) -> str:
+    async def _explain(self, client: Any, mishap: Mishap) -> str:
         if mishap.kind == "denied":
             state = "was sent" if self._key() else "is not set"
             return (
@@ -352,7 +349,7 @@ class ChatServer:
         hint = "" if self.base_url.rstrip("/").endswith("/v1") else " base_url usually ends in /v1."
         return f"The server at {self.host} refuses requests for the model {self.model!r}: {mishap.text}.{listed}{hint}"
 
-    def _client(self, kind):
+    def _client(self, kind: Any) -> Any:
         http: dict[str, Any] = {}
         if _is_loopback(urlsplit(self.base_url).hostname or ""):  # a proxy would look for it on its own machine
             own = openai.DefaultAsyncHttpxClient if kind is openai.AsyncOpenAI else openai.DefaultHttpxClient

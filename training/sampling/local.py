@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.positions import chat_mask, pad_rows, pad_tokens
 from peft_psr.prompts.chat_template import template_args_of
@@ -62,7 +62,7 @@ class _Row:
 
 def sample_completions(
     model: PreTrainedModel | PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -143,7 +143,7 @@ class LocalSampler:
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        processing_class,
+        processing_class: PreTrainedTokenizerBase,
         max_new_tokens: int,
         temperature: float = 1.0,
         batch_size: int = 64,
@@ -185,7 +185,7 @@ class LocalSampler:
 
 def _sample(
     model: PreTrainedModel | PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     rows: Sequence[_Row],
     max_new_tokens: int,
     temperature: float,
@@ -219,7 +219,7 @@ def _sample(
 @torch.no_grad()
 def _sample_batch(
     model: PreTrainedModel | PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     rows: Sequence[_Row],
     max_new_tokens: int,
     temperature: float,
@@ -277,7 +277,7 @@ def _sample_batch(
     return completions
 
 
-def _ends_inside_reasoning(processing_class, prompt: Prompt) -> bool:
+def _ends_inside_reasoning(processing_class: PreTrainedTokenizerBase, prompt: Prompt) -> bool:
     """Whether the template has opened reasoning, or the beginning of the answer that the prompt holds has."""
     begun = content_text(prompt[-1]) if begins_answer(prompt) else ""  # type: ignore[arg-type]
     return opens_reasoning(render_prompt(processing_class, prompt)) or split_reasoning(begun).answer is None

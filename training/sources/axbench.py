@@ -28,34 +28,21 @@ _COLUMNS = ("input", "output", "category", "concept_id")
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept with the questions and answers that AxBench has for it.
+    """A concept with the questions and answers that AxBench has for it."""
 
-    Attributes:
-        id: `concept_id`.
-        description: What the concept is, in words.
-        genres: Of "text", "code" and "math".
-        inputs: Questions.
-        outputs: For each question an answer that shows the concept.
-    """
-
-    id: int
-    description: str
-    genres: tuple[str, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    id: int  # `concept_id`
+    description: str  # what the concept is, in words
+    genres: tuple[str, ...]  # of "text", "code" and "math"
+    inputs: tuple[str, ...]  # questions
+    outputs: tuple[str, ...]  # for each question an answer that shows the concept
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question that AxBench has for no concept in particular.
+    """A question that AxBench has for no concept in particular."""
 
-    Attributes:
-        text: What is asked.
-        genre: "text", "code" or "math", or `None` where the file does not say.
-    """
-
-    text: str
-    genre: str | None = None
+    text: str  # what is asked
+    genre: str | None = None  # "text", "code" or "math", or `None` where the file does not say
 
 
 def read_axbench(folder: str | Path, concept_ids: Sequence[int] | None = None) -> list[Concept]:

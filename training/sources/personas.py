@@ -33,21 +33,13 @@ class InstructionPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Trait:
-    """One split of a trait.
+    """One split of a trait."""
 
-    Attributes:
-        name: The file's name without `.json`, in Unicode's composed form (NFC).
-        split: "train" or "test".
-        instructions: Pairs of instructions, all different in wording.
-        questions: What the model is asked; no two alike, and none that the other split has too.
-        eval_prompt: Asks a judge for the trait's score, 0-100; placeholders `{question}` and `{answer}`.
-    """
-
-    name: str
-    split: Split
-    instructions: tuple[InstructionPair, ...]
-    questions: tuple[str, ...]
-    eval_prompt: str
+    name: str  # the file's name without `.json`, in Unicode's composed form (NFC)
+    split: Split  # "train" or "test"
+    instructions: tuple[InstructionPair, ...]  # pairs of instructions, all different in wording
+    questions: tuple[str, ...]  # what the model is asked; no two alike, and none that the other split has too
+    eval_prompt: str  # Asks a judge for the trait's score, 0-100; placeholders `{question}` and `{answer}`
 
 
 def list_traits(source: str | Path | None = None, revision: str | None = None) -> list[str]:
@@ -95,7 +87,10 @@ def read_trait(
             f"The trait {name!r} has no {split} questions: {source} lacks {SPLIT_FOLDERS[split]}/{name}.json. Put "
             f"both splits side by side, in {' and '.join(SPLIT_FOLDERS.values())}."
         )
-    traits = {part: _read_file(path, name, part) for part, path in files.items()}
+    traits = {
+        part: parse_trait(parse_json(read_text(path), str(path)), name, part, str(path))
+        for part, path in files.items()
+    }
     if len(traits) > 1:
         check_disjoint(traits["train"], traits["test"], f"{files['test']}: questions")
     return traits[split]
@@ -265,10 +260,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise FileNotFoundError(
             f"No folder {repo_id!r} here, and the Hub data set of that name can't be had: {error}"
         ) from error
-
-
-def _read_file(path: Path, name: str, split: Split) -> Trait:
-    return parse_trait(parse_json(read_text(path), str(path)), name, split, str(path))
 
 
 def _list(data: dict[str, Any], field: str, where: str) -> list[Any]:

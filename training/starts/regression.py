@@ -18,17 +18,11 @@ class Edit(NamedTuple):
 
 @dataclass
 class Moments:
-    """Sums over tokens, float64; about 16 d^2 bytes: 0.27 GB at d = 4096.
+    """Sums over tokens, float64; about 16 d^2 bytes: 0.27 GB at d = 4096."""
 
-    Attributes:
-        gram: Sum of a a^T with a = (A, 1), (d + 1, d + 1); its last entry counts the tokens.
-        cross: Sum of a D^T, (d + 1, d).
-        square: Sum of |D|^2, ().
-    """
-
-    gram: torch.Tensor
-    cross: torch.Tensor
-    square: torch.Tensor
+    gram: torch.Tensor  # sum of a a^T with a = (A, 1), (d + 1, d + 1); its last entry counts the tokens
+    cross: torch.Tensor  # sum of a D^T, (d + 1, d)
+    square: torch.Tensor  # sum of |D|^2, ()
 
     @classmethod
     def zeros(cls, width: int, device: torch.device | str = "cpu") -> Moments:

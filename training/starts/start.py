@@ -28,18 +28,12 @@ LIVE = Start(init_weights=True)
 
 @dataclass(frozen=True)
 class Wanted:
-    """What edit is wanted at a layer.
+    """What edit is wanted at a layer."""
 
-    Attributes:
-        r: Its rank.
-        gated: It has ReLU gates; if not, they are constant at 1.
-        strength: Of a penalty on the gates' weights, where the user gives one.
-        directions: z (r, d) to use as they are but for length and sign, where the user gives them.
-    """
-
-    r: int
-    gated: bool
-    strength: float | None = None
+    r: int  # its rank
+    gated: bool  # it has ReLU gates; if not, they are constant at 1
+    strength: float | None = None  # of a penalty on the gates' weights, where the user gives one
+    # z (r, d) to use as they are but for length and sign, where the user gives them
     directions: torch.Tensor | None = None
 
 

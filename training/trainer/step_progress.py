@@ -24,20 +24,20 @@ class StepProgress(TrainerCallback):
         self.title = title
         self._progress: Any = None
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin where a checkpoint has ended."""
         self._progress = Progress(self.title, state.max_steps, state.global_step, unit="steps")
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One more."""
         self._progress.advance()
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the newest losses."""
         for name in ("loss", "eval_loss"):
             if name in (logs or {}):
                 self._progress.note = f"{name} {logs[name]:.4g}"
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The last line."""
         self._progress.close()

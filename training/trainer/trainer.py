@@ -157,7 +157,7 @@ class PSRTrainer(Trainer):
         if self.several:
             self._peft_model.set_adapter(self._active_before)
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; then sum up, and name the gates that are dead."""
         begin = time.perf_counter()
         self._activate()
@@ -207,7 +207,7 @@ class PSRTrainer(Trainer):
             if not self.is_in_train:
                 self._frozen = None  # the base model may be changed before the next call
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any):
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Of several adapters also each one's loss, and their sum in place of a mean over batches."""
         self._held_out = torch.zeros(2, len(self.adapters), device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
@@ -218,7 +218,7 @@ class PSRTrainer(Trainer):
             output = output._replace(metrics={**(output.metrics or {}), name: sum(losses.values()), **own})
         return output
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of a step; it is over all of their triplets that the loss is to be a mean."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if batches:
@@ -250,7 +250,7 @@ class PSRTrainer(Trainer):
             assert self.state.best_model_checkpoint is not None
             load_adapters(self._peft_model, self.adapters, self.state.best_model_checkpoint)
 
-    def _clip_grad_norm(self, model: torch.nn.Module):
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         """Of several adapters each by itself, as if it were alone."""
         if not self.several:
             return super()._clip_grad_norm(model)
@@ -347,7 +347,7 @@ class PSRTrainer(Trainer):
     def _sharded(self) -> bool:
         return self.is_fsdp_enabled or any(isinstance(weight, DTensor) for weight in self._peft_model.parameters())
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The loss alone: there is nothing else to predict."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None

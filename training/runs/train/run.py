@@ -54,23 +54,14 @@ TOGETHER = "together"
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a run will do for one trait.
+    """What a run will do for one trait."""
 
-    Attributes:
-        trait: Its name.
-        train: How many triplets to train on.
-        held_out: How many for the held-out loss.
-        steps: Optimiser steps at most.
-        finished: Its adapter is there already.
-        left_out: Triplets that can't be used.
-    """
-
-    trait: str
-    train: int
-    held_out: int
-    steps: int
-    finished: bool
-    left_out: list[LeftOut]
+    trait: str  # its name
+    train: int  # how many triplets to train on
+    held_out: int  # how many for the held-out loss
+    steps: int  # optimiser steps at most
+    finished: bool  # its adapter is there already
+    left_out: list[LeftOut]  # triplets that can't be used
 
 
 class TrainRun:

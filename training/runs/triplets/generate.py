@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.prompts.messages import Message
 from peft_psr.training.data.draws import drawn_triplet
@@ -15,7 +15,7 @@ from peft_psr.training.sampling.local import sample_completions
 
 def generate_triplets(
     model: PreTrainedModel | PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     instructions: Sequence[str],
     prompts: Sequence[Sequence[Message]],
     judge: Judging,

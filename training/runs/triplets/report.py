@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -23,31 +23,19 @@ KEPT, KEPT_NEGATIVE = "kept", "kept as negative"
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of every draw.
+    """What became of every draw."""
 
-    Attributes:
-        planned: Draws of the recipe.
-        drawn: Those that gave a completion.
-        judged: Those that were scored, or were empty or could not be trained on and need no score.
-        kept: Triplets to train on.
-        negatives: Completions kept apart.
-        truncated: Of the kept triplets, how many were cut off at the token limit.
-        dropped: {reason: count}, of what was judged.
-        traits: {trait: {what became of it: count}}.
-        failures: {reason: count} of all failed attempts at drawing or judging, those made good later included.
-        tokens: What sampling and judging cost, as far as the engines say.
-    """
-
-    planned: int
-    drawn: int
-    judged: int
-    kept: int
-    negatives: int
-    truncated: int
-    dropped: dict[str, int]
-    traits: dict[str, dict[str, int]]
+    planned: int  # draws of the recipe
+    drawn: int  # those that gave a completion
+    judged: int  # those that were scored, or were empty or could not be trained on and need no score
+    kept: int  # triplets to train on
+    negatives: int  # completions kept apart
+    truncated: int  # of the kept triplets, how many were cut off at the token limit
+    dropped: dict[str, int]  # {reason: count}, of what was judged
+    traits: dict[str, dict[str, int]]  # {trait: {what became of it: count}}
+    # {reason: count} of all failed attempts at drawing or judging, those made good later included
     failures: dict[str, int]
-    tokens: dict[str, int]
+    tokens: dict[str, int]  # what sampling and judging cost, as far as the engines say
 
     @classmethod
     def of(
@@ -86,10 +74,6 @@ class Counts:
             failures=dict(sorted(failures.items())),
             tokens=dict(sorted(tokens.items())),
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The counts as JSON."""
-        return asdict(self)
 
     def why(self) -> str:
         """Why completions were dropped, in one line."""

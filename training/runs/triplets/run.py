@@ -6,6 +6,7 @@ the end, in the order of the plan, so they do not depend on when the run was sto
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,7 @@ class TripletRun:
             "schema": 1,
             "recipe": self.recipe.model_dump(mode="json"),
             **{name: self._state[name] for name in ("fixed_hash", "plan_hash", "sampler", "judges")},
-            "counts": counts.as_dict(),
+            "counts": asdict(counts),
             "files": hashes,
             "versions": package_versions(),
         }
