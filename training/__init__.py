@@ -42,27 +42,8 @@ __getattr__, __dir__ = lazily(
 )
 
 __all__ = [
-    "AdapterFacts",
-    "Draw",
-    "Failure",
-    "LocalSampler",
-    "PSRTrainer",
-    "PSRTrainingArguments",
-    "Part",
-    "PromptPair",
-    "Completion",
-    "Sampler",
-    "Score",
-    "TrainingSummary",
-    "Triplet",
-    "TripletCollator",
-    "add_instruction",
-    "filter_triplets",
-    "generate_triplets",
-    "initialize_psr_weights",
-    "read_triplets",
-    "sample_completions",
-    "training_facts",
-    "write_model_card",
-    "write_triplets",
-]
+    "AdapterFacts", "Completion", "Draw", "Failure", "LocalSampler", "PSRTrainer", "PSRTrainingArguments", "Part",
+    "PromptPair", "Sampler", "Score", "TrainingSummary", "Triplet", "TripletCollator", "add_instruction",
+    "filter_triplets", "generate_triplets", "initialize_psr_weights", "read_triplets", "sample_completions",
+    "training_facts", "write_model_card", "write_triplets",
+]  # fmt: skip

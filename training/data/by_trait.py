@@ -124,12 +124,7 @@ def usable(
 ) -> tuple[dict[int, Row], list[LeftOut]]:
     """Tokenises the triplets of a trait that can be trained on, and says what is wrong with the others.
 
-    Args:
-        trait: Its name.
-        triplets: All of them.
-        places: File and line of each.
-        collator: What training will encode them with.
-        limit: Positions of the model; `None` for no limit.
+    `places` are file and line of each, `limit` the model's positions.
 
     Returns:
         {a triplet's place: what `collator.encode` made of it} and those that are left out.
@@ -197,13 +192,9 @@ def folder_name(trait: str) -> str:
 
 
 def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -> tuple[list[Triplet], list[Triplet]]:
-    """Splits the triplets of a trait by their bare prompt, so that no prompt is on both sides: to train on, held out.
+    """Splits a trait's triplets by their bare prompt, so that none is on both sides: to train on, held out.
 
-    Args:
-        triplets: In an order that both sides keep.
-        share: Of the prompts, 0-1; above 0 at least one prompt is held out.
-        seed: Same seed, same prompts.
-        trait: Whose they are.
+    `share` is of the prompts, 0-1; above 0 at least one is held out. Same seed, same prompts; triplets stay in order.
 
     Raises:
         ValueError: one side would be empty.
@@ -228,13 +219,9 @@ def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -
 def check_origin(
     traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, name: str | None, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raises `ValueError` if triplets say that they were drawn from another model, or with another chat template.
+    """Raises `ValueError` if {trait: triplets} say they are drawn from another model, or with another chat template.
 
-    Args:
-        traits: {trait: triplets}.
-        model: The base model that they are to train.
-        name: What the triplets call it, if something else.
-        tokenizer: The base model's.
+    `name` is what they call the base model, `model`, if something else.
     """
     template, args = template_hash(tokenizer.chat_template), template_args_of(tokenizer)
     for trait, triplets in traits.items():

@@ -65,17 +65,11 @@ def check_rows(rows: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
 def check_room(
     lengths: Sequence[int], prompts: Sequence[Any], max_new_tokens: int, limit: int | None, ends: bool
 ) -> None:
-    """Checks that prompts and what is sampled on them fit into a model's context.
+    """Checks that `prompts`, of these `lengths` in tokens, and what is sampled on them fit into a model's context.
 
-    With rotary positions an answer may run over its end, which `generate` allows: that is a warning, as most answers
-    end before. A table of positions has an end.
-
-    Args:
-        lengths: Tokens of each prompt.
-        prompts: As messages or text, for the error.
-        max_new_tokens: Longest completion, in tokens.
-        limit: Positions of the model, `None` for no limit.
-        ends: They are looked up in a table.
+    With rotary positions an answer may run over the `limit`, which `generate` allows: that is a warning, as most
+    answers
+    end before. A table of positions `ends`.
 
     Raises:
         ValueError: a prompt leaves no room.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from .collator import TripletCollator
 from .triplets import Triplet, check_scale
@@ -24,11 +24,7 @@ class EncodedTriplets(Sequence[Triplet]):
     def __len__(self) -> int:
         return len(self.triplets)
 
-    @overload
-    def __getitem__(self, place: int) -> Triplet: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Triplet]: ...
-    def __getitem__(self, place: int | slice) -> Triplet | Sequence[Triplet]:
+    def __getitem__(self, place: Any) -> Any:
         return self.triplets[place]
 
     def rows_for(self, collator: TripletCollator, name: str) -> Iterator[Row]:
@@ -46,11 +42,7 @@ class EncodedTriplets(Sequence[Triplet]):
 def encode_dataset(collator: TripletCollator, dataset: Any, name: str, adapter: int = 0) -> list[Row]:
     """Tokenise every triplet once, so that a bad one shows before any long work starts.
 
-    Args:
-        collator: The adapter's.
-        dataset: Triplets: anything with a length and items.
-        name: What to call the data set in errors.
-        adapter: Place of the adapter that the triplets belong to.
+    Errors call the data set `name`; `adapter` is the place of the one that the triplets belong to.
 
     Raises:
         ValueError: the data set is empty, a triplet can't be used, or its scores, which weigh it, are given as 0-1.

@@ -74,11 +74,9 @@ def has_answer(row: Mapping[str, Any]) -> bool:
 def drop_reason(row: Mapping[str, Any], settings: FilterSettings, negative: bool = False) -> str | None:
     """Returns why a completion is dropped by its own text and scores, one of `REASONS`; None if it is not.
 
-    Args:
-        row: `completion`, `trait_score`, `coherence_score`. Without a score nobody knows whether it belongs. Its
-            `unusable`, if there is one, is the reason why it can't be trained on, found when it was drawn.
-        settings: The thresholds.
-        negative: It was drawn to be without the trait.
+    Without `trait_score`, `coherence_score` nobody knows whether it belongs; `unusable`, if it is there, is why it
+    can't
+    be trained on, found when it was drawn. A `negative` was drawn to be without the trait.
     """
     trait, coherence = row.get("trait_score"), row.get("coherence_score")
     if not row["completion"].strip():

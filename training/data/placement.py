@@ -89,10 +89,6 @@ def _check_known(placement: str) -> None:
         raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}.")
 
 
-@overload
-def _join(content: str, instruction: str, placement: Placement) -> str: ...
-@overload
-def _join(content: Any, instruction: str, placement: Placement) -> Any: ...
 def _join(content: Any, instruction: str, placement: Placement) -> Any:
     """A turn's content with the instruction, a blank line between; parts stay parts."""
     if isinstance(content, list):

@@ -76,7 +76,7 @@ def ask_once(
     cache: AnswerCache | None,
     usage: Counter[str],
 ) -> dict[str, Any]:
-    """The answer to each text, or a `Failure`: from the cache, or asked for and put there as it comes.
+    """The answer to each text, or a `Failure`: from the cache by its `key`, or asked for and put there as it comes.
 
     Args:
         texts: What is asked; the same text is asked about once.

@@ -18,17 +18,12 @@ from .settings import JudgeSettings
 
 
 class JudgeScores(NamedTuple):
-    """The two scores of one completion, each 0-100, or `None` where the judge could not tell.
+    """The two scores of one completion, each 0-100, or `None` where the judge could not tell."""
 
-    Attributes:
-        trait: How strongly the completion shows the trait.
-        coherence: How coherent it is as an answer to the prompt.
-        failure: Why the judge gave no answer at all, e.g. a server that failed after all retries; both scores are
-            `None` then, and judging the completion again may help. `None` where the judge answered.
-    """
-
-    trait: float | None
-    coherence: float | None
+    trait: float | None  # how strongly the completion shows the trait
+    coherence: float | None  # how coherent it is as an answer to the prompt
+    # why the judge gave no answer at all, e.g. a server that failed after all retries; both scores are `None` then,
+    # and judging the completion again may help. `None` where the judge answered
     failure: str | None = None
 
 

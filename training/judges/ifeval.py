@@ -29,15 +29,11 @@ _NOT_INSTALLED = 'IFEval\'s checkers are not installed. Install them with `pip i
 
 
 class Followed(NamedTuple):
-    """Whether a completion follows all instructions of its prompt, by the published checkers.
+    """Whether a completion follows all instructions of its prompt, by the published checkers."""
 
-    Attributes:
-        strict: As it stands.
-        loose: In one of the eight published forms: with or without first line, last line and asterisks. An instruction
-            may be followed by another form than the next; what is strict is loose too.
-    """
-
-    strict: bool
+    strict: bool  # As it stands
+    # in one of the eight published forms: with or without first line, last line and asterisks. An instruction may be
+    # followed by another form than the next; what is strict is loose too
     loose: bool
 
 

@@ -7,6 +7,7 @@ asked, so that a rerun asks nothing.
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from peft_psr.prompts.conversations import Prompt, prompt_text
@@ -20,9 +21,16 @@ from .settings import JudgeSettings
 
 
 class LLMJudge(Judge):
-    """Grades completions with a language model."""
+    """Grades completions with a language model; a subclass sets what the cache knows it by.
+
+    Attributes:
+        identity: What stands for the model in the cache.
+        parameters: How it is asked, for the cache.
+    """
 
     needs_model: ClassVar[bool] = True
+    identity: dict[str, Any]
+    parameters: dict[str, Any]
 
     def __init__(
         self,
@@ -112,8 +120,8 @@ class LLMJudge(Judge):
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         texts = [text for each in asked for text in each.values()]
-        replies = ask_once(texts, lambda text: answer_key(self._identity(), text, self._parameters()), self._ask,
-                           self.cache, self.usage)  # fmt: skip
+        key = partial(answer_key, self.identity, parameters=self.parameters)
+        replies = ask_once(texts, key, self._ask, self.cache, self.usage)
         return [self._scores({name: replies[text] for name, text in each.items()}) for each in asked]
 
     def _scores(self, replies: dict[str, Any]) -> JudgeScores:
@@ -127,14 +135,6 @@ class LLMJudge(Judge):
     @abstractmethod
     def _description(self) -> dict[str, Any]:
         """What `describe` says of the model."""
-
-    @abstractmethod
-    def _identity(self) -> dict[str, Any]:
-        """What stands for the model in the cache."""
-
-    @abstractmethod
-    def _parameters(self) -> dict[str, Any]:
-        """How it is asked, for the cache."""
 
     @abstractmethod
     def _ask(self, texts: list[str]) -> Generator[dict[str, dict[str, Any] | Failure]]:

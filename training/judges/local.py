@@ -49,13 +49,11 @@ class LocalJudge(LLMJudge):
         super().__init__(trait, trait_prompt, coherence_prompt, cache)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.model = model
-        self.processing_class = processing_class
-        self.batch_size = batch_size
+        self.model, self.processing_class, self.batch_size = model, processing_class, batch_size
         self.numbers = number_tokens(processing_class)
-        self._model_identity = model_identity(model, processing_class)
+        self.identity = model_identity(model, processing_class)
         single = all(len(tokens) == 1 for tokens in self.numbers.values())
-        self._asked = {"numbers": "single tokens" if single else "several tokens", "answer_tokens": ANSWER_TOKENS}
+        self.parameters = {"numbers": "single tokens" if single else "several tokens", "answer_tokens": ANSWER_TOKENS}
 
     @classmethod
     def connect(cls, given: JudgeSettings) -> Callable[..., LocalJudge]:
@@ -77,13 +75,7 @@ class LocalJudge(LLMJudge):
         )
 
     def _description(self) -> dict[str, Any]:
-        return {"engine": "transformers", **self._model_identity, **self._parameters()}
-
-    def _identity(self) -> dict[str, Any]:
-        return self._model_identity
-
-    def _parameters(self) -> dict[str, Any]:
-        return self._asked
+        return {"engine": "transformers", **self.identity, **self.parameters}
 
     def _ask(self, texts: list[str]) -> Generator[dict[str, dict[str, Any] | Failure]]:
         from .number_scores import read_scores

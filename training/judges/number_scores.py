@@ -135,12 +135,8 @@ def number_probabilities(
 ) -> list[dict[int, float]]:
     """The probability of each number as the model's answer, for each row; the formula is at the top of this module.
 
-    Args:
-        model: A causal language model.
-        read: What it made of the prompts, padded on the left: logits of the last token, and a cache that is left as
-            it is.
-        attention_mask: Of the prompts, (batch, seq), 0 on padding.
-        numbers: The tokens of each number, none the same as another's.
+    `read` is what it made of the prompts, padded on the left as `attention_mask` (batch, seq) says: logits of the last
+    token, and a cache that is left as it is. No two numbers have the same tokens.
     """
     beginnings = {tokens[:length] for tokens in numbers.values() for length in range(1, len(tokens))}
     longest = [b for b in beginnings if not any(b == other[: len(b)] and b != other for other in beginnings)]

@@ -60,13 +60,11 @@ def scaled(
     how: str | None,
     adapter: torch.Tensor,
 ) -> torch.Tensor:
-    """The layers' losses, {layer name: (batch,)}, as one, (batch,) on the device of `adapter`.
+    """The layers' losses, {layer name: (batch,)}, as one, (batch,) on the device of `adapter`, whose triplet each is.
 
-    Args:
-        losses: Of each layer.
-        normalizer: {layer name: (adapters,)}, each layer's loss without any edit; `None` to take the plain sum.
-        how: "global" divides the sum by that of the normaliser; "layer" each layer by its own, then takes the mean.
-        adapter: (batch,), whose triplet each is.
+    The normaliser is {layer name: (adapters,)}, each layer's loss without any edit; without one it is the plain sum.
+    `how`
+    "global" divides the sum by that of the normaliser; "layer" each layer by its own, then takes the mean.
     """
     values = torch.stack([loss.to(adapter.device) for loss in losses.values()])
     if normalizer is None:

@@ -20,15 +20,10 @@ def untrained_loss(
     adapters: Sequence[str],
     gather: Callable[[torch.Tensor], Any],
 ) -> dict[str, torch.Tensor]:
-    """{layer: (adapters,)}: mean loss without any edit; neutral triplets, without a difference, do not count.
+    """{layer: (adapters,)}: an objective's mean loss at `layers` without any edit; neutral triplets do not count.
 
-    Args:
-        objective: One that has a loss at each layer.
-        frozen: The model.
-        layers: The decoder layers from the first edited one on.
-        batches: All triplets.
-        adapters: Names of the adapters, for errors; one without a name is the only one.
-        gather: Makes all processes' values, row by row, of this one's.
+    An adapter without a name, for errors, is the only one. `gather` makes all processes' values, row by row, of this
+    one's.
 
     Raises:
         ValueError: the instruction changes nothing on any triplet of an adapter.

@@ -30,12 +30,9 @@ def norm_penalty(
 ) -> torch.Tensor:
     """|edit|^2 / |stream|^2 of one layer's edit, mean over each triplet's edited tokens, (batch,).
 
-    Args:
-        gates: lambda (tokens, r).
-        direction: z (batch, r, d), each triplet's.
-        strength: (batch,), alpha + b_m.
-        stream: The layer's output (tokens, d); no gradient goes through it.
-        mask: (batch, seq), the edited tokens.
+    `gates` are lambda (tokens, r), `direction` each triplet's z (batch, r, d), `strength` alpha + b_m (batch,),
+    `stream`
+    the layer's output (tokens, d), through which no gradient goes, `mask` (batch, seq) the edited tokens.
     """
     rows = rows_of(mask).to(gates.device)
     products = (direction @ direction.transpose(1, 2))[rows]

@@ -78,12 +78,8 @@ class ActivationCache:
 
     def _tokens(self, triplets: torch.Tensor) -> torch.Tensor:
         chosen = triplets.cpu()
-        return torch.cat(
-            [
-                torch.arange(start, start + length)
-                for start, length in zip(self._starts[chosen].tolist(), self._lengths[chosen].tolist(), strict=True)
-            ]
-        )
+        spans = zip(self._starts[chosen].tolist(), self._lengths[chosen].tolist(), strict=True)
+        return torch.cat([torch.arange(start, start + length) for start, length in spans])
 
 
 def plan_cache(settings: CacheSettings, size: int, reason: str | None) -> str:

@@ -107,7 +107,7 @@ def run_branch(
         batch: From `TripletCollator`, on the model's device.
         layers: Names of the layers to look at.
         branch: One of the three; only "student" keeps a graph.
-        logits: Whether the logits are wanted; if not, the model is spared most of its output layer.
+        logits: Whether they are wanted; if not, the model is spared most of its output layer.
         wrapper: What to call in place of `model`: a wrapper around it that gathers gradients, such as DDP's.
         adapter_names: For the student, one adapter a row in place of the active ones.
     """

@@ -85,18 +85,13 @@ def draft_trait(name: str, description: str, chat: Chat, folder: str | Path, att
 def make_chat(
     model: str, server_url: str | None, key_variable: str, max_new_tokens: int, temperature: float, seed: int
 ) -> Chat:
-    """Returns what answers a conversation with text: a model here, or on a server if a URL is given.
+    """Returns what answers a conversation with text of at most `max_new_tokens`: a model here, or at `server_url`.
 
-    Args:
-        model: Hub name or folder, 'embedded', or its name on the server.
-        server_url: Such as http://localhost:8000/v1.
-        key_variable: Environment variable with the server's key.
-        max_new_tokens: Longest answer, in tokens.
-        temperature: Of the sampling.
-        seed: Of the sampling.
+    The server's key is in the environment variable `key_variable`. What is returned raises `ConnectionError` if there
+    is
+    no answer.
 
     Raises:
-        ConnectionError: (by what is returned) the server gave no answer.
         OSError, ValueError: the model can't be had; a setting is wrong.
     """
     sampler: Sampler

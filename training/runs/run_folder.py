@@ -16,14 +16,10 @@ LOCK = ".lock"
 def begun_run(folder: Path, state: str, run: str, fields: Collection[str] = ()) -> dict[str, Any]:
     """What the run that was begun in a folder has written down; empty if the folder is new or empty.
 
-    Args:
-        folder: The run's.
-        state: The JSON file that every run writes there first.
-        run: What a run is called.
-        fields: What the file holds, by which it is known from that of another kind of run.
+    Such a run, of the kind called `run`, writes the JSON file `state` there first, which holds its kind's `fields`.
 
     Raises:
-        FileExistsError: the folder holds something else; `NotADirectoryError`: it is a file.
+        FileExistsError, NotADirectoryError: the folder holds something else; it is a file.
     """
     check_folder(folder)
     names = {path.name for path in folder.glob("*")} - {LOCK, state + ".partial"}

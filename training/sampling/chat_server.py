@@ -130,15 +130,9 @@ class ChatServer:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout}.")
         if not 0 <= max_failure_share <= 1:
             raise ValueError(f"max_failure_share must be between 0 and 1, got {max_failure_share}.")
-        self.base_url = base_url
-        self.model = model
-        self.api_key_variable = api_key_variable
-        self.concurrency = concurrency
-        self.timeout = timeout
-        self.max_retries = max_retries
-        self.backoff = backoff
-        self.max_failure_share = max_failure_share
-        self.min_requests = min_requests
+        self.base_url, self.model, self.api_key_variable = base_url, model, api_key_variable
+        self.concurrency, self.timeout, self.max_retries, self.backoff = concurrency, timeout, max_retries, backoff
+        self.max_failure_share, self.min_requests = max_failure_share, min_requests
         self.extra_body = dict(extra_body or {})
         self.counts: Counter[str] = Counter()
         self.usage: Counter[str] = Counter()

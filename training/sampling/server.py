@@ -34,9 +34,7 @@ class ServerSampler:
 
     def __init__(self, server: ChatServer, max_new_tokens: int = 256, temperature: float = 1.0):
         check_sampling(max_new_tokens, temperature)
-        self.server = server
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
+        self.server, self.max_new_tokens, self.temperature = server, max_new_tokens, temperature
 
     def describe(self) -> dict[str, Any]:
         """See `Sampler.describe`."""
@@ -69,18 +67,11 @@ class ServerSampler:
                 "one. Draw from the model here (sampler: local), or, if the server is vLLM, say "
                 '--server-fields \'{"continue_final_message": true, "add_generation_prompt": false}\'.'
             )
-        with closing(self.server.stream((draw, self._request(draw)) for draw in draws)) as outcomes:
+        settings = {"temperature": self.temperature, "top_p": 1.0, "max_tokens": self.max_new_tokens}
+        requests = ((draw, Request(draw.prompt, {"seed": draw.seed, **settings})) for draw in draws)
+        with closing(self.server.stream(requests)) as outcomes:
             for draw, outcome in outcomes:
                 yield draw, _completion(outcome) if isinstance(outcome, ServerAnswer) else outcome
-
-    def _request(self, draw: Draw) -> Request:
-        parameters = {
-            "seed": draw.seed,
-            "temperature": self.temperature,
-            "top_p": 1.0,
-            "max_tokens": self.max_new_tokens,
-        }
-        return Request(draw.prompt, parameters)
 
 
 def _completion(answer: ServerAnswer) -> Completion:

@@ -100,16 +100,10 @@ def axbench_pairs(
 ) -> list[PromptPair]:
     """The prompts to draw on: every question of the concept, with the instruction that asks for the concept.
 
-    Args:
-        concept: As read.
-        placement: Where the instruction stands; see `add_instruction`.
-        instruction: With the placeholder `{concept}`.
+    The instruction has the placeholder `{concept}`; `ValueError` if not. For its placement see `add_instruction`.
 
     Returns:
         Pairs with ids such as `"axbench/3/17"` (concept/question), whose metadata holds `concept_id` and `question`.
-
-    Raises:
-        ValueError: `instruction` lacks the placeholder, or `placement` is unknown.
     """
     if "{concept}" not in instruction:
         raise ValueError(f"instruction must hold the placeholder {{concept}}, got {instruction!r}.")

@@ -105,12 +105,11 @@ def open_basis(mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
 
 
 def fit_edit(folds: Sequence[Moments], r: int, strength: float | None) -> Edit:
-    """The edit of rank r by reduced-rank ridge regression, in an open basis.
+    """The edit of rank r by reduced-rank ridge regression, in an open basis, from sums over the tokens of some folds.
 
-    Args:
-        folds: Sums over the tokens of disjoint sets of triplets, at least one.
-        r: Rank. Ranks that the data has nothing for get a direction of 0 and an open gate.
-        strength: Ridge strength relative to the features' variance; `None` chooses it by held-out error.
+    Ranks that the data has nothing for get a direction of 0 and an open gate. The strength is relative to the
+    features'
+    variance; `None` chooses it by held-out error.
     """
     total = sum(folds[1:], folds[0])
     regression = Regression(total)

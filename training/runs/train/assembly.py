@@ -124,15 +124,9 @@ def make_trainer(
 ) -> PSRTrainer:
     """Returns a trainer with a bar, and with early stopping and TensorBoard if the recipe asks for them.
 
-    Args:
-        model: With the adapters.
-        recipe: What to do.
-        arguments: From `make_arguments`.
-        train: {adapter: triplets} to train on.
-        held_out: Likewise for the held-out loss, where the recipe has one.
-        tokenizer: The model's.
-        title: What the bar calls it.
-        logs: Folder for TensorBoard.
+    `train`, and `held_out` where the recipe has a held-out loss, are {adapter: triplets}; `title` is what the bar
+    calls
+    the training, `logs` the folder for TensorBoard.
     """
     name = model.active_adapter
     trainer = PSRTrainer(

@@ -44,9 +44,6 @@ def write_adapter_folder(
         trait: Its name.
         triplets: What it was trained on.
         more: What else the summary is to say.
-
-    Raises:
-        OSError: the disk is full, for one.
     """
     folder.mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):

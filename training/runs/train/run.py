@@ -92,10 +92,7 @@ class TrainRun:
         self._base: Any = None
 
     def check(self) -> list[TrainPlan]:
-        """Checks all that can be known before the base model is loaded; writes nothing.
-
-        Returns:
-            What there is to do, a plan for each trait.
+        """Checks all that can be known before the base model is loaded; writes nothing. Returns a plan for each trait.
 
         Raises:
             FileExistsError: the folder holds something else.
@@ -194,10 +191,7 @@ class TrainRun:
         return [name for name in self.triplets if not self._is_finished(name)]
 
     def run(self) -> dict[str, dict[str, Any]]:
-        """Trains what is not finished.
-
-        Returns:
-            {trait: what its `summary.json` says}, of all traits, in their order.
+        """Trains what is not finished; returns {trait: what its `summary.json` says}, of all traits, in their order.
 
         Raises:
             BlockingIOError: another process is at work in the folder.

@@ -133,14 +133,9 @@ def histograms(rows: Sequence[Mapping[str, Any]], reasons: Sequence[str | None],
 def report(
     rows: Sequence[Mapping[str, Any]], reasons: Sequence[str | None], counts: Counts, recipe: Recipe, figure: str
 ) -> str:
-    """Returns the report as Markdown, the same for the same rows.
+    """Returns the report as Markdown, the same for the same rows, in the order of the plan.
 
-    Args:
-        rows: What was drawn and judged, in the order of the plan.
-        reasons: Why each was dropped, `None` for what was kept.
-        counts: Of the same run.
-        recipe: What was asked for.
-        figure: File name of the histograms, beside the report.
+    `reasons` are why each was dropped, `None` for what was kept; `figure` is the histograms' file, beside the report.
     """
     fates = [fate(row, reason) for row, reason in zip(rows, reasons, strict=True)]
     kinds = [kind for kind in (KEPT, KEPT_NEGATIVE, *REASONS) if kind in fates]
