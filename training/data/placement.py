@@ -29,12 +29,9 @@ def add_instruction(prompt: str, instruction: str, placement: Placement = "syste
 @overload
 def add_instruction(prompt: Sequence[Message], instruction: str, placement: Placement = "system") -> list[Message]: ...
 def add_instruction(prompt: Prompt, instruction: str, placement: Placement = "system") -> Prompt:
-    """Make x' from x; an empty instruction changes nothing.
+    """Make x' from x, messages up to the assistant's turn or plain text; an empty instruction changes nothing.
 
-    Args:
-        prompt: x, messages up to the assistant's turn or plain text.
-        instruction: The text that elicits the trait.
-        placement: One of `PLACEMENTS`; plain text has no system turn.
+    Plain text has no system turn, so it takes the other two of `PLACEMENTS`.
 
     Raises:
         ValueError: `placement` is unknown, or there is no turn of that kind in the prompt.

@@ -105,10 +105,7 @@ def as_judge(judge: Judging) -> Judge:
 
 
 def judge_answers(
-    judge: Judging,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str | None],
-    pairs: Sequence[PromptPair] | None = None,
+    judge: Judging, prompts: Sequence[Prompt], answers: Sequence[str | None], pairs: Sequence[PromptPair] | None = None
 ) -> list[JudgeScores]:
     """A judge's scores of answers to prompts; it is not asked about those that are `None`, which get none.
 

@@ -162,11 +162,7 @@ class GrammarJudge(Judge):
         return [JudgeScores(detail["trait_score"], detail["coherence_score"]) for detail in details]
 
     def explain(self, prompt: Prompt, completion: str) -> dict[str, Any]:
-        """Both scores of one completion and what they come from.
-
-        Args:
-            prompt: The bare conversation; its last user turn names the topic.
-            completion: The answer's text.
+        """Both scores of one completion and what they come from; the bare prompt's last user turn names the topic.
 
         Returns:
             `trait_score` and `coherence_score`; `topic`; `markers`, the three shares behind the trait score;

@@ -55,10 +55,7 @@ class LLMJudge(Judge):
                 raise ValueError(f"{name} must hold {{answer}}, where the completion goes; got {template[:80]!r}.")
         if "{trait}" in trait_prompt and not trait:
             raise ValueError("trait_prompt asks for {trait}: give `trait`, a short description of it.")
-        self.templates = {
-            "trait": fill_prompt(trait_prompt, trait=trait),
-            "coherence": coherence_prompt,
-        }
+        self.templates = {"trait": fill_prompt(trait_prompt, trait=trait), "coherence": coherence_prompt}
         self.cache = cache
         self._sources: Counter[str] = Counter()
 

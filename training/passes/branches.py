@@ -116,10 +116,10 @@ def run_branch(
     if not logits:
         inputs |= few_logits(model)
     edited = branch == "student"
-    off: AbstractContextManager[None] = unedited(model)
+    off: AbstractContextManager[None] = nullcontext() if edited else unedited(model)
     recording: AbstractContextManager[dict[tuple[str, str], torch.Tensor]] = nullcontext({})
     if edited:
-        off, recording = nullcontext(), psr_model(model).record_gates()
+        recording = psr_model(model).record_gates()
         inputs |= {"steering_mask": batch["steering_mask"], "alpha": batch["alpha"]}
         if adapter_names is not None:
             inputs["adapter_names"] = list(adapter_names)

@@ -45,16 +45,10 @@ class _Position:
 
 
 class LayerStreams:
-    """Steps through a model's decoder layers with all triplets at once.
+    """Steps through a model's decoder layers with all triplets, as encoded rows, at once, `batch_size` a forward pass.
 
     The student carries the edits of the layers before the one looked at, so these must be final; that layer's own edit
     must do nothing as yet.
-
-    Args:
-        model: A PEFT model with an active PSR adapter.
-        collator: Makes the batches.
-        rows: Encoded triplets, from `TripletCollator.encode`.
-        batch_size: Triplets a forward pass.
     """
 
     def __init__(self, model: PeftModel, collator: TripletCollator, rows: Sequence[Row], batch_size: int) -> None:

@@ -46,17 +46,14 @@ _RETRY = "That can't be used: {error} Reply with the whole JSON object again, co
 
 
 def draft_trait(name: str, description: str, chat: Chat, folder: str | Path, attempts: int = 3) -> dict[Split, Path]:
-    """Asks a chat model for a trait and writes both splits, each with a note that it is to be read over.
+    """Asks a chat model for a trait and writes the file of each split, with a note that it is to be read over.
 
     Args:
         name: The trait's name, which becomes the files' name: small letters, digits, - and _.
         description: What the trait is, in a sentence or two.
         chat: Called with a conversation, returns the answer.
-        folder: Where `trait_data_extract/` and `trait_data_eval/` are; made if need be.
+        folder: Where `trait_data_extract/` and `trait_data_eval/` are; made if need be. `read_trait` reads it.
         attempts: How often to ask; an answer that can't be used is sent back with what is wrong.
-
-    Returns:
-        The file of each split; `read_trait(folder, split, name)` reads it.
 
     Raises:
         FileExistsError: there is a trait of that name in the folder.

@@ -16,12 +16,9 @@ from peft_psr.files import encode, not_written
 
 
 class Journal:
-    """An append-only JSONL file; a context manager.
+    """An append-only JSONL file, made if it is not there; a context manager.
 
-    One process writes it at a time: whoever opens it sees to that.
-
-    Args:
-        path: The file; made if it is not there. A last line that was cut off is dropped.
+    One process writes it at a time: whoever opens it sees to that. A last line that was cut off is dropped.
 
     Raises:
         OSError: it can't be opened or written.

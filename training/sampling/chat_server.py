@@ -171,12 +171,9 @@ class ChatServer:
     def stream(self, requests: Iterable[tuple[Tag, Request]]) -> Generator[tuple[Tag, ServerAnswer | Failure]]:
         """Send requests, and yield each one's tag and outcome as it finishes, in any order.
 
-        At most `concurrency` are in flight, and no more than as many again wait for the caller to take them. Closing
-        the iterator cancels what is in flight.
-
-        Args:
-            requests: Pairs of anything by which the caller knows the request, and the request; taken from another
-                thread, as there is room.
+        At most `concurrency` are in flight, and no more than as many again wait for the caller to take them; they are
+        taken
+        from another thread, as there is room. Closing the iterator cancels what is in flight.
 
         Raises:
             ServerError: the server refuses for good: a wrong key (401), no access (403), an unknown model or path

@@ -36,12 +36,9 @@ def _splitmix(states: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_noise(seeds: torch.Tensor, step: int, size: int) -> torch.Tensor:
-    """Standard Gumbel variables that depend on nothing but their seed, step and place, (batch, size) float32.
+    """Standard Gumbel variables, (batch, size) float32, that depend on nothing but their seed, step and place.
 
-    Args:
-        seeds: (batch,) int64, one for each row, on the device of the result.
-        step: Tokens drawn before this one, from 0.
-        size: How many variables a row: the vocabulary's size.
+    `seeds`, (batch,) int64, are one a row; `step` counts the tokens drawn before; `size` is the vocabulary's.
     """
     states = _splitmix(_splitmix(seeds) + _signed((step + 1) * _INCREMENT))[:, None]
     places = torch.arange(1, size + 1, device=seeds.device)

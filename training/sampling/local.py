@@ -129,15 +129,10 @@ class LocalSampler:
     (top-p, penalties) are not applied, its end tokens are.
 
     Args:
-        model: Any causal language model, on one device or spread by a `device_map`.
-        processing_class: Its tokenizer.
-        max_new_tokens: Longest completion, in tokens.
-        temperature: Of the sampling; 0 takes the likeliest token.
-        batch_size: Most draws a batch; halved when memory runs out.
+        model, processing_class, max_new_tokens, temperature, batch_size: As in `sample_completions`, errors too; the
+        model
+            is on one device or spread by a `device_map`.
         name: What records call the model; its `name_or_path` by default.
-
-    Raises:
-        ValueError: `max_new_tokens` or `batch_size` below 1, or temperature below 0.
     """
 
     def __init__(

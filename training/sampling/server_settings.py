@@ -23,11 +23,7 @@ _TOO_MANY = re.compile(r"top_logprobs|max|most|less|greater|between|exceed|range
 
 
 class LearntSettings:
-    """What the requests to one server follow; for several threads, since an answer of any order may teach.
-
-    Args:
-        host: The server, for the log.
-    """
+    """What requests to a server (`host`, in the log) follow; for several threads: answers of any order may teach."""
 
     def __init__(self, host: str) -> None:
         self.host = host

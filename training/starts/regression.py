@@ -58,12 +58,9 @@ class Moments:
 
 
 class Regression:
-    """Ridge regressions of D on A over some tokens, for any strength, by one eigendecomposition of d x d.
+    """Ridge regressions of D on A over some tokens' sums, for any strength, by one eigendecomposition of d x d.
 
     Constant features get no weight; collinear ones, and more features than tokens, share it.
-
-    Args:
-        moments: The tokens' sums.
     """
 
     def __init__(self, moments: Moments) -> None:

@@ -44,7 +44,7 @@ def check_adapters(tuner: PSRModel, names: Sequence[str], args: PSRTrainingArgum
 
     They have to exist, edit the same layers with the same `r` and gate, and train in one process.
     """
-    known = [name for name in tuner.peft_config]
+    known = list(tuner.peft_config)
     if not names:
         raise ValueError("train_dataset is an empty mapping: name at least one adapter.")
     for name in names:

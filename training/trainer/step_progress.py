@@ -14,11 +14,7 @@ def silence(trainer: Trainer) -> None:
 
 
 class StepProgress(TrainerCallback):
-    """Says which optimiser step a training is at; see `Progress`.
-
-    Args:
-        title: What is trained.
-    """
+    """Says which optimiser step a training of `title` is at; see `Progress`."""
 
     def __init__(self, title: str) -> None:
         self.title = title

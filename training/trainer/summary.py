@@ -79,11 +79,7 @@ class Means:
 
 
 class GateRecord:
-    """Which gates opened, and how often: over the steps since the last log, and over the last two epochs.
-
-    Args:
-        adapters: The adapters that are trained.
-    """
+    """Which of the adapters' gates opened, and how often: since the last log, and over the last two epochs."""
 
     def __init__(self, adapters: Sequence[str]) -> None:
         self._adapters = adapters

@@ -33,17 +33,11 @@ def write_adapter_folder(
     triplets: Sequence[Triplet],
     more: dict[str, Any],
 ) -> None:
-    """Writes the folder of one trait: adapter, README.md, psr_facts.json, recipe.yaml and summary.json.
+    """Writes the new folder of one trait: adapter, README.md, psr_facts.json, recipe.yaml and summary.json.
 
-    Args:
-        folder: A new one.
-        trainer: After its training.
-        adapter: The adapter's name in it.
-        saved: Where `trainer.save_model` has put the weights.
-        recipe: As it was used.
-        trait: Its name.
-        triplets: What it was trained on.
-        more: What else the summary is to say.
+    `saved` is where `trainer.save_model` has put the weights of `adapter` after its training on `triplets`; `more` is
+    what
+    else the summary is to say.
     """
     folder.mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -10,8 +10,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -203,7 +203,9 @@ class TrainRun:
             if plan.left_out and self.writes:
                 why = in_words(plan.left_out)
                 logger.warning("%s: %d triplets left out. %s", plan.trait, len(plan.left_out), why)
-        with self._locked():
+        with locked(self.folder) if self.writes else nullcontext():
+            if self.writes:
+                self._check_folder()  # another process may have had it meanwhile
             left = self._left()
             if self.writes:
                 self._write_state(left if parallel and left else None)
@@ -221,15 +223,6 @@ class TrainRun:
     def writes(self) -> bool:
         """Whether this is the process that writes files, of several."""
         return PartialState().is_main_process
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        if not self.writes:
-            yield
-            return
-        with locked(self.folder):
-            self._check_folder()  # another process may have had it meanwhile
-            yield
 
     def _train(self, names: Sequence[str]) -> None:
         """Train one trait, or several together, and put their adapters in place."""
