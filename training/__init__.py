@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft_psr.training.data.filtering import filter_triplets
     from peft_psr.training.data.placement import add_instruction
     from peft_psr.training.data.triplets import Triplet, read_triplets, write_triplets
-    from peft_psr.training.runs.train.facts import training_facts
+    from peft_psr.training.runs.train.results import training_facts
     from peft_psr.training.runs.triplets.generate import generate_triplets
     from peft_psr.training.sampling.local import LocalSampler, sample_completions
     from peft_psr.training.starts.initialization import initialize_psr_weights
@@ -31,7 +31,7 @@ __getattr__, __dir__ = lazily(
         "peft_psr.training.data.filtering": "filter_triplets",
         "peft_psr.training.data.placement": "add_instruction",
         "peft_psr.training.data.triplets": "Triplet read_triplets write_triplets",
-        "peft_psr.training.runs.train.facts": "training_facts",
+        "peft_psr.training.runs.train.results": "training_facts",
         "peft_psr.training.runs.triplets.generate": "generate_triplets",
         "peft_psr.training.sampling.local": "LocalSampler sample_completions",
         "peft_psr.training.starts.initialization": "initialize_psr_weights",
@@ -42,27 +42,8 @@ __getattr__, __dir__ = lazily(
 )
 
 __all__ = [
-    "AdapterFacts",
-    "Draw",
-    "Failure",
-    "LocalSampler",
-    "PSRTrainer",
-    "PSRTrainingArguments",
-    "Part",
-    "PromptPair",
-    "Completion",
-    "Sampler",
-    "Score",
-    "TrainingSummary",
-    "Triplet",
-    "TripletCollator",
-    "add_instruction",
-    "filter_triplets",
-    "generate_triplets",
-    "initialize_psr_weights",
-    "read_triplets",
-    "sample_completions",
-    "training_facts",
-    "write_model_card",
-    "write_triplets",
-]
+    "AdapterFacts", "Completion", "Draw", "Failure", "LocalSampler", "PSRTrainer", "PSRTrainingArguments", "Part",
+    "PromptPair", "Sampler", "Score", "TrainingSummary", "Triplet", "TripletCollator", "add_instruction",
+    "filter_triplets", "generate_triplets", "initialize_psr_weights", "read_triplets", "sample_completions",
+    "training_facts", "write_model_card", "write_triplets",
+]  # fmt: skip

@@ -8,9 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from peft_psr.training import PromptPair, Triplet, sample_completions
-from peft_psr.training.data.context import context_length
-from peft_psr.training.data.fits import Fits
-from peft_psr.training.sampling.drawn import drawn_triplet
+from peft_psr.training.data.context import Fits, context_length
+from peft_psr.training.data.draws import drawn_triplet
 
 from .recipe import EvaluateRecipe
 

@@ -30,8 +30,8 @@ from peft_psr.training import LocalSampler, PromptPair, Triplet, read_triplets, 
 from peft_psr.training.data.by_trait import folder_name, read_traits, scan_traits
 from peft_psr.training.judges.base import Judge
 from peft_psr.training.progress import Progress
-from peft_psr.training.runs.folder_lock import locked
 from peft_psr.training.runs.models import load_config, load_model, load_tokenizer
+from peft_psr.training.runs.run_folder import locked
 from peft_psr.training.runs.triplets.assembly import check_template, judge_maker, judge_prompts, prompt_pairs
 from peft_psr.training.runs.triplets.run import TripletRun
 from peft_psr.training.sources.registry import SOURCES, check_test_split

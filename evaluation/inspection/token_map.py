@@ -15,9 +15,8 @@ from peft_psr.evaluation.measures.faithfulness import intervention_strength, mea
 from peft_psr.evaluation.reports.pages import render_page
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import Triplet, add_instruction, sample_completions
-from peft_psr.training.data.draws import Completion
+from peft_psr.training.data.draws import Completion, drawn_triplet
 from peft_psr.training.data.placement import Placement
-from peft_psr.training.sampling.drawn import drawn_triplet
 
 from .shading import openness, relative, token_gates, token_texts, visible
 

@@ -24,9 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import Triplet, add_instruction, sample_completions
+from peft_psr.training.data.draws import drawn_triplet
 from peft_psr.training.data.placement import Placement
 from peft_psr.training.passes.branches import unedited
-from peft_psr.training.sampling.drawn import drawn_triplet
 
 from .calibration import calibrate_alpha
 from .faithfulness import log_probs_by_branch, prompt_recovery

@@ -16,8 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from pydantic.fields import FieldInfo
 
 from peft_psr.prompts.chat_template import check_template_args
-from peft_psr.training.runs.model_fields import ModelFields
-from peft_psr.training.runs.recipe_fields import RecipeFields, in_words, read_recipe
+from peft_psr.training.runs.recipe_fields import ModelFields, RecipeFields, in_words, read_recipe
 from peft_psr.training.runs.yaml_reading import read_yaml
 
 from .common import errors, home, plain_console

@@ -1,7 +1,5 @@
 """Triplets by trait, as `psr train` takes them: from a run of `psr triplets` or from JSONL files, some held out."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -11,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.prompts.chat_template import template_args_of
 from peft_psr.text import composed
@@ -33,34 +33,21 @@ FIRST = 3
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A triplet that can't be used.
+    """A triplet that can't be used."""
 
-    Attributes:
-        trait: Whose it is; `None` for a line of a file with several traits that can't be read.
-        where: Its place: file and line, and which of its trait's triplets.
-        kind: What is wrong: `NO_TRIPLET`, `UNFIT` or `TOO_LONG`.
-        reason: The same in a sentence, with `where` in it.
-    """
-
-    trait: str | None
-    where: str
-    kind: str
-    reason: str
+    trait: str | None  # whose it is; `None` for a line of a file with several traits that can't be read
+    where: str  # its place: file and line, and which of its trait's triplets
+    kind: str  # what is wrong: `NO_TRIPLET`, `UNFIT` or `TOO_LONG`
+    reason: str  # the same in a sentence, with `where` in it
 
 
 @dataclass(frozen=True)
 class TraitFiles:
-    """What was read.
+    """What was read."""
 
-    Attributes:
-        traits: {trait: triplets}.
-        places: {trait: file and line of each triplet}.
-        left_out: {trait: lines that are no triplets, of the files that hold the trait}.
-    """
-
-    traits: Traits
-    places: dict[str, list[str]]
-    left_out: dict[str, list[LeftOut]]
+    traits: Traits  # {trait: triplets}
+    places: dict[str, list[str]]  # {trait: file and line of each triplet}
+    left_out: dict[str, list[LeftOut]]  # {trait: lines that are no triplets, of the files that hold the trait}
 
 
 def read_traits(source: str | Path, names: Sequence[str] = ()) -> Traits:
@@ -75,8 +62,7 @@ def read_traits(source: str | Path, names: Sequence[str] = ()) -> Traits:
 
     Raises:
         FileNotFoundError: there is nothing of that name, or no JSONL in it.
-        ValueError: the run is not finished, a line is no triplet, a trait is not there, or two traits would share a
-            folder.
+        ValueError: the run is not finished, a line is no triplet, a trait is not there, or two would share a folder.
     """
     found = scan_traits(source, names)
     for left_out in found.left_out.values():
@@ -90,8 +76,8 @@ def scan_traits(source: str | Path, names: Sequence[str] = ()) -> TraitFiles:
 
     Raises:
         FileNotFoundError: as `read_traits`.
-        ValueError: as `read_traits`, but for lines that are no triplets; or there is nothing else in a file, or, where
-            nobody can tell whose they are, not as many good ones.
+        ValueError: as `read_traits`, but for lines that are no triplets; or a file holds nothing else, or, where
+            nobody can tell whose they are, more of these.
     """
     known: Traits = {}
     places: dict[str, list[str]] = {}
@@ -138,12 +124,7 @@ def usable(
 ) -> tuple[dict[int, Row], list[LeftOut]]:
     """Tokenises the triplets of a trait that can be trained on, and says what is wrong with the others.
 
-    Args:
-        trait: Its name.
-        triplets: All of them.
-        places: File and line of each.
-        collator: What training will encode them with.
-        limit: Positions of the model; `None` for no limit.
+    `places` are file and line of each, `limit` the model's positions.
 
     Returns:
         {a triplet's place: what `collator.encode` made of it} and those that are left out.
@@ -211,16 +192,9 @@ def folder_name(trait: str) -> str:
 
 
 def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -> tuple[list[Triplet], list[Triplet]]:
-    """Splits triplets by their bare prompt, so that no prompt is on both sides.
+    """Splits a trait's triplets by their bare prompt, so that none is on both sides: to train on, held out.
 
-    Args:
-        triplets: Of one trait.
-        share: Of the prompts, 0-1; above 0 at least one prompt is held out.
-        seed: Same seed, same prompts.
-        trait: Whose they are.
-
-    Returns:
-        Those to train on and those held out, in the order in which they came.
+    `share` is of the prompts, 0-1; above 0 at least one is held out. Same seed, same prompts; triplets stay in order.
 
     Raises:
         ValueError: one side would be empty.
@@ -242,17 +216,12 @@ def hold_out(triplets: Sequence[Triplet], share: float, seed: int, trait: str) -
     return sides
 
 
-def check_origin(traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, name: str | None, tokenizer) -> None:
-    """Checks that triplets were drawn from the model that they are to train, as far as they say.
+def check_origin(
+    traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, name: str | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raises `ValueError` if {trait: triplets} say they are drawn from another model, or with another chat template.
 
-    Args:
-        traits: {trait: triplets}.
-        model: The base model.
-        name: What the triplets call it, if something else.
-        tokenizer: The base model's.
-
-    Raises:
-        ValueError: they name another model, or another chat template.
+    `name` is what they call the base model, `model`, if something else.
     """
     template, args = template_hash(tokenizer.chat_template), template_args_of(tokenizer)
     for trait, triplets in traits.items():
@@ -280,10 +249,9 @@ def check_origin(traits: Mapping[str, Sequence[Mapping[str, Any]]], model: str, 
 
 
 def drawn_template_args(traits: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """Returns the arguments of the chat template that triplets were drawn with; None if they do not say.
+    """The arguments of the chat template that triplets were drawn with; `None` if they do not say.
 
-    Raises:
-        ValueError: they were drawn with different ones.
+    Raises `ValueError` if they were drawn with different ones.
     """
     said = {
         json.dumps(triplet["template_args"] or {}, sort_keys=True)
@@ -300,6 +268,4 @@ def drawn_template_args(traits: Mapping[str, Sequence[Mapping[str, Any]]]) -> di
 
 
 def _same(first: str, second: str) -> bool:
-    if first == second:
-        return True
-    return os.path.isdir(first) and os.path.isdir(second) and os.path.samefile(first, second)
+    return first == second or os.path.isdir(first) and os.path.isdir(second) and os.path.samefile(first, second)

@@ -26,32 +26,19 @@ class Batch(TypedDict):
     """Triplets as tensors, rows padded on the right.
 
     Both masks name the same tokens in the same order.
-
-    Attributes:
-        input_ids: The student's x y', (batch, seq) int64.
-        attention_mask: (batch, seq) int64, 0 for padding.
-        labels: (batch, seq) int64, -100 outside y'.
-        steering_mask: (batch, seq) int64, 1 where the edit and the loss are.
-        teacher_input_ids: The teacher's x' y', (batch, teacher seq) int64.
-        teacher_attention_mask: Likewise.
-        teacher_mask: Likewise, `steering_mask` on the teacher's side.
-        alpha: Strength of the edit, (batch,) float32.
-        neutral: (batch,) bool: the two prompts are one and the same, so the edit is to change nothing.
-        adapter: (batch,) int64: which of several adapters the triplet belongs to.
-        index: (batch,) int64: the triplet's place among all; -1 for one not in a data set.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-    steering_mask: torch.Tensor
-    teacher_input_ids: torch.Tensor
-    teacher_attention_mask: torch.Tensor
-    teacher_mask: torch.Tensor
-    alpha: torch.Tensor
-    neutral: torch.Tensor
-    adapter: torch.Tensor
-    index: torch.Tensor
+    input_ids: torch.Tensor  # the student's x y', (batch, seq) int64
+    attention_mask: torch.Tensor  # (batch, seq) int64, 0 for padding
+    labels: torch.Tensor  # (batch, seq) int64, -100 outside y'
+    steering_mask: torch.Tensor  # (batch, seq) int64, 1 where the edit and the loss are
+    teacher_input_ids: torch.Tensor  # the teacher's x' y', (batch, teacher seq) int64
+    teacher_attention_mask: torch.Tensor  # likewise
+    teacher_mask: torch.Tensor  # likewise, `steering_mask` on the teacher's side
+    alpha: torch.Tensor  # strength of the edit, (batch,) float32
+    neutral: torch.Tensor  # (batch,) bool: the two prompts are one and the same, so the edit is to change nothing
+    adapter: torch.Tensor  # (batch,) int64: which of several adapters the triplet belongs to
+    index: torch.Tensor  # (batch,) int64: the triplet's place among all; -1 for one not in a data set
 
 
 def branch_inputs(batch: Batch, branch: str) -> dict[str, torch.Tensor]:
@@ -173,11 +160,7 @@ class TripletCollator:
         return count
 
     def strength(self, triplet: Mapping[str, Any], where: str, neutral: bool) -> float:
-        """The edit's strength on a triplet, whose two prompts are equal if it is `neutral`.
-
-        Raises:
-            ValueError: it has no trait score to take it from; the message names `where`.
-        """
+        """The edit's strength on a triplet; `ValueError`, naming `where`, if it has no trait score to take it from."""
         if isinstance(self.alpha, float):
             return self.alpha
         if neutral:
@@ -219,8 +202,7 @@ class TripletCollator:
     ) -> list[dict[str, torch.Tensor]]:
         """The student's branch alone, as arguments of forward calls: `input_ids`, `attention_mask`, `steering_mask`.
 
-        Raises:
-            ValueError: a triplet can't be used; the message names it.
+        Raises `ValueError`, naming it, for a triplet that can't be used.
         """
         rows = [self.encode(triplet, f"triplet {i}") for i, triplet in enumerate(triplets)]
         batches = [self(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]

@@ -1,12 +1,15 @@
 """What a model's positions hold: triplets and prompts that are longer than its context."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .collator import TripletCollator
+from .draws import PromptPair
+from .filtering import TOO_LONG, UNFIT
 
 
 logger = logging.getLogger(__name__)
@@ -43,14 +46,9 @@ def too_long(length: int, limit: int) -> str:
 
 
 def check_rows(rows: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
-    """Names triplets that are longer than the model's context: a warning with rotary positions, which go on.
+    """Names encoded triplets that are longer than the model's context: a warning with rotary positions, which go on.
 
-    Args:
-        rows: Of `encode_dataset`.
-        model: The model that is to read them.
-
-    Raises:
-        ValueError: the model looks its positions up in a table, which ends there.
+    Raises `ValueError` if the model looks its positions up in a table, which ends there.
     """
     limit = context_length(model.config)
     longer = [] if limit is None else [row for row in rows if row_length(row) > limit]
@@ -67,17 +65,11 @@ def check_rows(rows: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
 def check_room(
     lengths: Sequence[int], prompts: Sequence[Any], max_new_tokens: int, limit: int | None, ends: bool
 ) -> None:
-    """Checks that prompts and what is sampled on them fit into a model's context.
+    """Checks that `prompts`, of these `lengths` in tokens, and what is sampled on them fit into a model's context.
 
-    With rotary positions an answer may run over its end, which `generate` allows: that is a warning, as most answers
-    end before. A table of positions has an end.
-
-    Args:
-        lengths: Tokens of each prompt.
-        prompts: As messages or text, for the error.
-        max_new_tokens: Longest completion, in tokens.
-        limit: Positions of the model, `None` for no limit.
-        ends: They are looked up in a table.
+    With rotary positions an answer may run over the `limit`, which `generate` allows: that is a warning, as most
+    answers
+    end before. A table of positions `ends`.
 
     Raises:
         ValueError: a prompt leaves no room.
@@ -95,3 +87,23 @@ def check_room(
     if ends:
         raise ValueError(f"{what}. Shorten the prompt, or set max_new_tokens to {limit - length}.")
     logger.warning("%s. Answers that run so long are no use.", what)
+
+
+class Fits:
+    """Whether completions can be trained on, as far as their model's tokenizer and its positions (`limit`) tell."""
+
+    def __init__(self, processing_class: PreTrainedTokenizerBase, limit: int | None) -> None:
+        self.collator, self.limit = TripletCollator(processing_class, alpha=1.0), limit
+
+    def reason(self, pair: PromptPair, drawn: Mapping[str, Any]) -> str | None:
+        """Returns why training can't use a completion, `UNFIT` or `TOO_LONG`; None if it can, or if it is empty.
+
+        `drawn` holds `completion`, `truncated` and, where they are known, `completion_ids`.
+        """
+        if not drawn["completion"].strip():
+            return None
+        try:
+            row = self.collator.encode({"prompt": pair.prompt, "steered_prompt": pair.steered_prompt, **drawn})
+        except ValueError:
+            return UNFIT
+        return TOO_LONG if self.limit is not None and row_length(row) > self.limit else None

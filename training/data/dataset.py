@@ -1,10 +1,8 @@
 """Triplets as the rows that training works on, tokenised once."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 from .collator import TripletCollator
 from .triplets import Triplet, check_scale
@@ -16,26 +14,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class EncodedTriplets(Sequence[Triplet]):
-    """Triplets that have been tokenised already: `encode_dataset` takes them as they are.
+    """Triplets that have been tokenised already: `encode_dataset` takes them as they are."""
 
-    Attributes:
-        triplets: The triplets, whose items these are.
-        rows: What `collator.encode` made of each.
-        collator: It. Others that edit the same positions by the same tokenizer take the rows too, at their own alpha.
-    """
-
-    triplets: Sequence[Triplet]
-    rows: Sequence[Row]
+    triplets: Sequence[Triplet]  # the triplets, whose items these are
+    rows: Sequence[Row]  # what `collator.encode` made of each
+    # it. Others that edit the same positions by the same tokenizer take the rows too, at their own alpha
     collator: TripletCollator
 
     def __len__(self) -> int:
         return len(self.triplets)
 
-    @overload
-    def __getitem__(self, place: int) -> Triplet: ...
-    @overload
-    def __getitem__(self, place: slice) -> Sequence[Triplet]: ...
-    def __getitem__(self, place: int | slice) -> Triplet | Sequence[Triplet]:
+    def __getitem__(self, place: Any) -> Any:
         return self.triplets[place]
 
     def rows_for(self, collator: TripletCollator, name: str) -> Iterator[Row]:
@@ -53,11 +42,7 @@ class EncodedTriplets(Sequence[Triplet]):
 def encode_dataset(collator: TripletCollator, dataset: Any, name: str, adapter: int = 0) -> list[Row]:
     """Tokenise every triplet once, so that a bad one shows before any long work starts.
 
-    Args:
-        collator: The adapter's.
-        dataset: Triplets: anything with a length and items.
-        name: What to call the data set in errors.
-        adapter: Place of the adapter that the triplets belong to.
+    Errors call the data set `name`; `adapter` is the place of the one that the triplets belong to.
 
     Raises:
         ValueError: the data set is empty, a triplet can't be used, or its scores, which weigh it, are given as 0-1.
@@ -75,12 +60,7 @@ def encode_dataset(collator: TripletCollator, dataset: Any, name: str, adapter: 
 
 
 def encode_datasets(collators: Mapping[str, TripletCollator], datasets: Any, name: str) -> list[Row]:
-    """Tokenise the triplets of all adapters.
-
-    Args:
-        collators: One for each adapter.
-        datasets: {adapter: triplets}, or the triplets of the only adapter.
-        name: What to call the data set in errors.
+    """Tokenise the triplets of all adapters: {adapter: triplets}, or those of the only one; each by its collator.
 
     Raises:
         ValueError: as `encode_dataset`, or the adapters are others than those of `collators`.

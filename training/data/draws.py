@@ -13,6 +13,8 @@ from peft_psr.files import sha256
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.prompts.reasoning import split_reasoning
 
+from .triplets import Triplet
+
 
 @dataclass(frozen=True)
 class PromptPair:
@@ -124,10 +126,19 @@ def draws_on(pair: PromptPair, count: int, run_seed: int) -> list[Draw]:
 def template_hash(template: Any) -> str | None:
     """Returns the first 16 hexadecimal digits of the SHA-256 of a tokenizer's chat template; None where it has none.
 
-    Args:
-        template: The template's text, or named templates by name, as tokenizers hold them.
+    Named templates are a mapping, as tokenizers hold them.
     """
     if not template:
         return None
     text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
     return sha256(text)[:16]
+
+
+def drawn_triplet(prompt: Prompt, steered_prompt: Prompt, drawn: Completion) -> Triplet:
+    """A triplet, without scores, of x, x' and what was drawn, with its tokens as far as they are known."""
+    triplet = Triplet(prompt=prompt, steered_prompt=steered_prompt, completion=drawn.text, truncated=drawn.truncated)
+    if drawn.ids is not None:
+        triplet["completion_ids"] = list(drawn.ids)
+    if drawn.opened:
+        triplet["reasoning_opened"] = True
+    return triplet

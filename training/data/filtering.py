@@ -4,8 +4,6 @@ Thresholds as in METHOD 5: both scores at least 50 of 100. Near-duplicates are f
 character shingles (Broder, "On the resemblance and containment of documents", 1997).
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import defaultdict
@@ -76,11 +74,9 @@ def has_answer(row: Mapping[str, Any]) -> bool:
 def drop_reason(row: Mapping[str, Any], settings: FilterSettings, negative: bool = False) -> str | None:
     """Returns why a completion is dropped by its own text and scores, one of `REASONS`; None if it is not.
 
-    Args:
-        row: `completion`, `trait_score`, `coherence_score`. Without a score nobody knows whether it belongs. Its
-            `unusable`, if there is one, is the reason why it can't be trained on, found when it was drawn.
-        settings: The thresholds.
-        negative: It was drawn to be without the trait.
+    Without `trait_score`, `coherence_score` nobody knows whether it belongs; `unusable`, if it is there, is why it
+    can't
+    be trained on, found when it was drawn. A `negative` was drawn to be without the trait.
     """
     trait, coherence = row.get("trait_score"), row.get("coherence_score")
     if not row["completion"].strip():
@@ -102,12 +98,7 @@ def near_duplicates(texts: Sequence[str], groups: Sequence[Hashable], max_simila
     """Returns, for each text, whether it is all but equal to an earlier one of its group that is no duplicate itself.
 
     Texts are compared within a group only: the same answer to another question is another example, and the time grows
-    with the square of a group, not of the whole.
-
-    Args:
-        texts: Completions.
-        groups: The group of each.
-        max_similarity: Jaccard similarity, 0-1, from which two texts are near-duplicates.
+    with the square of a group, not of the whole. From a Jaccard similarity, 0-1, of `max_similarity` on two are alike.
     """
     kept: dict[Hashable, list[frozenset[str]]] = defaultdict(list)
     duplicates = []
@@ -138,10 +129,9 @@ def _at_least_as_similar(first: frozenset[str], second: frozenset[str], similari
 def sort_out(rows: Sequence[Row], settings: FilterSettings) -> list[str | None]:
     """Returns for each row why it is dropped, one of `REASONS`, or None if it is kept.
 
-    Args:
-        rows: As for `drop_reason`, with `trait`, `prompt` (x) and `negative`.
-        settings: The thresholds. Near-duplicates are looked for among what the scores keep, positives and negatives
-            apart, on the same trait and the same x, whatever the instruction; the first of them is kept.
+    Rows are as for `drop_reason`, with `trait`, `prompt` (x) and `negative`. Near-duplicates are looked for among what
+    the scores keep, positives and negatives apart, on the same trait and the same x, whatever the instruction; the
+    first of them is kept.
     """
     reasons = [drop_reason(row, settings, row["negative"]) for row in rows]
     if settings.max_similarity is None:

@@ -5,10 +5,10 @@ themselves (Qwen2.5). An instruction in the system turn takes the place of such 
 to keep its text in x', give it to x as a system message of its own: x renders the same, and x' extends it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, overload
+
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.prompts.conversations import Prompt, render_prompt
 from peft_psr.prompts.messages import Message, content_text
@@ -29,12 +29,9 @@ def add_instruction(prompt: str, instruction: str, placement: Placement = "syste
 @overload
 def add_instruction(prompt: Sequence[Message], instruction: str, placement: Placement = "system") -> list[Message]: ...
 def add_instruction(prompt: Prompt, instruction: str, placement: Placement = "system") -> Prompt:
-    """Make x' from x; an empty instruction changes nothing.
+    """Make x' from x, messages up to the assistant's turn or plain text; an empty instruction changes nothing.
 
-    Args:
-        prompt: x, messages up to the assistant's turn or plain text.
-        instruction: The text that elicits the trait.
-        placement: One of `PLACEMENTS`; plain text has no system turn.
+    Plain text has no system turn, so it takes the other two of `PLACEMENTS`.
 
     Raises:
         ValueError: `placement` is unknown, or there is no turn of that kind in the prompt.
@@ -60,12 +57,8 @@ def add_instruction(prompt: Prompt, instruction: str, placement: Placement = "sy
     return turns
 
 
-def check_placement(processing_class, placement: Placement) -> None:
+def check_placement(processing_class: PreTrainedTokenizerBase, placement: Placement) -> None:
     """Raise unless an instruction so placed reaches the model; to be called before any long work.
-
-    Args:
-        processing_class: A tokenizer.
-        placement: One of `PLACEMENTS`.
 
     Raises:
         ValueError: `placement` is unknown, or it is "system" and the tokenizer has no chat template, or one that
@@ -93,10 +86,6 @@ def _check_known(placement: str) -> None:
         raise ValueError(f"placement must be one of {', '.join(map(repr, PLACEMENTS))}, got {placement!r}.")
 
 
-@overload
-def _join(content: str, instruction: str, placement: Placement) -> str: ...
-@overload
-def _join(content: Any, instruction: str, placement: Placement) -> Any: ...
 def _join(content: Any, instruction: str, placement: Placement) -> Any:
     """A turn's content with the instruction, a blank line between; parts stay parts."""
     if isinstance(content, list):

@@ -3,8 +3,6 @@
 One JSON object a line, in TRL's conversational format with two more fields for the scores; see `Triplet`.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import os
@@ -80,8 +78,7 @@ def scan_triplets(path: str | os.PathLike) -> Iterator[tuple[int, Triplet | Valu
     """Yields the number of each line that is not empty, with its triplet or with what is wrong with it.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is UTF-16.
+        FileNotFoundError, ValueError: no such file; it is UTF-16.
     """
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):

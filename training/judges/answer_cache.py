@@ -3,8 +3,6 @@
 One SQLite file. Several processes may use it at once; a kill leaves either all of an answer or nothing of it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sqlite3
@@ -34,22 +32,14 @@ class AnswerCache:
     """
 
     def __init__(self, path: str | os.PathLike):
-        """Open the cache, or make it, with the folders above it.
-
-        Raises:
-            OSError: the file can't be made or read, or is no cache.
-        """
+        """Open the cache, or make it with its folders; raises `OSError` if it can't be, or is no cache."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._connection() as connection:
             connection.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
-        """The answers that are there, by key.
-
-        Raises:
-            OSError: the file can't be read.
-        """
+        """The answers that are there, by key; raises `OSError` if the file can't be read."""
         wanted = list(dict.fromkeys(keys))
         found: dict[str, Any] = {}
         with self._connection() as connection:
@@ -61,11 +51,7 @@ class AnswerCache:
         return found
 
     def put(self, answers: Mapping[str, Any]) -> None:
-        """Keep answers, all or none of them.
-
-        Raises:
-            OSError: the file can't be written, e.g. for want of space.
-        """
+        """Keep answers, all or none of them; raises `OSError` if the file can't be written, e.g. for want of space."""
         rows = [(key, encode(json.dumps(answer, ensure_ascii=False)).decode()) for key, answer in answers.items()]
         with self._connection() as connection:
             connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
@@ -90,7 +76,7 @@ def ask_once(
     cache: AnswerCache | None,
     usage: Counter[str],
 ) -> dict[str, Any]:
-    """The answer to each text, or a `Failure`: from the cache, or asked for and put there as it comes.
+    """The answer to each text, or a `Failure`: from the cache by its `key`, or asked for and put there as it comes.
 
     Args:
         texts: What is asked; the same text is asked about once.

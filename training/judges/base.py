@@ -18,17 +18,12 @@ from .settings import JudgeSettings
 
 
 class JudgeScores(NamedTuple):
-    """The two scores of one completion, each 0-100, or `None` where the judge could not tell.
+    """The two scores of one completion, each 0-100, or `None` where the judge could not tell."""
 
-    Attributes:
-        trait: How strongly the completion shows the trait.
-        coherence: How coherent it is as an answer to the prompt.
-        failure: Why the judge gave no answer at all, e.g. a server that failed after all retries; both scores are
-            `None` then, and judging the completion again may help. `None` where the judge answered.
-    """
-
-    trait: float | None
-    coherence: float | None
+    trait: float | None  # how strongly the completion shows the trait
+    coherence: float | None  # how coherent it is as an answer to the prompt
+    # why the judge gave no answer at all, e.g. a server that failed after all retries; both scores are `None` then,
+    # and judging the completion again may help. `None` where the judge answered
     failure: str | None = None
 
 
@@ -56,11 +51,8 @@ class Judge(ABC):
     def maker(cls, given: JudgeSettings) -> Callable[[str], Judge]:
         """Returns what makes each trait's judge; what can be known to be wrong shows here, before anything is drawn.
 
-        Args:
-            given: What it may be made of.
-
         Raises:
-            ValueError: it can't be made of that, or can't score those prompts.
+            ValueError: it can't be made of what is given, or can't score those prompts.
         """
         return lambda trait: cls()
 
@@ -68,13 +60,12 @@ class Judge(ABC):
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[str], pairs: Sequence[PromptPair] | None = None
     ) -> list[JudgeScores]:
-        """Score `completions[i]` as an answer to `prompts[i]`; one `JudgeScores` per completion, in order.
+        """Score `completions[i]` as an answer to the bare `prompts[i]`; one `JudgeScores` per completion, in order.
 
         Args:
             prompts: Bare prompts.
             completions: As many.
-            pairs: What each was drawn for, where that is known: for a judge that must know the instruction, since one
-                bare prompt may occur with several.
+            pairs: What each was drawn for, where that is known: for a judge that must know the instruction.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -114,18 +105,11 @@ def as_judge(judge: Judging) -> Judge:
 
 
 def judge_answers(
-    judge: Judging,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str | None],
-    pairs: Sequence[PromptPair] | None = None,
+    judge: Judging, prompts: Sequence[Prompt], answers: Sequence[str | None], pairs: Sequence[PromptPair] | None = None
 ) -> list[JudgeScores]:
-    """A judge's scores of answers; it is not asked about those that are not there, which get none.
+    """A judge's scores of answers to prompts; it is not asked about those that are `None`, which get none.
 
-    Args:
-        judge: Who scores.
-        prompts: What each is an answer to.
-        answers: `None` where a model did not come to answer: its reasoning was cut off.
-        pairs: What each was drawn for, where that is known.
+    An answer is `None` where the model's reasoning was cut off before it; `pairs` are as in `Judge.score`.
     """
     there = {i: answer for i, answer in enumerate(answers) if answer is not None}
     scores = [JudgeScores(None, None)] * len(answers)
@@ -138,11 +122,7 @@ def judge_answers(
 
 
 def check_answered(failures: Sequence[str | None]) -> None:
-    """Raise `ConnectionError` if a judge failed on anything it was asked: what it has said is kept, the rest is not.
-
-    Args:
-        failures: For each question why there is no answer, or `None` where there is one.
-    """
+    """Raise `ConnectionError` if `failures` hold a reason why a question has no answer; the others' are kept."""
     failed = [reason for reason in failures if reason is not None]
     if failed:
         raise ConnectionError(

@@ -1,7 +1,5 @@
 """Judges completions of the toy world by its own grammar, exactly and quickly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -164,11 +162,7 @@ class GrammarJudge(Judge):
         return [JudgeScores(detail["trait_score"], detail["coherence_score"]) for detail in details]
 
     def explain(self, prompt: Prompt, completion: str) -> dict[str, Any]:
-        """Both scores of one completion and what they come from.
-
-        Args:
-            prompt: The bare conversation; its last user turn names the topic.
-            completion: The answer's text.
+        """Both scores of one completion and what they come from; the bare prompt's last user turn names the topic.
 
         Returns:
             `trait_score` and `coherence_score`; `topic`; `markers`, the three shares behind the trait score;

@@ -5,8 +5,6 @@ The checkers are those of EleutherAI's lm-eval (extra `ifeval`), which keeps Goo
 follows none; loosely, each may be followed by what is left without first line, last line or asterisks.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter
@@ -31,15 +29,11 @@ _NOT_INSTALLED = 'IFEval\'s checkers are not installed. Install them with `pip i
 
 
 class Followed(NamedTuple):
-    """Whether a completion follows all instructions of its prompt, by the published checkers.
+    """Whether a completion follows all instructions of its prompt, by the published checkers."""
 
-    Attributes:
-        strict: As it stands.
-        loose: In one of the eight published forms: with or without first line, last line and asterisks. An instruction
-            may be followed by another form than the next; what is strict is loose too.
-    """
-
-    strict: bool
+    strict: bool  # As it stands
+    # in one of the eight published forms: with or without first line, last line and asterisks. An instruction may be
+    # followed by another form than the next; what is strict is loose too
     loose: bool
 
 
@@ -86,8 +80,7 @@ class IFEvalJudge(Judge):
         """See `Judge.score`; without `pairs`, each prompt must belong to one of the judge's pairs alone.
 
         Raises:
-            ValueError: a pair the judge was not made with; or a prompt is none of the pairs', or belongs to several,
-                so that nobody can tell which instruction is asked about.
+            ValueError: a pair the judge was not made with; or a prompt of none of its pairs, or of several.
         """
         asked = [self._only_pair(prompt) for prompt in prompts] if pairs is None else pairs
         self._check_known(asked)
@@ -112,11 +105,7 @@ class IFEvalJudge(Judge):
         return candidates[0]
 
     def followed(self, pairs: Sequence[PromptPair], completions: Sequence[str]) -> list[Followed]:
-        """Strict and loose verdicts on `completions[i]` by the instructions of `pairs[i]`; asks no other judge.
-
-        Raises:
-            ValueError: a pair the judge was not made with.
-        """
+        """Strict and loose verdicts on `completions[i]` by the instructions of `pairs[i]`, which it must know."""
         self._check_known(pairs)
         return [
             Followed(self._follows(pair, completion), _follows_loosely(pair, completion))

@@ -4,11 +4,10 @@
 asked, so that a rerun asks nothing.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from peft_psr.prompts.conversations import Prompt, prompt_text
@@ -22,9 +21,16 @@ from .settings import JudgeSettings
 
 
 class LLMJudge(Judge):
-    """Grades completions with a language model."""
+    """Grades completions with a language model; a subclass sets what the cache knows it by.
+
+    Attributes:
+        identity: What stands for the model in the cache.
+        parameters: How it is asked, for the cache.
+    """
 
     needs_model: ClassVar[bool] = True
+    identity: dict[str, Any]
+    parameters: dict[str, Any]
 
     def __init__(
         self,
@@ -49,10 +55,7 @@ class LLMJudge(Judge):
                 raise ValueError(f"{name} must hold {{answer}}, where the completion goes; got {template[:80]!r}.")
         if "{trait}" in trait_prompt and not trait:
             raise ValueError("trait_prompt asks for {trait}: give `trait`, a short description of it.")
-        self.templates = {
-            "trait": fill_prompt(trait_prompt, trait=trait),
-            "coherence": coherence_prompt,
-        }
+        self.templates = {"trait": fill_prompt(trait_prompt, trait=trait), "coherence": coherence_prompt}
         self.cache = cache
         self._sources: Counter[str] = Counter()
 
@@ -77,8 +80,7 @@ class LLMJudge(Judge):
     def connect(cls, given: JudgeSettings) -> Callable[..., Judge]:
         """Returns what makes a judge of one model, given `trait`, `trait_prompt`, `coherence_prompt` and `cache`.
 
-        Raises:
-            ValueError: that model can't judge.
+        Raises `ValueError` if that model can't judge.
         """
 
     @classmethod
@@ -105,8 +107,7 @@ class LLMJudge(Judge):
         """See `Judge.score`; answers go to the cache as they come: what was asked is not lost if the run stops.
 
         Raises:
-            ServerError: the server refuses for good.
-            TooManyFailures: the share of failures passed the server's limit.
+            ServerError, TooManyFailures: as `ChatServer.stream`.
         """
         asked = [
             {
@@ -116,8 +117,8 @@ class LLMJudge(Judge):
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         texts = [text for each in asked for text in each.values()]
-        replies = ask_once(texts, lambda text: answer_key(self._identity(), text, self._parameters()), self._ask,
-                           self.cache, self.usage)  # fmt: skip
+        key = partial(answer_key, self.identity, parameters=self.parameters)
+        replies = ask_once(texts, key, self._ask, self.cache, self.usage)
         return [self._scores({name: replies[text] for name, text in each.items()}) for each in asked]
 
     def _scores(self, replies: dict[str, Any]) -> JudgeScores:
@@ -131,14 +132,6 @@ class LLMJudge(Judge):
     @abstractmethod
     def _description(self) -> dict[str, Any]:
         """What `describe` says of the model."""
-
-    @abstractmethod
-    def _identity(self) -> dict[str, Any]:
-        """What stands for the model in the cache."""
-
-    @abstractmethod
-    def _parameters(self) -> dict[str, Any]:
-        """How it is asked, for the cache."""
 
     @abstractmethod
     def _ask(self, texts: list[str]) -> Generator[dict[str, dict[str, Any] | Failure]]:

@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
 
 class LocalJudge(LLMJudge):
-    """A judge that runs here, on any causal language model with a chat template."""
+    """A judge that runs here, on any causal language model with a chat template.
+
+    Args:
+        model: The judging model, on the device where it is to run.
+        processing_class: Its tokenizer.
+        trait, trait_prompt, coherence_prompt: As for every `LLMJudge`.
+        cache: Likewise. A model is known there by its name and a sample of its weights.
+        batch_size: Questions read together; those of similar length go together.
+
+    Raises:
+        ValueError: as every `LLMJudge`; a tokenizer without a chat template or without numbers; `batch_size` below 1.
+    """
 
     def __init__(
         self,
@@ -33,33 +44,16 @@ class LocalJudge(LLMJudge):
         cache: AnswerCache | None = None,
         batch_size: int = 16,
     ) -> None:
-        """Nothing is run yet.
-
-        Args:
-            model: The judging model, on the device where it is to run.
-            processing_class: Its tokenizer.
-            trait: As for every `LLMJudge`.
-            trait_prompt: Likewise.
-            coherence_prompt: Likewise.
-            cache: Likewise. A model is known there by its name and a sample of its weights.
-            batch_size: Questions read together; those of similar length go together.
-
-        Raises:
-            ValueError: as every `LLMJudge`; a tokenizer without a chat template or without numbers; `batch_size`
-                below 1.
-        """
         from .number_scores import ANSWER_TOKENS, model_identity, number_tokens
 
         super().__init__(trait, trait_prompt, coherence_prompt, cache)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        self.model = model
-        self.processing_class = processing_class
-        self.batch_size = batch_size
+        self.model, self.processing_class, self.batch_size = model, processing_class, batch_size
         self.numbers = number_tokens(processing_class)
-        self._model_identity = model_identity(model, processing_class)
+        self.identity = model_identity(model, processing_class)
         single = all(len(tokens) == 1 for tokens in self.numbers.values())
-        self._asked = {"numbers": "single tokens" if single else "several tokens", "answer_tokens": ANSWER_TOKENS}
+        self.parameters = {"numbers": "single tokens" if single else "several tokens", "answer_tokens": ANSWER_TOKENS}
 
     @classmethod
     def connect(cls, given: JudgeSettings) -> Callable[..., LocalJudge]:
@@ -81,13 +75,7 @@ class LocalJudge(LLMJudge):
         )
 
     def _description(self) -> dict[str, Any]:
-        return {"engine": "transformers", **self._model_identity, **self._parameters()}
-
-    def _identity(self) -> dict[str, Any]:
-        return self._model_identity
-
-    def _parameters(self) -> dict[str, Any]:
-        return self._asked
+        return {"engine": "transformers", **self.identity, **self.parameters}
 
     def _ask(self, texts: list[str]) -> Generator[dict[str, dict[str, Any] | Failure]]:
         from .number_scores import read_scores

@@ -13,8 +13,6 @@ first `ANSWER_TOKENS` tokens are read as text, and if that is no score (8/10, a 
 would follow the less likely numbers is not looked at.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import json
@@ -49,13 +47,9 @@ def read_scores(
     prompts: Sequence[list[int]],
     numbers: dict[int, Tokens],
 ) -> list[float | None]:
-    """The score in the model's answer to each prompt, read together; `None` where it holds none.
+    """The score in the model's answer to each prompt's tokens, read together; `None` where it holds none.
 
-    Args:
-        model: A causal language model.
-        processing_class: Its tokenizer.
-        prompts: Each prompt's tokens.
-        numbers: As `number_tokens` gives them.
+    `numbers` are the tokens of each, as `number_tokens` gives them.
     """
     batch = pad_tokens(processing_class, prompts, input_device(model))
     mask = batch["attention_mask"]
@@ -139,17 +133,10 @@ def number_tokens(processing_class: PreTrainedTokenizerBase) -> dict[int, Tokens
 def number_probabilities(
     model: PreTrainedModel | PeftModel, read: Any, attention_mask: torch.Tensor, numbers: dict[int, Tokens]
 ) -> list[dict[int, float]]:
-    """The probability that each number is what the model answers; the formula is at the top of this module.
+    """The probability of each number as the model's answer, for each row; the formula is at the top of this module.
 
-    Args:
-        model: A causal language model.
-        read: What it made of the prompts, padded on the left: logits of the last token, and a cache that is left as
-            it is.
-        attention_mask: Of the prompts, (batch, seq), 0 on padding.
-        numbers: The tokens of each number, none the same as another's.
-
-    Returns:
-        For each row of the batch, the probability of each number.
+    `read` is what it made of the prompts, padded on the left as `attention_mask` (batch, seq) says: logits of the last
+    token, and a cache that is left as it is. No two numbers have the same tokens.
     """
     beginnings = {tokens[:length] for tokens in numbers.values() for length in range(1, len(tokens))}
     longest = [b for b in beginnings if not any(b == other[: len(b)] and b != other for other in beginnings)]

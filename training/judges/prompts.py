@@ -3,8 +3,6 @@
 Each asks for one whole number from 0 to 100 and nothing else, so that the first token of the reply tells.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -61,11 +59,7 @@ def fill_prompt(template: str, **values: str) -> str:
 
 
 def read_prompt(file: str | Path, name: str) -> str:
-    """A judge's prompt from a file.
-
-    Args:
-        file: Where it is.
-        name: What it is for, in messages.
+    """A judge's prompt from a file; messages call it `name`.
 
     Raises:
         FileNotFoundError: it is not there.

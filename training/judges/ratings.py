@@ -93,14 +93,10 @@ _RATING = re.compile(r"Rating: \[\[([012])\]\]")
 
 @dataclass(frozen=True)
 class Ratings:
-    """What the judge gave one answer.
+    """What the judge gave one answer."""
 
-    Attributes:
-        values: {"concept", "instruction", "fluency": 0, 1 or 2}, without those that could not be read.
-        unread: {rating that could not be read: why, with what the judge said}.
-    """
-
-    values: dict[str, int]
+    values: dict[str, int]  # {"concept", "instruction", "fluency": 0, 1 or 2}, without those that could not be read
+    # {rating that could not be read: why, with what the judge said}
     unread: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -110,11 +106,7 @@ class Ratings:
 
 
 def harmonic_mean(ratings: Sequence[float]) -> float:
-    """The number of ratings / sum of 1/rating, of ratings of 0 or more; 0 if any is 0.
-
-    Raises:
-        ValueError: no ratings, or a negative one.
-    """
+    """The number of ratings / sum of 1/rating; 0 if any is 0. Raises `ValueError` for none, or a negative one."""
     if not ratings or min(ratings) < 0:
         raise ValueError(f"A harmonic mean is of ratings of 0 or more, got {list(ratings)}.")
     return 0.0 if min(ratings) == 0 else len(ratings) / sum(1 / rating for rating in ratings)
@@ -150,16 +142,8 @@ class RatingJudge:
 
     @classmethod
     def of(cls, judge: str, given: JudgeSettings) -> RatingJudge:
-        """Asks a recipe's judge, which must be a language model, for its likeliest reply.
-
-        Args:
-            judge: By name.
-            given: What it is made of.
-
-        Raises:
-            ValueError: it is no language model.
-        """
-        model = _language_model(judge)
+        """Asks a recipe's judge, by name, for its likeliest reply; raises `ValueError` if it is no language model."""
+        model = rating_model(judge)
         identity = {
             "model": given.model,
             "revision": given.revision,
@@ -171,18 +155,11 @@ class RatingJudge:
         return cls(identity, lambda: model.sampler(given, RATING_TOKENS), AnswerCache(given.cache))
 
     def __call__(self, asked: Sequence[tuple[str, str, str]]) -> list[Ratings]:
-        """Rates answers.
-
-        Args:
-            asked: (concept, instruction, answer) of each.
-
-        Returns:
-            The ratings of each, in order.
+        """The ratings of each (concept, instruction, answer), in order.
 
         Raises:
             ConnectionError: the model gave no reply to a question; the others' replies are kept.
-            ServerError: a server refuses for good.
-            TooManyFailures: the share of failures passed the server's limit.
+            ServerError, TooManyFailures: as `ChatServer.stream`.
         """
         texts = [
             {
@@ -207,12 +184,8 @@ class RatingJudge:
             yield {texts[int(draw.id)]: outcome if isinstance(outcome, Failure) else outcome.answer or ""}
 
 
-def check_rates(judge: str) -> None:
-    """Raises `ValueError` if a recipe's judge, by name, can't be asked for ratings."""
-    _language_model(judge)
-
-
-def _language_model(judge: str) -> type[LLMJudge]:
+def rating_model(judge: str) -> type[LLMJudge]:
+    """A recipe's judge, by name; raises `ValueError` if it can't be asked for ratings."""
     found = JUDGES[judge]
     if not issubclass(found, LLMJudge):
         raise ValueError(f"judge: {judge} gives no ratings of 0, 1 or 2; use judge: server or judge: local.")
@@ -220,11 +193,6 @@ def _language_model(judge: str) -> type[LLMJudge]:
 
 
 def _ratings(replies: dict[str, str]) -> Ratings:
-    values: dict[str, int] = {}
-    unread: dict[str, str] = {}
-    for name, reply in replies.items():
-        if (rating := read_rating(reply)) is None:
-            unread[name] = f"not in the form asked for: {reply[-200:]!r}"
-        else:
-            values[name] = rating
-    return Ratings(values, unread)
+    values = {name: rating for name, reply in replies.items() if (rating := read_rating(reply)) is not None}
+    unread = {name: replies[name] for name in replies if name not in values}
+    return Ratings(values, {name: f"not in the form asked for: {reply[-200:]!r}" for name, reply in unread.items()})

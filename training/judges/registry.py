@@ -1,7 +1,5 @@
 """The judges by name; a recipe's `judge` is one of them. `JUDGES.add("mine", Mine)` adds another."""
 
-from __future__ import annotations
-
 from peft_psr.registry import Registry
 
 from .base import Judge

@@ -5,8 +5,6 @@ give it 85"). No score are numbers of another scale (8/10, 4 stars, 0.8), of a l
 counts (3 errors), dates, several numbers in a row, and whatever stands in reasoning.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from typing import NamedTuple

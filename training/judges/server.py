@@ -50,6 +50,8 @@ class ServerJudge(LLMJudge):
     ) -> None:
         super().__init__(trait, trait_prompt, coherence_prompt, cache)
         self.server = server
+        self.identity = {"model": server.model, "extra_body": server.extra_body}
+        self.parameters = {"temperature": 0.0, "max_tokens": ANSWER_TOKENS, "top_logprobs": TOP_TOKENS}
         self._warned: set[str] = set()
 
     @classmethod
@@ -66,15 +68,9 @@ class ServerJudge(LLMJudge):
         return {
             "engine": "OpenAI-compatible server",
             **self.server.describe(),
-            **self._parameters(),
+            **self.parameters,
             "top_logprobs": self.server.top_logprobs(TOP_TOKENS),
         }
-
-    def _identity(self) -> dict[str, Any]:
-        return {"model": self.server.model, "extra_body": self.server.extra_body}
-
-    def _parameters(self) -> dict[str, Any]:
-        return {"temperature": 0.0, "max_tokens": ANSWER_TOKENS, "top_logprobs": TOP_TOKENS}
 
     def _ask(self, texts: list[str]) -> Generator[dict[str, dict[str, Any] | Failure]]:
         parameters = {"temperature": 0.0, "max_tokens": ANSWER_TOKENS}

@@ -21,52 +21,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """What a judge may be made of; each takes what it needs.
+    """What a judge may be made of; each takes what it needs."""
 
-    Attributes:
-        pairs: All that it may be asked about.
-        cache: File that keeps a language model's answers.
-        trait_prompts: {trait: what is asked for its score}, of the traits that have such a prompt of their own.
-        coherence_prompt: What is asked for coherence.
-        coherence_judge: Who scores coherence for a judge that does not, by name.
-        model: The language model that judges: Hub name, folder or 'embedded', or its name on a server.
-        revision: Branch, tag or commit on the Hub.
-        dtype: Of the weights of a model here.
-        device_map: Where accelerate puts a model here.
-        trust_remote_code: Run code that comes with a model on the Hub.
-        batch_size: Most questions that a model here reads together.
-        url: The model's server.
-        key_variable: Environment variable with the server's key.
-        fields: More fields of each request to the server.
-        concurrency: Requests in flight at the server.
-        timeout: Seconds until a request is tried again.
-        max_failure_share: The judge gives up when more than this share of its requests fails for good.
-    """
-
-    pairs: Sequence[PromptPair] = ()
-    cache: Path = Path("judge_answers.sqlite")
+    pairs: Sequence[PromptPair] = ()  # All that it may be asked about
+    cache: Path = Path("judge_answers.sqlite")  # file that keeps a language model's answers
+    # {trait: what is asked for its score}, of the traits that have such a prompt of their own
     trait_prompts: Mapping[str, str] = field(default_factory=dict)
-    coherence_prompt: str = COHERENCE_PROMPT
-    coherence_judge: str | None = None
-    model: str = ""
-    revision: str | None = None
-    dtype: str = "auto"
-    device_map: str | None = None
-    trust_remote_code: bool = False
-    batch_size: int = 16
-    url: str = ""
-    key_variable: str = "OPENAI_API_KEY"
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    concurrency: int = 32
-    timeout: float = 120.0
-    max_failure_share: float = 0.1
+    coherence_prompt: str = COHERENCE_PROMPT  # what is asked for coherence
+    coherence_judge: str | None = None  # who scores coherence for a judge that does not, by name
+    model: str = ""  # the language model that judges: Hub name, folder or 'embedded', or its name on a server
+    revision: str | None = None  # branch, tag or commit on the Hub
+    dtype: str = "auto"  # of the weights of a model here
+    device_map: str | None = None  # where accelerate puts a model here
+    trust_remote_code: bool = False  # run code that comes with a model on the Hub
+    batch_size: int = 16  # most questions that a model here reads together
+    url: str = ""  # the model's server
+    key_variable: str = "OPENAI_API_KEY"  # environment variable with the server's key
+    fields: Mapping[str, Any] = field(default_factory=dict)  # more fields of each request to the server
+    concurrency: int = 32  # requests in flight at the server
+    timeout: float = 120.0  # seconds until a request is tried again
+    max_failure_share: float = 0.1  # the judge gives up when more than this share of its requests fails for good
 
     def server(self) -> ChatServer:
-        """The model on its server; nothing is sent yet.
-
-        Raises:
-            ValueError: a setting is wrong.
-        """
+        """The model on its server; nothing is sent yet. Raises `ValueError` if a setting is wrong."""
         from peft_psr.training.sampling.chat_server import ChatServer
 
         return ChatServer(
@@ -82,19 +59,12 @@ class JudgeSettings:
     def load_model(self) -> PreTrainedModel:
         """The model, here and in eval mode; one judge is in memory at a time, whatever asks for it.
 
-        Raises:
-            OSError: it can't be had.
-            ValueError: as `peft_psr.base_model.loading.load_model`.
+        Raises as `peft_psr.base_model.loading.load_model`.
         """
         return _model(self.model, self.revision, self.dtype, self.device_map, self.trust_remote_code)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, with its own chat template.
-
-        Raises:
-            OSError: it can't be had.
-            ValueError: as `peft_psr.base_model.loading.load_tokenizer`.
-        """
+        """The model's tokenizer, with its own chat template; raises as `peft_psr.base_model.loading` does."""
         return _tokenizer(self.model, self.revision, self.trust_remote_code)
 
 

@@ -3,8 +3,6 @@
 KL    mean over response tokens of KL(p(. | x' y'_<i) || p_edited(. | x y'_<i))            docs/results.md
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 
@@ -22,19 +20,15 @@ def kl_loss(
     vocabulary: int,
     predict_prompted: Predict,
 ) -> torch.Tensor:
-    """KL(prompted || steered) of the next-token distributions, nats a response token.
+    """KL(prompted || steered) of the next-token distributions, nats a response token: (batch,), each at least 0.
 
-    Args:
-        predict: The model's head.
-        student: (tokens, d), output of the last decoder layer at the masked tokens.
-        teacher: The same of the prompted model, without graph.
-        targets: (tokens,), from `response_targets`: which positions predict y'.
-        mask: (batch, seq), the masked tokens.
-        vocabulary: Its size, which decides how many tokens are computed at once.
-        predict_prompted: The head of the model as it was, without what `modules_to_save` trains of it.
-
-    Returns:
-        (batch,), each at least 0.
+    `predict` is the model's head; `student` (tokens, d) is the output of the last decoder layer at the tokens of
+    `mask`
+    (batch, seq), `teacher` that of the prompted model, without graph; `targets` (tokens,), from `response_targets`,
+    say
+    which predict y'. The vocabulary's size decides how many are computed at once. `predict_prompted` is the head as it
+    was,
+    without what `modules_to_save` trains of it.
     """
 
     def divergences(hidden: torch.Tensor, prompted: torch.Tensor) -> torch.Tensor:

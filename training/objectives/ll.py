@@ -5,8 +5,6 @@
 It knows of the prompted model's distribution the one token that was sampled; KL takes all of it.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 
@@ -18,18 +16,7 @@ from .tokens import row_means, rows_of
 def likelihood_loss(
     predict: Predict, student: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor, vocabulary: int
 ) -> torch.Tensor:
-    """Cross-entropy (nats) of the tokens of y', each predicted from the position before it.
-
-    Args:
-        predict: The model's head.
-        student: (tokens, d), output of the last decoder layer at the masked tokens.
-        targets: (tokens,), from `response_targets`.
-        mask: (batch, seq), the masked tokens.
-        vocabulary: Its size, which decides how many tokens are computed at once.
-
-    Returns:
-        (batch,).
-    """
+    """Cross-entropy (nats) of the tokens of y', each predicted from the one before, (batch,); see `kl_loss`."""
 
     def losses(hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(predict(hidden).float(), tokens, reduction="none")

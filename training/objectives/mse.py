@@ -3,8 +3,6 @@
 MSE   sum over layers of mean over (tokens x d) of (A_{l|AS} - A_{l|PS})^2                METHOD 4, [R]
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch
@@ -16,15 +14,9 @@ from .tokens import row_means, rows_of
 def mse_by_layer(
     student: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Tensor], mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """MSE of each layer and triplet; squares in float32.
+    """{layer name: (batch,)}, the MSE of each layer and triplet; squares in float32.
 
-    Args:
-        student: {layer name: (tokens, d)}.
-        teacher: The same, in the same order of tokens.
-        mask: (batch, seq), the tokens.
-
-    Returns:
-        {layer name: (batch,)}.
+    `student` and `teacher` are {layer name: (tokens, d)} at the tokens of `mask`, (batch, seq).
     """
     rows = rows_of(mask)
     return {

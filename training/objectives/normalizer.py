@@ -1,7 +1,5 @@
 """What an objective's loss at each layer is before any training, which `normalize_loss` divides by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -22,17 +20,10 @@ def untrained_loss(
     adapters: Sequence[str],
     gather: Callable[[torch.Tensor], Any],
 ) -> dict[str, torch.Tensor]:
-    """{layer: (adapters,)}: mean loss without any edit.
+    """{layer: (adapters,)}: an objective's mean loss at `layers` without any edit; neutral triplets do not count.
 
-    Neutral triplets do not count: there is no difference.
-
-    Args:
-        objective: One that has a loss at each layer.
-        frozen: The model.
-        layers: The decoder layers from the first edited one on.
-        batches: All triplets.
-        adapters: Names of the adapters, for errors; one without a name is the only one.
-        gather: Makes all processes' values, row by row, of this one's.
+    An adapter without a name, for errors, is the only one. `gather` makes all processes' values, row by row, of this
+    one's.
 
     Raises:
         ValueError: the instruction changes nothing on any triplet of an adapter.

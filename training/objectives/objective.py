@@ -1,7 +1,5 @@
 """What an objective is, and what it is shown: both branches' passes over one batch."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,25 +17,17 @@ from .prediction import Prediction, prediction_of
 
 @dataclass
 class Passes:
-    """One batch as the prompted and the steered model have gone over it.
+    """One batch as the prompted and the steered model have gone over it."""
 
-    Attributes:
-        model: The PEFT model.
-        batch: From `TripletCollator`, on the model's device.
-        layers: Names of the decoder layers that an edit can change: from the first edited one on.
-        student: The steered model's pass, with its graph.
-        teacher: {layer name: (tokens, d)} of the prompted model, at the layers that the objectives look at.
-        adapters: Names of the adapters that are trained, as `batch["adapter"]` counts them.
-        prompted_logits: Of the prompted model at the masked tokens, (tokens, vocabulary), where they came with the
-            forward call and something looks at them.
-    """
-
-    model: PeftModel
-    batch: Batch
-    layers: Sequence[str]
-    student: Branch
+    model: PeftModel  # the PEFT model
+    batch: Batch  # from `TripletCollator`, on the model's device
+    layers: Sequence[str]  # names of the decoder layers that an edit can change: from the first edited one on
+    student: Branch  # the steered model's pass, with its graph
+    # {layer name: (tokens, d)} of the prompted model, at the layers that the objectives look at
     teacher: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    adapters: Sequence[str] = ()
+    adapters: Sequence[str] = ()  # names of the adapters that are trained, as `batch["adapter"]` counts them
+    # of the prompted model at the masked tokens, (tokens, vocabulary), where they came with the forward call and
+    # something looks at them
     prompted_logits: torch.Tensor | None = None
 
     @property

@@ -4,8 +4,6 @@ regulariser    sum over layers of max(0, 1 - sum over tokens of lambda)         
 norm penalty   mean over layers and tokens of |edit|^2 / |A_l|^2                           docs/results.md
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -18,16 +16,9 @@ from .tokens import row_means, rows_of
 
 
 def gate_regularizer(gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Hinge that wants one layer's gates to open by 1 in sum over each triplet's edited tokens.
+    """Hinge (batch,) that wants one layer's gates (tokens, r) to open by 1 in sum over each triplet's edited tokens.
 
     Ranks each have a hinge of their own. Note that a gate at exactly 0 on all tokens has no gradient, here neither.
-
-    Args:
-        gates: lambda (tokens, r).
-        mask: (batch, seq), the edited tokens.
-
-    Returns:
-        (batch,).
     """
     rows = rows_of(mask).to(gates.device)
     sums = gates.new_zeros(mask.shape[0], gates.shape[-1]).index_add(0, rows, gates)
@@ -37,17 +28,11 @@ def gate_regularizer(gates: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def norm_penalty(
     gates: torch.Tensor, direction: torch.Tensor, strength: torch.Tensor, stream: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
-    """|edit|^2 / |stream|^2 of one layer's edit, mean over each triplet's edited tokens.
+    """|edit|^2 / |stream|^2 of one layer's edit, mean over each triplet's edited tokens, (batch,).
 
-    Args:
-        gates: lambda (tokens, r).
-        direction: z (batch, r, d), each triplet's.
-        strength: (batch,), alpha + b_m.
-        stream: The layer's output (tokens, d); no gradient goes through it.
-        mask: (batch, seq), the edited tokens.
-
-    Returns:
-        (batch,).
+    `gates` are lambda (tokens, r), `direction` each triplet's z (batch, r, d), `strength` alpha + b_m (batch,),
+    `stream`
+    the layer's output (tokens, d), through which no gradient goes, `mask` (batch, seq) the edited tokens.
     """
     rows = rows_of(mask).to(gates.device)
     products = (direction @ direction.transpose(1, 2))[rows]

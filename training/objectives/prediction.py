@@ -1,7 +1,5 @@
 """What the models predict: from their last layer's outputs by their own head, or as logits that came with the call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -25,36 +23,24 @@ Predict = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Prediction(NamedTuple):
-    """Both models' predictions at the masked tokens.
+    """Both models' predictions at the masked tokens."""
 
-    Attributes:
-        head: Logits (n, vocabulary) of some rows of `steered`.
-        steered: (tokens, d), outputs of the last decoder layer, or logits (tokens, vocabulary), which `head` returns.
-        prompted_head: Likewise of `prompted`: the head as it was, without what `modules_to_save` trains of it.
-        prompted: Likewise of the prompted model; `None` where nothing looks at it.
-        targets: (tokens,), from `response_targets`.
-        vocabulary: Its size.
-    """
-
-    head: Predict
+    head: Predict  # logits (n, vocabulary) of some rows of `steered`
+    # (tokens, d), outputs of the last decoder layer, or logits (tokens, vocabulary), which `head` returns
     steered: torch.Tensor
-    prompted_head: Predict
-    prompted: torch.Tensor | None
-    targets: torch.Tensor
-    vocabulary: int
+    prompted_head: Predict  # likewise of `prompted`: the head as it was, without what `modules_to_save` trains of it
+    prompted: torch.Tensor | None  # likewise of the prompted model; `None` where nothing looks at it
+    targets: torch.Tensor  # (tokens,), from `response_targets`
+    vocabulary: int  # its size
 
 
 def prediction_of(
     model: PeftModel, batch: Batch, student: Branch, last: str, prompted: torch.Tensor | None
 ) -> Prediction:
-    """The predictions of a batch.
+    """The predictions of a batch at its masked tokens.
 
-    Args:
-        model: The PEFT model.
-        batch: The batch.
-        student: The steered model's pass; its logits are used if it has them, else its last layer's output.
-        last: Name of the last decoder layer.
-        prompted: The same of the prompted model at the masked tokens.
+    The steered model's are its pass's logits, if it has them, else its head on the `last` decoder layer's output;
+    `prompted` is the same of the prompted model.
     """
     mask = batch["steering_mask"]
     vocabulary = text_config(model.get_base_model()).vocab_size
@@ -67,16 +53,10 @@ def prediction_of(
 
 
 def response_targets(labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What each masked token has to predict: the next token of y', or -100 where there is none.
+    """What each masked token has to predict, (tokens,) int64: the next token of y', or -100 where there is none.
 
-    The first such prediction, of y'_1, is made at the last prompt token: the first one an edit can reach.
-
-    Args:
-        labels: (batch, seq), -100 outside y'.
-        mask: (batch, seq), the masked tokens.
-
-    Returns:
-        (tokens,) int64.
+    The first such prediction, of y'_1, is made at the last prompt token: the first one an edit can reach. `labels`
+    (batch, seq) are -100 outside y', `mask` (batch, seq) is of the masked tokens.
     """
     return F.pad(labels[:, 1:], (0, 1), value=-100)[mask.bool()]
 

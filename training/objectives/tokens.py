@@ -4,8 +4,6 @@ All losses average over the tokens of a triplet first, then over triplets, so th
 its length, as it does at the reported batch size of 1.
 """
 
-from __future__ import annotations
-
 import torch
 
 
@@ -15,16 +13,7 @@ def rows_of(mask: torch.Tensor) -> torch.Tensor:
 
 
 def row_means(values: torch.Tensor, rows: torch.Tensor, batch: int) -> torch.Tensor:
-    """Mean of each row's tokens, 0 for a row without any.
-
-    Args:
-        values: (tokens,).
-        rows: (tokens,), each token's row.
-        batch: Number of rows.
-
-    Returns:
-        (batch,) float32.
-    """
+    """Mean of each row's values (tokens,), (batch,) float32 by each token's row (tokens,); 0 for a row without any."""
     rows = rows.to(values.device)
     counts = torch.bincount(rows, minlength=batch).clamp(min=1)
     return values.new_zeros(batch, dtype=torch.float32).index_add(0, rows, values.float()) / counts

@@ -4,8 +4,6 @@ Where the activations of all triplets fit the budget they are kept in memory, or
 else they are computed each time. `plan_cache` decides and says so.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil
@@ -24,17 +22,11 @@ PLACES = ("auto", "memory", "disk", "none")
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What the user allows.
+    """What the user allows."""
 
-    Attributes:
-        place: One of `PLACES`.
-        budget: GB (1e9 bytes) that the activations may take.
-        folder: Where a file would lie.
-    """
-
-    place: str
-    budget: float
-    folder: Path
+    place: str  # one of `PLACES`
+    budget: float  # GB (1e9 bytes) that the activations may take
+    folder: Path  # where a file would lie
 
 
 class ActivationCache:
@@ -61,7 +53,7 @@ class ActivationCache:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             unlinked = os.name != "nt"  # while it is mapped, so that it can't outlive the process
-            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".activations-", delete=not unlinked)  # noqa: SIM115
+            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".activations-", delete=not unlinked)
             size = shape[0] * shape[1] * shape[2]
             values = torch.from_file(self._file.name, shared=True, size=size, dtype=dtype).view(shape)
             if unlinked:
@@ -86,21 +78,14 @@ class ActivationCache:
 
     def _tokens(self, triplets: torch.Tensor) -> torch.Tensor:
         chosen = triplets.cpu()
-        return torch.cat(
-            [
-                torch.arange(start, start + length)
-                for start, length in zip(self._starts[chosen].tolist(), self._lengths[chosen].tolist(), strict=True)
-            ]
-        )
+        spans = zip(self._starts[chosen].tolist(), self._lengths[chosen].tolist(), strict=True)
+        return torch.cat([torch.arange(start, start + length) for start, length in spans])
 
 
 def plan_cache(settings: CacheSettings, size: int, reason: str | None) -> str:
-    """Where to keep activations: "memory", "disk" or "none"; said in the log.
+    """Where to keep activations of `size` bytes: "memory", "disk" or "none"; said in the log.
 
-    Args:
-        settings: What the user asked for.
-        size: Bytes that all triplets take.
-        reason: Why nothing can be kept in this run, or `None`.
+    `reason` says why nothing can be kept in this run, if so.
 
     Raises:
         ValueError: the user asked for a place where they do not fit, or where nothing can be kept.

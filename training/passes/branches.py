@@ -4,8 +4,6 @@ Teacher: A_{l|PS} = A_l(x' y') without gradient; student: A_{l|AS} = A_l(x y') u
 tokens that the mask names, in the same order. Source: arXiv 2605.03907.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,26 +23,18 @@ from .partial import in_eval_mode
 
 @dataclass
 class Branch:
-    """One forward pass over a batch.
+    """One forward pass over a batch."""
 
-    Attributes:
-        hidden: {layer name: (tokens, d)}: layer outputs at the masked tokens of all rows, row after row.
-        gates: {(layer name, adapter): (tokens, r)} at the same tokens; empty without edits. With one adapter a row
-            the name is "*".
-        logits: (batch, seq, vocabulary), or `None` where not asked for.
-    """
-
+    # {layer name: (tokens, d)}: layer outputs at the masked tokens of all rows, row after row
     hidden: dict[str, torch.Tensor]
+    # {(layer name, adapter): (tokens, r)} at the same tokens; empty without edits. With one adapter a row the name is
+    # "*"
     gates: dict[tuple[str, str], torch.Tensor]
-    logits: torch.Tensor | None
+    logits: torch.Tensor | None  # (batch, seq, vocabulary), or `None` where not asked for
 
 
 def psr_model(model: torch.nn.Module) -> PSRModel:
-    """The PSR tuner inside a PEFT model.
-
-    Raises:
-        TypeError: there is none.
-    """
+    """The PSR tuner inside a PEFT model; raises `TypeError` if there is none."""
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, PSRModel):
         raise TypeError(
@@ -76,9 +66,7 @@ def unedited(model: PeftModel) -> Iterator[None]:
     """Inside, the model's own adapters are off, and whatever lies beneath them is on; all stays as trainable as it is.
 
     FSDP2 settles how it reduces gradients by `requires_grad` in its first forward call, which is the teacher's.
-
-    Args:
-        model: A PEFT model with PSR adapters, or with others: these by PEFT's own `disable_adapter`.
+    Adapters of other types than PSR go off by PEFT's own `disable_adapter`.
     """
     if isinstance(model.base_model, PSRModel):
         with model.base_model.unedited():
@@ -93,10 +81,6 @@ def unedited(model: PeftModel) -> Iterator[None]:
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
-
-
-def _recording(model: PeftModel, edited: bool) -> AbstractContextManager[dict[tuple[str, str], torch.Tensor]]:
-    return psr_model(model).record_gates() if edited else nullcontext({})
 
 
 def few_logits(model: PeftModel) -> dict[str, torch.Tensor]:
@@ -123,7 +107,7 @@ def run_branch(
         batch: From `TripletCollator`, on the model's device.
         layers: Names of the layers to look at.
         branch: One of the three; only "student" keeps a graph.
-        logits: Whether the logits are wanted; if not, the model is spared most of its output layer.
+        logits: Whether they are wanted; if not, the model is spared most of its output layer.
         wrapper: What to call in place of `model`: a wrapper around it that gathers gradients, such as DDP's.
         adapter_names: For the student, one adapter a row in place of the active ones.
     """
@@ -132,18 +116,20 @@ def run_branch(
     if not logits:
         inputs |= few_logits(model)
     edited = branch == "student"
+    off: AbstractContextManager[None] = nullcontext() if edited else unedited(model)
+    recording: AbstractContextManager[dict[tuple[str, str], torch.Tensor]] = nullcontext({})
     if edited:
+        recording = psr_model(model).record_gates()
         inputs |= {"steering_mask": batch["steering_mask"], "alpha": batch["alpha"]}
         if adapter_names is not None:
             inputs["adapter_names"] = list(adapter_names)
     with_graph = edited and torch.is_grad_enabled()
-    off = nullcontext() if edited else unedited(model)
     with (
         torch.set_grad_enabled(with_graph),
         nullcontext() if with_graph else in_eval_mode(model),  # dropout would make the branches differ by noise
         off,
         capture_layer_outputs(model.get_base_model(), layers) as outputs,
-        _recording(model, edited) as gates,
+        recording as gates,
     ):
         result = (model if wrapper is None else wrapper)(**inputs, use_cache=False)
     return Branch(

@@ -5,8 +5,6 @@ switches between teacher and student into its graph, and compiles anew as they c
 alike, so that a few graphs serve all of them, prompted and steered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -25,11 +23,7 @@ GRAPHS = 64
 
 @contextmanager
 def compiled_layers(model: PeftModel, args: TrainingArguments) -> Iterator[None]:
-    """Inside, the decoder layers' `forward` is compiled, for any length of sequences, if the arguments say so.
-
-    Args:
-        model: A PEFT model with a PSR adapter.
-        args: `torch_compile` says whether, `torch_compile_backend` and `torch_compile_mode` how.
+    """Inside, the decoder layers' `forward` is compiled, for any length of sequences, if `torch_compile` says so.
 
     Raises:
         ValueError: a layer is offloaded, so that its `forward` fetches its weights.

@@ -4,8 +4,6 @@ Both are the same in every epoch, so they are computed once and kept where they 
 stream below the first edit known, a training step computes the layers above it alone.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The hidden states of all triplets at the current layer are kept, so that steppin
 the layers between the two. Where they do not fit `KEPT_BYTES`, each look at a layer runs the model from its start.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -30,17 +28,11 @@ KEPT_BYTES = 4e9
 
 
 class Tokens(NamedTuple):
-    """Edited tokens of some triplets at one layer.
+    """Edited tokens of some triplets at one layer."""
 
-    Attributes:
-        stream: A, the student's stream, (tokens, d) float32.
-        difference: D, the teacher's stream minus A, (tokens, d) float32.
-        triplets: The triplet that each token belongs to, (tokens,) int64.
-    """
-
-    stream: torch.Tensor
-    difference: torch.Tensor
-    triplets: torch.Tensor
+    stream: torch.Tensor  # A, the student's stream, (tokens, d) float32
+    difference: torch.Tensor  # D, the teacher's stream minus A, (tokens, d) float32
+    triplets: torch.Tensor  # the triplet that each token belongs to, (tokens,) int64
 
 
 @dataclass
@@ -53,16 +45,10 @@ class _Position:
 
 
 class LayerStreams:
-    """Steps through a model's decoder layers with all triplets at once.
+    """Steps through a model's decoder layers with all triplets, as encoded rows, at once, `batch_size` a forward pass.
 
     The student carries the edits of the layers before the one looked at, so these must be final; that layer's own edit
     must do nothing as yet.
-
-    Args:
-        model: A PEFT model with an active PSR adapter.
-        collator: Makes the batches.
-        rows: Encoded triplets, from `TripletCollator.encode`.
-        batch_size: Triplets a forward pass.
     """
 
     def __init__(self, model: PeftModel, collator: TripletCollator, rows: Sequence[Row], batch_size: int) -> None:
@@ -87,8 +73,7 @@ class LayerStreams:
     def at(self, name: str) -> Iterator[Tokens]:
         """The edited tokens at the decoder layer `name`, batch by batch; no layer before one that was looked at.
 
-        Raises:
-            ValueError: activations are not finite; the message names the layer and the triplet.
+        Raises `ValueError`, naming the layer and the triplet, if activations are not finite.
         """
         layer = self.layers.index(name)
         for number, batch in enumerate(self._batches):

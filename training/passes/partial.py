@@ -7,10 +7,8 @@ Not for a model that computes layers again in the backward pass (gradient checkp
 call, nor for one that is compiled as a whole; one whose layers are compiled (see `compiled`) will do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,8 +25,9 @@ from peft_psr.layer import PSRLayer
 _TUPLE_LENGTHS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-@contextmanager
-def known_output(model: nn.Module, names: Sequence[str], hidden: torch.Tensor, edited: bool) -> Iterator[None]:
+def known_output(
+    model: nn.Module, names: Sequence[str], hidden: torch.Tensor, edited: bool
+) -> AbstractContextManager[None]:
     """Inside, the first decoder layers are not computed in a forward call: the last of them returns `hidden`.
 
     Args:
@@ -37,33 +36,19 @@ def known_output(model: nn.Module, names: Sequence[str], hidden: torch.Tensor, e
         hidden: (batch, seq, d), in the model's dtype.
         edited: `hidden` carries the last layer's edit already; if not, the layer's adapters edit it.
     """
-    off = names if edited else names[:-1]
-    with _replaced(model, names, lambda given: hidden, off):
-        yield
+    return _replaced(model, names, lambda given: hidden, names if edited else names[:-1])
 
 
-@contextmanager
-def stop_after(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Inside, the last decoder layers pass their input through: neither computed nor edited in a forward call.
-
-    Args:
-        model: The base model of a PEFT model with a PSR adapter.
-        names: Names of these layers, up to the last one; none leaves the model as it is.
-    """
-    with _replaced(model, names, lambda given: given, names):
-        yield
+def stop_after(model: nn.Module, names: Sequence[str]) -> AbstractContextManager[None]:
+    """Inside, the last decoder layers, by `names`, pass their input through: neither computed nor edited."""
+    return _replaced(model, names, lambda given: given, names)
 
 
 def predict(model: nn.Module, hidden: torch.Tensor, layers_pattern: str | list[str] | None = None) -> torch.Tensor:
-    """What the model predicts from outputs of its last decoder layer, by its own final norm and head.
+    """Logits (n, vocabulary) of outputs (n, d) of the last decoder layer, edits included, by the model's own head.
 
-    Args:
-        model: A PEFT model with a PSR adapter or its base model; not an encoder-decoder.
-        hidden: (n, d), edits included.
-        layers_pattern: As in `PSRConfig`.
-
-    Returns:
-        Logits (n, vocabulary), with the graph of `hidden`.
+    Its final norm goes before, and the graph of `hidden` on. The model, with a PSR adapter or its base, is no
+    encoder-decoder.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     names = decoder_layer_names(base, layers_pattern)
@@ -89,16 +74,14 @@ def _replaced(
         yield
 
 
-@contextmanager
-def _forward_of(module: nn.Module, output: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+def _forward_of(module: nn.Module, output: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[None]:
     length = _TUPLE_LENGTHS[module]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         result = output(args[0] if args else kwargs["hidden_states"])
         return (result, *[None] * (length - 1)) if length else result
 
-    with attribute(module, "forward", forward):
-        yield
+    return attribute(module, "forward", forward)
 
 
 @contextmanager

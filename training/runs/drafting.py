@@ -1,7 +1,5 @@
 """A first draft of a trait's files by a chat model, in the layout of `traits`; its user reads it over before use."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -48,17 +46,14 @@ _RETRY = "That can't be used: {error} Reply with the whole JSON object again, co
 
 
 def draft_trait(name: str, description: str, chat: Chat, folder: str | Path, attempts: int = 3) -> dict[Split, Path]:
-    """Asks a chat model for a trait and writes both splits, each with a note that it is to be read over.
+    """Asks a chat model for a trait and writes the file of each split, with a note that it is to be read over.
 
     Args:
         name: The trait's name, which becomes the files' name: small letters, digits, - and _.
         description: What the trait is, in a sentence or two.
         chat: Called with a conversation, returns the answer.
-        folder: Where `trait_data_extract/` and `trait_data_eval/` are; made if need be.
+        folder: Where `trait_data_extract/` and `trait_data_eval/` are; made if need be. `read_trait` reads it.
         attempts: How often to ask; an answer that can't be used is sent back with what is wrong.
-
-    Returns:
-        The file of each split; `read_trait(folder, split, name)` reads it.
 
     Raises:
         FileExistsError: there is a trait of that name in the folder.
@@ -87,20 +82,14 @@ def draft_trait(name: str, description: str, chat: Chat, folder: str | Path, att
 def make_chat(
     model: str, server_url: str | None, key_variable: str, max_new_tokens: int, temperature: float, seed: int
 ) -> Chat:
-    """Returns what answers a conversation with text: a model here, or on a server if a URL is given.
+    """Returns what answers a conversation with text of at most `max_new_tokens`: a model here, or at `server_url`.
 
-    Args:
-        model: Hub name or folder, 'embedded', or its name on the server.
-        server_url: Such as http://localhost:8000/v1.
-        key_variable: Environment variable with the server's key.
-        max_new_tokens: Longest answer, in tokens.
-        temperature: Of the sampling.
-        seed: Of the sampling.
+    The server's key is in the environment variable `key_variable`. What is returned raises `ConnectionError` if there
+    is
+    no answer.
 
     Raises:
-        ConnectionError: (by what is returned) the server gave no answer.
-        OSError: the model can't be had.
-        ValueError: a setting is wrong.
+        OSError, ValueError: the model can't be had; a setting is wrong.
     """
     sampler: Sampler
     if server_url:
@@ -150,14 +139,11 @@ def _files_from(answer: str, name: str) -> dict[Split, dict[str, Any]]:
     rubric = draft.get("rubric")
     if not isinstance(rubric, str) or not rubric.strip() or "{" in rubric:
         raise ValueError(f"rubric must be text without braces, got {rubric!r}.")
-    questions = draft.get("questions")
-    if not isinstance(questions, list) or len(questions) < 2 * NUM_QUESTIONS:
-        count = len(questions) if isinstance(questions, list) else 0
-        raise ValueError(f"questions must be a list of {2 * NUM_QUESTIONS}, got {count}.")
-    pairs = draft.get("instruction")
-    if not isinstance(pairs, list) or len(pairs) < NUM_INSTRUCTIONS:
-        count = len(pairs) if isinstance(pairs, list) else 0
-        raise ValueError(f"instruction must be a list of {NUM_INSTRUCTIONS} pairs, got {count}.")
+    for field, least, what in (("questions", 2 * NUM_QUESTIONS, ""), ("instruction", NUM_INSTRUCTIONS, " pairs")):
+        count = len(draft[field]) if isinstance(draft.get(field), list) else 0
+        if count < least:
+            raise ValueError(f"{field} must be a list of {least}{what}, got {count}.")
+    questions, pairs = draft["questions"], draft["instruction"]
     # alternate questions, so that neither split gets only what a model thinks of last
     halves: dict[Split, list[Any]] = {"train": questions[0::2], "test": questions[1::2]}
     files: dict[Split, dict[str, Any]] = {}

@@ -16,12 +16,9 @@ from peft_psr.files import encode, not_written
 
 
 class Journal:
-    """An append-only JSONL file; a context manager.
+    """An append-only JSONL file, made if it is not there; a context manager.
 
-    One process writes it at a time: whoever opens it sees to that.
-
-    Args:
-        path: The file; made if it is not there. A last line that was cut off is dropped.
+    One process writes it at a time: whoever opens it sees to that. A last line that was cut off is dropped.
 
     Raises:
         OSError: it can't be opened or written.
@@ -38,8 +35,7 @@ class Journal:
     def append(self, record: dict[str, Any]) -> None:
         """Writes one record, so that a kill afterwards does not lose it.
 
-        Raises:
-            OSError: the disk is full, for one. The file is left as it was; the message says what to do.
+        Raises `OSError`, with what to do, if the disk is full, for one; the file is left as it was.
         """
         line = encode(json.dumps(record, ensure_ascii=False) + "\n")
         try:

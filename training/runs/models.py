@@ -1,43 +1,18 @@
 """The models that recipes name, their tokenizers and configurations, loaded as the recipes say."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from peft_psr.base_model import loading
 
-
-class NamesModels(Protocol):
-    """A recipe, as far as it says how its models are loaded; one of `psr triplets` has a `device_map` too."""
-
-    @property
-    def revision(self) -> str | None:
-        """Branch, tag or commit on the Hub."""
-
-    @property
-    def dtype(self) -> str:
-        """Of the weights."""
-
-    @property
-    def trust_remote_code(self) -> bool:
-        """Whether to run code that comes with a model."""
-
-    @property
-    def tokenizer_settings(self) -> dict[str, Any]:
-        """Arguments of `peft_psr.base_model.loading.load_tokenizer`."""
+from .recipe_fields import ModelFields
 
 
-def load_tokenizer(model: str, recipe: NamesModels) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe's model, with the chat template that the recipe gives it.
-
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.base_model.loading.load_tokenizer`.
-    """
+def load_tokenizer(model: str, recipe: ModelFields) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe's model, with the recipe's chat template; raises as `peft_psr.base_model.loading`."""
     return _tokenizer(model, recipe.revision, json.dumps(recipe.tokenizer_settings))
 
 
@@ -46,21 +21,15 @@ def _tokenizer(model: str, revision: str | None, settings: str) -> PreTrainedTok
     return loading.load_tokenizer(model, revision, **json.loads(settings))
 
 
-def load_config(model: str, recipe: NamesModels) -> Any:
-    """The configuration of a recipe's model.
-
-    Raises:
-        OSError: it can't be had.
-    """
+def load_config(model: str, recipe: ModelFields) -> Any:
+    """The configuration of a recipe's model; raises `OSError` if it can't be had."""
     return loading.load_config(model, recipe.revision, recipe.trust_remote_code)
 
 
-def load_model(model: str, recipe: NamesModels) -> Any:
+def load_model(model: str, recipe: ModelFields) -> Any:
     """A recipe's model, in eval mode; on the CPU where the recipe does not say where it goes.
 
-    Raises:
-        OSError: it can't be had.
-        ValueError: as `peft_psr.base_model.loading.load_model`.
+    Raises as `peft_psr.base_model.loading.load_model`.
     """
     device_map = getattr(recipe, "device_map", None)
     return loading.load_model(

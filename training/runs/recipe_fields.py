@@ -1,7 +1,5 @@
 """What recipes of every kind share: YAML files whose fields are checked one by one and explained in words."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os
@@ -11,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -21,13 +19,16 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
 from peft_psr.files import digest
+from peft_psr.prompts.chat_template import check_template_args, read_chat_template
 from peft_psr.registry import Registry
 from peft_psr.text import composed
+from peft_psr.training.data.draws import template_hash
 
 from .yaml_reading import parse_yaml, read_yaml
 
@@ -53,11 +54,7 @@ Places = Annotated[Names, AfterValidator(lambda places: tuple(map(os.path.expand
 
 @dataclass(frozen=True)
 class Registered:
-    """The name of what is in a registry when a recipe is read: `Annotated[str, Registered(SOURCES)]`.
-
-    Attributes:
-        registry: What may be named.
-    """
+    """The name of what is in a registry when a recipe is read: `Annotated[str, Registered(SOURCES)]`."""
 
     registry: Registry[Any]
 
@@ -94,6 +91,48 @@ class RecipeFields(BaseModel):
     def fixed_hash(self) -> str:
         """SHA-256 of `fixed()`."""
         return digest(self.fixed())
+
+
+class ModelFields(RecipeFields):
+    """How a recipe's model, where it is loaded here, renders prompts, and whether code that comes with it is run."""
+
+    if TYPE_CHECKING:  # each kind of recipe describes them in words of its own
+        revision: str | None
+        dtype: str
+
+    chat_template: Place | None = Field(
+        None, description="File with a chat template, for models without one or in place of their own."
+    )
+    template_args: dict[str, Any] | None = Field(
+        None, description='Arguments of the chat template: {"enable_thinking": false}, say.'
+    )
+    trust_remote_code: bool = Field(
+        False, json_schema_extra=FREE, description="Run code that comes with a model on the Hub."
+    )
+
+    @field_validator("template_args")
+    @classmethod
+    def _can_be_arguments(cls, template_args: dict[str, Any] | None) -> dict[str, Any] | None:
+        check_template_args(template_args or {})
+        return template_args or None
+
+    def fixed(self) -> dict[str, Any]:
+        """The fields that decide the result; of the chat template's file its hash: the file may move, and may change.
+
+        Raises as `read_chat_template`.
+        """
+        if self.chat_template is None:
+            return super().fixed()
+        return super().fixed() | {"chat_template": template_hash(read_chat_template(self.chat_template))}
+
+    @property
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """What `peft_psr.base_model.loading.load_tokenizer` is given beside the model's name and revision."""
+        return {
+            "chat_template": self.chat_template,
+            "template_args": self.template_args,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
 
 def _from_text(name: str, value: Any, kinds: Sequence[Any]) -> Any:

@@ -1,7 +1,5 @@
 """YAML as users write it: what is ambiguous or broken is refused with the line where it stands."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +34,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What a YAML text holds.
-
-    Args:
-        text: YAML, one document.
-        where: The file, for messages.
-
-    Raises:
-        ValueError: it is no YAML, or a key comes twice; the message names `where` and the line.
-    """
+    """What a YAML text holds; `ValueError`, naming `where` and the line, if it is no YAML or a key comes twice."""
     try:
         return yaml.load(text, _Loader)
     except _KeyComesTwice as error:
@@ -65,10 +55,5 @@ def _in_a_line(error: yaml.YAMLError) -> str:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds.
-
-    Raises:
-        OSError: the file is not there or can't be read.
-        ValueError: it is not UTF-8, no YAML, or a key comes twice; the message names the file and the line.
-    """
+    """What a YAML file holds; raises as `read_text` and `parse_yaml`."""
     return parse_yaml(read_text(path), str(path))

@@ -5,8 +5,6 @@ the `openai` client, so that each one is counted. The API key is read from the e
 and kept nowhere else.
 """
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import logging
@@ -62,17 +60,12 @@ class TooManyFailures(RuntimeError):
 
 @dataclass(frozen=True)
 class Request:
-    """One request.
+    """One request."""
 
-    Attributes:
-        prompt: Messages go to `/chat/completions`; plain text goes to `/completions`, without a chat template.
-        parameters: By the API's names: `seed`, `temperature`, `max_tokens`, ...
-        top_logprobs: How many of the likeliest tokens to ask for in each place of the answer, 0 for none. For
-            messages only.
-    """
-
-    prompt: Prompt
+    prompt: Prompt  # messages go to `/chat/completions`; plain text goes to `/completions`, without a chat template
+    # by the API's names: `seed`, `temperature`, `max_tokens`,
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    # how many of the likeliest tokens to ask for in each place of the answer, 0 for none. For messages only
     top_logprobs: int = 0
 
 
@@ -137,15 +130,9 @@ class ChatServer:
             raise ValueError(f"timeout must be above 0 seconds, got {timeout}.")
         if not 0 <= max_failure_share <= 1:
             raise ValueError(f"max_failure_share must be between 0 and 1, got {max_failure_share}.")
-        self.base_url = base_url
-        self.model = model
-        self.api_key_variable = api_key_variable
-        self.concurrency = concurrency
-        self.timeout = timeout
-        self.max_retries = max_retries
-        self.backoff = backoff
-        self.max_failure_share = max_failure_share
-        self.min_requests = min_requests
+        self.base_url, self.model, self.api_key_variable = base_url, model, api_key_variable
+        self.concurrency, self.timeout, self.max_retries, self.backoff = concurrency, timeout, max_retries, backoff
+        self.max_failure_share, self.min_requests = max_failure_share, min_requests
         self.extra_body = dict(extra_body or {})
         self.counts: Counter[str] = Counter()
         self.usage: Counter[str] = Counter()
@@ -172,8 +159,7 @@ class ChatServer:
     def models(self) -> list[str]:
         """The models that the server lists; `transformers serve` lists its cache, not all that it can load.
 
-        Raises:
-            ServerError: the server does not answer, or refuses.
+        Raises `ServerError` if the server does not answer, or refuses.
         """
         with self._client(openai.OpenAI) as client:
             try:
@@ -185,12 +171,9 @@ class ChatServer:
     def stream(self, requests: Iterable[tuple[Tag, Request]]) -> Generator[tuple[Tag, ServerAnswer | Failure]]:
         """Send requests, and yield each one's tag and outcome as it finishes, in any order.
 
-        At most `concurrency` are in flight, and no more than as many again wait for the caller to take them. Closing
-        the iterator cancels what is in flight.
-
-        Args:
-            requests: Pairs of anything by which the caller knows the request, and the request; taken from another
-                thread, as there is room.
+        At most `concurrency` are in flight, and no more than as many again wait for the caller to take them; they are
+        taken
+        from another thread, as there is room. Closing the iterator cancels what is in flight.
 
         Raises:
             ServerError: the server refuses for good: a wrong key (401), no access (403), an unknown model or path
@@ -241,7 +224,9 @@ class ChatServer:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _send_some(self, client, requests: Iterator, outbox: queue.SimpleQueue, room: asyncio.Semaphore) -> None:
+    async def _send_some(
+        self, client: Any, requests: Iterator, outbox: queue.SimpleQueue, room: asyncio.Semaphore
+    ) -> None:
         while True:
             await room.acquire()
             entry = next(requests, None)
@@ -253,7 +238,7 @@ class ChatServer:
             outbox.put(((tag, outcome), None))
             self._check_failures()
 
-    async def _send(self, client, request: Request) -> ServerAnswer | Failure:
+    async def _send(self, client: Any, request: Request) -> ServerAnswer | Failure:
         # every attempt of one request
         attempt = 0
         while True:
@@ -287,7 +272,7 @@ class ChatServer:
         more = self._learnt.parameters(request.parameters, request.top_logprobs, chat="messages" in asked)
         return {"model": self.model, "extra_body": self.extra_body, **asked, **more}
 
-    async def _attempt(self, client, request: Request, parameters: Mapping[str, Any]) -> ServerAnswer | Mishap:
+    async def _attempt(self, client: Any, request: Request, parameters: Mapping[str, Any]) -> ServerAnswer | Mishap:
         while (wait := self._quiet_until - time.monotonic()) > 0:
             await asyncio.sleep(wait)
         self._count("requests")
@@ -307,7 +292,7 @@ class ChatServer:
         self._see(response)
         return answer
 
-    def _see(self, response) -> None:
+    def _see(self, response: Any) -> None:
         with self._lock:
             for name, value in (("models", response.model), ("system_fingerprints", response.system_fingerprint)):
                 if isinstance(value, str):
@@ -340,7 +325,7 @@ class ChatServer:
                 counts,
             )
 
-    async def _explain(self, client, mishap: Mishap) -> str:
+    async def _explain(self, client: Any, mishap: Mishap) -> str:
         if mishap.kind == "denied":
             state = "was sent" if self._key() else "is not set"
             return (
@@ -355,7 +340,7 @@ class ChatServer:
         hint = "" if self.base_url.rstrip("/").endswith("/v1") else " base_url usually ends in /v1."
         return f"The server at {self.host} refuses requests for the model {self.model!r}: {mishap.text}.{listed}{hint}"
 
-    def _client(self, kind):
+    def _client(self, kind: Any) -> Any:
         http: dict[str, Any] = {}
         if _is_loopback(urlsplit(self.base_url).hostname or ""):  # a proxy would look for it on its own machine
             own = openai.DefaultAsyncHttpxClient if kind is openai.AsyncOpenAI else openai.DefaultHttpxClient

@@ -5,8 +5,6 @@ from its cache with the rows that have not ended. What a row computes is the sam
 batch of another shape.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 

@@ -6,8 +6,6 @@ on the rows beside it. Gumbel (1954); the function is SplitMix64 (Steele, Lea an
 counter to 64 bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -38,15 +36,9 @@ def _splitmix(states: torch.Tensor) -> torch.Tensor:
 
 
 def gumbel_noise(seeds: torch.Tensor, step: int, size: int) -> torch.Tensor:
-    """Standard Gumbel variables that depend on nothing but their seed, step and place.
+    """Standard Gumbel variables, (batch, size) float32, that depend on nothing but their seed, step and place.
 
-    Args:
-        seeds: (batch,) int64, one for each row.
-        step: Tokens drawn before this one, from 0.
-        size: How many variables a row: the vocabulary's size.
-
-    Returns:
-        (batch, size) float32, on the device of `seeds`.
+    `seeds`, (batch,) int64, are one a row; `step` counts the tokens drawn before; `size` is the vocabulary's.
     """
     states = _splitmix(_splitmix(seeds) + _signed((step + 1) * _INCREMENT))[:, None]
     places = torch.arange(1, size + 1, device=seeds.device)
@@ -75,15 +67,7 @@ class GumbelLogitsProcessor(LogitsProcessor):
         self.prompt_length, self.temperature = prompt_length, temperature
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Adds the noise of this step.
-
-        Args:
-            input_ids: (batch, prompt and drawn tokens).
-            scores: (batch, vocabulary) logits.
-
-        Returns:
-            (batch, vocabulary), whose argmax is the draw.
-        """
+        """Adds this step's noise to logits (batch, vocabulary), so that their argmax is the draw."""
         step = input_ids.shape[1] - self.prompt_length
         noise = gumbel_noise(self.seeds.to(scores.device), step, scores.shape[1])
         return scores / self.temperature + noise  # type: ignore[return-value]

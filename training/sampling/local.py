@@ -1,7 +1,5 @@
 """Completions sampled from a local model: in batches of similar length, each row by its own seed, on any device."""
 
-from __future__ import annotations
-
 import gc
 import logging
 from collections.abc import Iterator, Sequence
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.positions import chat_mask, pad_rows, pad_tokens
 from peft_psr.prompts.chat_template import template_args_of
@@ -64,7 +62,7 @@ class _Row:
 
 def sample_completions(
     model: PreTrainedModel | PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -131,21 +129,16 @@ class LocalSampler:
     (top-p, penalties) are not applied, its end tokens are.
 
     Args:
-        model: Any causal language model, on one device or spread by a `device_map`.
-        processing_class: Its tokenizer.
-        max_new_tokens: Longest completion, in tokens.
-        temperature: Of the sampling; 0 takes the likeliest token.
-        batch_size: Most draws a batch; halved when memory runs out.
+        model, processing_class, max_new_tokens, temperature, batch_size: As in `sample_completions`, errors too; the
+        model
+            is on one device or spread by a `device_map`.
         name: What records call the model; its `name_or_path` by default.
-
-    Raises:
-        ValueError: `max_new_tokens` or `batch_size` below 1, or temperature below 0.
     """
 
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        processing_class,
+        processing_class: PreTrainedTokenizerBase,
         max_new_tokens: int,
         temperature: float = 1.0,
         batch_size: int = 64,
@@ -157,7 +150,7 @@ class LocalSampler:
         self.name = name or model.config.name_or_path
 
     def describe(self) -> dict[str, Any]:
-        """Returns engine, model, revision, chat template hash and settings, and what cannot be reproduced."""
+        """See `Sampler.describe`."""
         return {
             "engine": "transformers",
             "model": self.name,
@@ -174,11 +167,7 @@ class LocalSampler:
         }
 
     def __call__(self, draws: Sequence[Draw]) -> Iterator[tuple[Draw, Completion | Failure]]:
-        """Yields each draw with its completion as its batch finishes, longest prompts first.
-
-        Raises:
-            torch.OutOfMemoryError: a single draw does not fit.
-        """
+        """Yields each draw with its completion as its batch finishes; `OutOfMemoryError` where one does not fit."""
         rows = [
             _Row(i, draw.prompt, encode_prompt(self.processing_class, draw.prompt), draw.seed)
             for i, draw in enumerate(draws)
@@ -191,7 +180,7 @@ class LocalSampler:
 
 def _sample(
     model: PreTrainedModel | PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     rows: Sequence[_Row],
     max_new_tokens: int,
     temperature: float,
@@ -225,7 +214,7 @@ def _sample(
 @torch.no_grad()
 def _sample_batch(
     model: PreTrainedModel | PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     rows: Sequence[_Row],
     max_new_tokens: int,
     temperature: float,
@@ -283,7 +272,7 @@ def _sample_batch(
     return completions
 
 
-def _ends_inside_reasoning(processing_class, prompt: Prompt) -> bool:
+def _ends_inside_reasoning(processing_class: PreTrainedTokenizerBase, prompt: Prompt) -> bool:
     """Whether the template has opened reasoning, or the beginning of the answer that the prompt holds has."""
     begun = content_text(prompt[-1]) if begins_answer(prompt) else ""  # type: ignore[arg-type]
     return opens_reasoning(render_prompt(processing_class, prompt)) or split_reasoning(begun).answer is None

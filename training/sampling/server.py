@@ -1,7 +1,5 @@
 """Completions drawn from a model on an OpenAI-compatible server; a `Sampler`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -23,27 +21,23 @@ class ServerSampler:
     `transformers serve` samples only where the model's `generation_config.json` says `do_sample`, whatever temperature
     it is asked for, and sets a request's seed for all that it draws: there, only one request in flight is
     reproducible.
+
+    Args:
+        server: The model to draw from.
+        max_new_tokens: Longest completion, in tokens.
+        temperature: Of the sampling, with top-p 1; 0 takes the likeliest token. Other limits on what is sampled, such
+            as top-k, are the server's; set them by its `extra_body`.
+
+    Raises:
+        ValueError: `max_new_tokens` below 1, or temperature below 0.
     """
 
     def __init__(self, server: ChatServer, max_new_tokens: int = 256, temperature: float = 1.0):
-        """Nothing is sent yet.
-
-        Args:
-            server: The model to draw from.
-            max_new_tokens: Longest completion, in tokens.
-            temperature: Of the sampling, with top-p 1; 0 takes the likeliest token. Other limits on what is sampled,
-                such as top-k, are the server's; set them by its `extra_body`.
-
-        Raises:
-            ValueError: `max_new_tokens` below 1, or temperature below 0.
-        """
         check_sampling(max_new_tokens, temperature)
-        self.server = server
-        self.max_new_tokens = max_new_tokens
-        self.temperature = temperature
+        self.server, self.max_new_tokens, self.temperature = server, max_new_tokens, temperature
 
     def describe(self) -> dict[str, Any]:
-        """What is asked of which server, as JSON, and what it cannot promise; see `Sampler.describe`."""
+        """See `Sampler.describe`."""
         return {
             "engine": "OpenAI-compatible server",
             **self.server.describe(),
@@ -62,8 +56,7 @@ class ServerSampler:
         """Yield each draw with its outcome as it finishes; closing the iterator cancels what is in flight.
 
         Raises:
-            ServerError: the server refuses for good.
-            TooManyFailures: the share of failures passed the server's limit.
+            ServerError, TooManyFailures: as `ChatServer.stream`.
             ValueError: a prompt ends with the beginning of the answer, which a server takes for a turn that has ended.
         """
         goes_on = self.server.extra_body.get("continue_final_message")
@@ -74,18 +67,11 @@ class ServerSampler:
                 "one. Draw from the model here (sampler: local), or, if the server is vLLM, say "
                 '--server-fields \'{"continue_final_message": true, "add_generation_prompt": false}\'.'
             )
-        with closing(self.server.stream((draw, self._request(draw)) for draw in draws)) as outcomes:
+        settings = {"temperature": self.temperature, "top_p": 1.0, "max_tokens": self.max_new_tokens}
+        requests = ((draw, Request(draw.prompt, {"seed": draw.seed, **settings})) for draw in draws)
+        with closing(self.server.stream(requests)) as outcomes:
             for draw, outcome in outcomes:
                 yield draw, _completion(outcome) if isinstance(outcome, ServerAnswer) else outcome
-
-    def _request(self, draw: Draw) -> Request:
-        parameters = {
-            "seed": draw.seed,
-            "temperature": self.temperature,
-            "top_p": 1.0,
-            "max_tokens": self.max_new_tokens,
-        }
-        return Request(draw.prompt, parameters)
 
 
 def _completion(answer: ServerAnswer) -> Completion:

@@ -3,8 +3,6 @@
 Servers differ and the `openai` client does not check what they send, so every field is read with care.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -22,42 +20,28 @@ TopTokens = list[tuple[str, float]]
 
 @dataclass(frozen=True)
 class ServerAnswer:
-    """What the server answered.
+    """What the server answered."""
 
-    Attributes:
-        text: The completion, without reasoning that the server keeps apart, and without halves of characters; empty
-            where the server gives none (a model that only thought, or ended at once).
-        finish_reason: The server's word: `"stop"`, `"length"`, ...
-        tokens: The text of each token of the answer with the likeliest tokens in its place, or `None` where the server
-            gives no log-probabilities.
-        prompt_tokens: As the server counts them, or `None`.
-        completion_tokens: As the server counts them, or `None`.
-        reasoned: The server keeps reasoning apart, which is no part of the text.
-    """
-
+    # the completion, without reasoning that the server keeps apart, and without halves of characters; empty where the
+    # server gives none (a model that only thought, or ended at once)
     text: str
-    finish_reason: str | None
+    finish_reason: str | None  # the server's word: `"stop"`, `"length"`,
+    # the text of each token of the answer with the likeliest tokens in its place, or `None` where the server gives no
+    # log-probabilities
     tokens: list[tuple[str, TopTokens]] | None = None
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    reasoned: bool = False
+    prompt_tokens: int | None = None  # As the server counts them, or `None`
+    completion_tokens: int | None = None  # As the server counts them, or `None`
+    reasoned: bool = False  # the server keeps reasoning apart, which is no part of the text
 
 
 @dataclass(frozen=True)
 class Mishap:
-    """An attempt that brought no answer.
+    """An attempt that brought no answer."""
 
-    Attributes:
-        kind: For counting; see `ChatServer.counts`.
-        text: What happened, with the server's words.
-        action: Try again, give this request up, or stop sending altogether.
-        wait: Seconds that the server asks for before the next attempt.
-    """
-
-    kind: str
-    text: str
-    action: Literal["retry", "fail", "stop"] = "retry"
-    wait: float | None = None
+    kind: str  # for counting; see `ChatServer.counts`
+    text: str  # what happened, with the server's words
+    action: Literal["retry", "fail", "stop"] = "retry"  # try again, give this request up, or stop sending altogether
+    wait: float | None = None  # seconds that the server asks for before the next attempt
 
 
 def read_answer(response: Any, text_of: Callable[[Any], Any]) -> ServerAnswer | Mishap:

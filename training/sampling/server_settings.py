@@ -4,8 +4,6 @@ OpenAI's newer models refuse `max_tokens` and want `max_completion_tokens`, othe
 give 5 of the likeliest tokens and not 20, some none. A refusal says so once, and all further requests follow.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping
@@ -25,11 +23,7 @@ _TOO_MANY = re.compile(r"top_logprobs|max|most|less|greater|between|exceed|range
 
 
 class LearntSettings:
-    """What the requests to one server follow; for several threads, since an answer of any order may teach.
-
-    Args:
-        host: The server, for the log.
-    """
+    """What requests to a server (`host`, in the log) follow; for several threads: answers of any order may teach."""
 
     def __init__(self, host: str) -> None:
         self.host = host
@@ -52,11 +46,7 @@ class LearntSettings:
         return sent
 
     def learn(self, sent: Mapping[str, Any], refusal: str) -> bool:
-        """Take what a refusal says of the parameters that were sent.
-
-        Returns:
-            Whether the same request, with what is known now, is worth another attempt.
-        """
+        """Take what a refusal says of what was sent; returns whether the request is worth another attempt now."""
         words = refusal.lower()
         if (count := sent.get("top_logprobs", 0)) and "logprob" in words:
             if self.top_logprobs(count) == count:

@@ -4,8 +4,6 @@ A folder of it holds `metadata.jsonl` (`concept_id`, `concept`, `concept_genres_
 `output`, `category`, `concept_id`). Source: AxBench (arXiv 2501.17148) and its data sets CONCEPT10 and CONCEPT500.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,34 +28,21 @@ _COLUMNS = ("input", "output", "category", "concept_id")
 
 @dataclass(frozen=True)
 class Concept:
-    """A concept with the questions and answers that AxBench has for it.
+    """A concept with the questions and answers that AxBench has for it."""
 
-    Attributes:
-        id: `concept_id`.
-        description: What the concept is, in words.
-        genres: Of "text", "code" and "math".
-        inputs: Questions.
-        outputs: For each question an answer that shows the concept.
-    """
-
-    id: int
-    description: str
-    genres: tuple[str, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    id: int  # `concept_id`
+    description: str  # what the concept is, in words
+    genres: tuple[str, ...]  # of "text", "code" and "math"
+    inputs: tuple[str, ...]  # questions
+    outputs: tuple[str, ...]  # for each question an answer that shows the concept
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question that AxBench has for no concept in particular.
+    """A question that AxBench has for no concept in particular."""
 
-    Attributes:
-        text: What is asked.
-        genre: "text", "code" or "math", or `None` where the file does not say.
-    """
-
-    text: str
-    genre: str | None = None
+    text: str  # what is asked
+    genre: str | None = None  # "text", "code" or "math", or `None` where the file does not say
 
 
 def read_axbench(folder: str | Path, concept_ids: Sequence[int] | None = None) -> list[Concept]:
@@ -96,14 +81,7 @@ def read_negative_questions(folder: str | Path) -> list[Question]:
 
     Their answers show no concept and no adapter is trained on them. Some of the questions, though, come again among
     the positive examples of a concept: leave `Concept.inputs` out of what is to be held out from training on it.
-
-    Args:
-        folder: As in `read_axbench`.
-
-    Raises:
-        ImportError: pyarrow is not installed.
-        FileNotFoundError: no such folder, or a file is missing.
-        ValueError: several files fit, or one is malformed (the message names it).
+    `folder` and errors are as in `read_axbench`.
     """
     train = _train_file(folder)
     questions: dict[str, Question] = {}
@@ -122,16 +100,10 @@ def axbench_pairs(
 ) -> list[PromptPair]:
     """The prompts to draw on: every question of the concept, with the instruction that asks for the concept.
 
-    Args:
-        concept: As read.
-        placement: Where the instruction stands; see `add_instruction`.
-        instruction: With the placeholder `{concept}`.
+    The instruction has the placeholder `{concept}`; `ValueError` if not. For its placement see `add_instruction`.
 
     Returns:
         Pairs with ids such as `"axbench/3/17"` (concept/question), whose metadata holds `concept_id` and `question`.
-
-    Raises:
-        ValueError: `instruction` lacks the placeholder, or `placement` is unknown.
     """
     if "{concept}" not in instruction:
         raise ValueError(f"instruction must hold the placeholder {{concept}}, got {instruction!r}.")
@@ -154,18 +126,10 @@ def axbench_pairs(
 def axbench_triplets(
     concept: Concept, placement: Placement = "system", instruction: str = CONCEPT_INSTRUCTION
 ) -> list[Triplet]:
-    """Triplets to train on without drawing: the data set's own answers as completions.
+    """Triplets to train on without drawing: the data set's own answers as completions; see `axbench_pairs`.
 
     They have no scores (train with `alpha=1`), and count as truncated: the data set does not say which of them were
     cut at its token limit, so none gets an end of turn.
-
-    Args:
-        concept: As read.
-        placement: As in `axbench_pairs`.
-        instruction: As in `axbench_pairs`.
-
-    Raises:
-        ValueError: as `axbench_pairs`.
     """
     return [
         Triplet(prompt=pair.prompt, steered_prompt=pair.steered_prompt, completion=output, truncated=True)

@@ -3,8 +3,6 @@
 To add one: a subclass of `Source` in a file of its own, and its name in `registry`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,38 +17,19 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Selection:
-    """What is wanted of a source: the fields of a recipe of these names.
+    """What is wanted of a source: the fields of a recipe of these names."""
 
-    Attributes:
-        data: File, folder or Hub data set; `None` for what the source has by itself.
-        data_revision: Branch, tag or commit of a data set on the Hub.
-        traits: By name; all if empty.
-        instructions: At most so many a trait; all by default.
-        questions: At most so many a trait; all by default.
-        placement: Where the instruction stands; see `add_instruction`.
-        split: "train" or "test".
-        negatives: Pairs whose steered prompt asks for the opposite too.
-    """
-
-    data: str | None = None
-    data_revision: str | None = None
-    traits: tuple[str, ...] = ()
-    instructions: int | None = None
-    questions: int | None = None
-    placement: Placement = "system"
-    split: Split = "train"
-    negatives: bool = False
+    data: str | None = None  # file, folder or Hub data set; `None` for what the source has by itself
+    data_revision: str | None = None  # branch, tag or commit of a data set on the Hub
+    traits: tuple[str, ...] = ()  # by name; all if empty
+    instructions: int | None = None  # At most so many a trait; all by default
+    questions: int | None = None  # At most so many a trait; all by default
+    placement: Placement = "system"  # where the instruction stands; see `add_instruction`
+    split: Split = "train"  # "train" or "test"
+    negatives: bool = False  # pairs whose steered prompt asks for the opposite too
 
     def chosen(self, known: Sequence[str], where: str) -> list[str]:
-        """The traits that are wanted, of those there are.
-
-        Args:
-            known: All there are.
-            where: Whose they are, for messages.
-
-        Raises:
-            ValueError: one is not there.
-        """
+        """The traits that are wanted, of those `known`; `ValueError`, naming `where`, if one is not there."""
         unknown = [name for name in self.traits if name not in known]
         if unknown:
             raise ValueError(f"traits: {where} has no {', '.join(map(repr, unknown))}; there are: {', '.join(known)}.")

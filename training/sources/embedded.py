@@ -1,7 +1,5 @@
 """The embedded model's grammar as a source: traits, instructions and questions in the words that the model knows."""
 
-from __future__ import annotations
-
 from peft_psr.tiny_chat import TRAITS, instructions, prompt_messages, questions
 from peft_psr.training.data.draws import PromptPair
 from peft_psr.training.data.placement import add_instruction

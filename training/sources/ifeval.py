@@ -1,7 +1,5 @@
 """IFEval prompts with and without their instruction."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Collection

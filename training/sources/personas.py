@@ -5,8 +5,6 @@ to test on, each with `instruction` (`{"pos", "neg"}` pairs), `questions` and `e
 `{answer}`). Source: Persona Vectors (arXiv 2507.21509) and its repository.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from itertools import product
@@ -35,29 +33,19 @@ class InstructionPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Trait:
-    """One split of a trait.
+    """One split of a trait."""
 
-    Attributes:
-        name: The file's name without `.json`, in Unicode's composed form (NFC).
-        split: "train" or "test".
-        instructions: Pairs of instructions, all different in wording.
-        questions: What the model is asked; no two alike, and none that the other split has too.
-        eval_prompt: Asks a judge for the trait's score, 0-100; placeholders `{question}` and `{answer}`.
-    """
-
-    name: str
-    split: Split
-    instructions: tuple[InstructionPair, ...]
-    questions: tuple[str, ...]
-    eval_prompt: str
+    name: str  # the file's name without `.json`, in Unicode's composed form (NFC)
+    split: Split  # "train" or "test"
+    instructions: tuple[InstructionPair, ...]  # pairs of instructions, all different in wording
+    questions: tuple[str, ...]  # what the model is asked; no two alike, and none that the other split has too
+    eval_prompt: str  # Asks a judge for the trait's score, 0-100; placeholders `{question}` and `{answer}`
 
 
 def list_traits(source: str | Path | None = None, revision: str | None = None) -> list[str]:
     """Names of the traits in a source, as `read_trait` takes it; of those that ship with the package by default.
 
-    Raises:
-        FileNotFoundError: the source is not there.
-        ValueError: it holds no trait.
+    Raises `FileNotFoundError` if the source is not there, `ValueError` if it holds no trait.
     """
     return sorted(_files(_shipped_folder() if source is None else source, revision))
 
@@ -99,23 +87,19 @@ def read_trait(
             f"The trait {name!r} has no {split} questions: {source} lacks {SPLIT_FOLDERS[split]}/{name}.json. Put "
             f"both splits side by side, in {' and '.join(SPLIT_FOLDERS.values())}."
         )
-    traits = {part: _read_file(path, name, part) for part, path in files.items()}
+    traits = {
+        part: parse_trait(parse_json(read_text(path), str(path)), name, part, str(path))
+        for part, path in files.items()
+    }
     if len(traits) > 1:
         check_disjoint(traits["train"], traits["test"], f"{files['test']}: questions")
     return traits[split]
 
 
 def parse_trait(data: Any, name: str, split: Split, where: str) -> Trait:
-    """Checks what a trait file holds; other fields than the layout's are let pass.
+    """Checks what a trait file holds, as JSON; other fields than the layout's are let pass.
 
-    Args:
-        data: The file's JSON.
-        name: The trait's name.
-        split: "train" or "test".
-        where: The file, for messages.
-
-    Raises:
-        ValueError: a field is missing or malformed; the message names `where` and the field.
+    Raises `ValueError`, naming the file by `where` and the field, if one is missing or malformed.
     """
     if not isinstance(data, dict):
         raise ValueError(
@@ -160,15 +144,12 @@ def trait_pairs(trait: Trait, placement: Placement = "system", negative: bool = 
 
     Args:
         trait: As read; `dataclasses.replace` takes fewer instructions or questions.
-        placement: Where the instruction stands; see `add_instruction`.
+        placement: Where the instruction stands; see `add_instruction`, whose errors these are.
         negative: Take the instructions that ask for the opposite.
 
     Returns:
         Pairs with ids such as `"formal/2/17"` (trait/instruction/question; `"formal/negative/2/17"`), whose metadata
         holds `split`, `instruction`, `instruction_index`, `question` and `question_index`.
-
-    Raises:
-        ValueError: `placement` is unknown.
     """
     prefix = f"{trait.name}/negative" if negative else trait.name
     pairs = []
@@ -279,10 +260,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise FileNotFoundError(
             f"No folder {repo_id!r} here, and the Hub data set of that name can't be had: {error}"
         ) from error
-
-
-def _read_file(path: Path, name: str, split: Split) -> Trait:
-    return parse_trait(parse_json(read_text(path), str(path)), name, split, str(path))
 
 
 def _list(data: dict[str, Any], field: str, where: str) -> list[Any]:

@@ -1,7 +1,5 @@
 """The sources of prompts by name; a recipe's `source` is one of them. `SOURCES.add("mine", Mine())` adds another."""
 
-from __future__ import annotations
-
 from peft_psr.registry import Registry
 
 from .base import Source

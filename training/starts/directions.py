@@ -3,8 +3,6 @@
 Such as rows of a sparse autoencoder's decoder, each a direction in the residual stream that means something by itself.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,11 +19,7 @@ Directions = torch.Tensor | Mapping[Any, torch.Tensor] | str | os.PathLike
 
 
 def directions_by_layer(directions: Directions, shapes: Mapping[int | str, tuple[int, ...]]) -> dict:
-    """The directions (r, d) of each edited layer, float64.
-
-    Args:
-        directions: See `Directions`.
-        shapes: {layer: (r, d)} of the adapter, in model order.
+    """Directions (r, d), float64, of each edited layer; `shapes` are the adapter's {layer: (r, d)} in model order.
 
     Raises:
         FileNotFoundError: no such file.

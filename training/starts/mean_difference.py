@@ -1,7 +1,5 @@
 """The mean of what is missing at a layer, behind open gates: on a constant gate DiM, the paper's; CAA-like."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -18,17 +18,11 @@ class Edit(NamedTuple):
 
 @dataclass
 class Moments:
-    """Sums over tokens, float64; about 16 d^2 bytes: 0.27 GB at d = 4096.
+    """Sums over tokens, float64; about 16 d^2 bytes: 0.27 GB at d = 4096."""
 
-    Attributes:
-        gram: Sum of a a^T with a = (A, 1), (d + 1, d + 1); its last entry counts the tokens.
-        cross: Sum of a D^T, (d + 1, d).
-        square: Sum of |D|^2, ().
-    """
-
-    gram: torch.Tensor
-    cross: torch.Tensor
-    square: torch.Tensor
+    gram: torch.Tensor  # sum of a a^T with a = (A, 1), (d + 1, d + 1); its last entry counts the tokens
+    cross: torch.Tensor  # sum of a D^T, (d + 1, d)
+    square: torch.Tensor  # sum of |D|^2, ()
 
     @classmethod
     def zeros(cls, width: int, device: torch.device | str = "cpu") -> Moments:
@@ -64,12 +58,9 @@ class Moments:
 
 
 class Regression:
-    """Ridge regressions of D on A over some tokens, for any strength, by one eigendecomposition of d x d.
+    """Ridge regressions of D on A over some tokens' sums, for any strength, by one eigendecomposition of d x d.
 
     Constant features get no weight; collinear ones, and more features than tokens, share it.
-
-    Args:
-        moments: The tokens' sums.
     """
 
     def __init__(self, moments: Moments) -> None:

@@ -16,8 +16,6 @@ All of this needs only `Moments`, some d x d numbers whatever the count of token
 Mukherjee & Zhu (2011). Other ways that were tried: docs/results.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -58,13 +56,9 @@ RIDGE = Ridge()
 
 
 def choose_strength(folds: Sequence[Moments], z: torch.Tensor) -> float:
-    """The largest of `STRENGTHS` whose held-out error is within one standard error of the smallest.
+    """The largest of `STRENGTHS` whose held-out error for z (r, d) is within one standard error of the smallest.
 
-    Each fold is predicted by the fit to all others; neither takes a look at the tokens again.
-
-    Args:
-        folds: Sums over the tokens of disjoint sets of triplets.
-        z: Directions (r, d).
+    Each fold's sums are predicted by the fit to all others; neither takes a look at the tokens again.
     """
     if len(folds) < 2:
         return FIRST_STRENGTH
@@ -85,9 +79,7 @@ def choose_strength(folds: Sequence[Moments], z: torch.Tensor) -> float:
 def open_basis(mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
     """R (r, r) such that gates g @ R are as open as they can be, each with a mean square of 1.
 
-    Args:
-        mean: Of the gates g over tokens, (r,).
-        covariance: Likewise, (r, r).
+    `mean` (r,) and `covariance` (r, r) are those of the gates g over tokens.
     """
     r = len(mean)
     values, vectors = torch.linalg.eigh(covariance)
@@ -113,12 +105,11 @@ def open_basis(mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
 
 
 def fit_edit(folds: Sequence[Moments], r: int, strength: float | None) -> Edit:
-    """The edit of rank r by reduced-rank ridge regression, in an open basis.
+    """The edit of rank r by reduced-rank ridge regression, in an open basis, from sums over the tokens of some folds.
 
-    Args:
-        folds: Sums over the tokens of disjoint sets of triplets, at least one.
-        r: Rank. Ranks that the data has nothing for get a direction of 0 and an open gate.
-        strength: Ridge strength relative to the features' variance; `None` chooses it by held-out error.
+    Ranks that the data has nothing for get a direction of 0 and an open gate. The strength is relative to the
+    features'
+    variance; `None` chooses it by held-out error.
     """
     total = sum(folds[1:], folds[0])
     regression = Regression(total)

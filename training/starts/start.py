@@ -1,7 +1,5 @@
 """What a start is: how an adapter's weights are set before its first gradient step."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,18 +28,12 @@ LIVE = Start(init_weights=True)
 
 @dataclass(frozen=True)
 class Wanted:
-    """What edit is wanted at a layer.
+    """What edit is wanted at a layer."""
 
-    Attributes:
-        r: Its rank.
-        gated: It has ReLU gates; if not, they are constant at 1.
-        strength: Of a penalty on the gates' weights, where the user gives one.
-        directions: z (r, d) to use as they are but for length and sign, where the user gives them.
-    """
-
-    r: int
-    gated: bool
-    strength: float | None = None
+    r: int  # its rank
+    gated: bool  # it has ReLU gates; if not, they are constant at 1
+    strength: float | None = None  # of a penalty on the gates' weights, where the user gives one
+    # z (r, d) to use as they are but for length and sign, where the user gives them
     directions: torch.Tensor | None = None
 
 
@@ -57,9 +49,4 @@ class DataStart(Start, ABC):
 
     @abstractmethod
     def edit(self, folds: Sequence[Moments], wanted: Wanted) -> Edit:
-        """The edit of a layer whose gates read A and which is to add D.
-
-        Args:
-            folds: Sums over the tokens of each set of triplets.
-            wanted: What kind of edit.
-        """
+        """The edit of a layer whose gates read A and which is to add D, from sums over the tokens of each fold."""

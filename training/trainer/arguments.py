@@ -1,7 +1,5 @@
 """`PSRTrainingArguments`: transformers' arguments with the reported settings as defaults, and PSR's own."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -16,14 +14,8 @@ from peft_psr.training.objectives.registry import OBJECTIVES
 from peft_psr.training.passes.activation_cache import PLACES
 
 
-NORMALIZERS = (None, "global", "layer")
-
-
 def objective_weights(objective: Any) -> dict[str, float]:
-    """The objectives that a training looks at, with their weights; those of weight 0 are left out.
-
-    Args:
-        objective: A name, or weights by name.
+    """The objectives that a training looks at, by name or weights by name, as weights; those of 0 are left out.
 
     Raises:
         TypeError: a weight is not a number.
@@ -105,7 +97,7 @@ class PSRTrainingArguments(TrainingArguments):
         if isinstance(self.objective, str) and self.objective.startswith("{"):  # as the command line gives it
             self.objective = json.loads(self.objective)
         self.objective_weights = objective_weights(self.objective)
-        if self.normalize_loss not in NORMALIZERS:
+        if self.normalize_loss not in (None, "global", "layer"):
             raise ValueError(f"normalize_loss must be None, 'global' or 'layer', got {self.normalize_loss!r}.")
         for name in ("regularizer", "neutral_weight", "norm_penalty", "teacher_cache_gb"):
             if check_strength(getattr(self, name), name) < 0:

@@ -1,7 +1,5 @@
 """What may be trained: models, adapters and processes that can't be, with the way out."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import cast
 
@@ -42,13 +40,11 @@ def check_whole_layers(tuner: PSRModel, adapters: Sequence[str], decoder_layers:
 
 
 def check_adapters(tuner: PSRModel, names: Sequence[str], args: PSRTrainingArguments) -> None:
-    """Check that adapters can be trained together.
+    """Raise `ValueError` unless adapters can be trained together.
 
-    Raises:
-        ValueError: one does not exist, they edit other layers or differ in `r` or gate, or there are several
-            processes.
+    They have to exist, edit the same layers with the same `r` and gate, and train in one process.
     """
-    known = [name for name in tuner.peft_config]
+    known = list(tuner.peft_config)
     if not names:
         raise ValueError("train_dataset is an empty mapping: name at least one adapter.")
     for name in names:
@@ -85,11 +81,7 @@ def check_adapters(tuner: PSRModel, names: Sequence[str], args: PSRTrainingArgum
 
 
 def check_directions(tuner: PSRModel, names: Sequence[str]) -> None:
-    """Check that adapters with frozen directions have some.
-
-    Raises:
-        ValueError: all of an adapter's directions are 0, where its gates have nothing to do.
-    """
+    """Raise `ValueError` if frozen directions of an adapter are all 0, where its gates have nothing to do."""
     for name in names:
         units = [layer.unit(name) for layer in tuner.psr_layers().values() if name in layer.psr_unit]
         frozen = cast(PSRConfig, tuner.peft_config[name]).freeze_directions

@@ -1,7 +1,5 @@
 """Batches of triplets of similar length, in an order that a resumed run finds again."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,11 +12,6 @@ class LengthGroupedSampler(Sampler[int]):
 
     Its own draws from the global random state, which stands elsewhere in a run that goes on from a checkpoint if
     anything else has drawn from it: an evaluation at another time is enough.
-
-    Args:
-        lengths: Of the items.
-        batch_size: Items that are to be of similar length.
-        seed: Of the shuffling.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:

@@ -1,7 +1,5 @@
 """What a training run came to: live and dead gates, losses by layer, time and memory."""
 
-from __future__ import annotations
-
 import json
 import resource
 import sys
@@ -81,11 +79,7 @@ class Means:
 
 
 class GateRecord:
-    """Which gates opened, and how often: over the steps since the last log, and over the last two epochs.
-
-    Args:
-        adapters: The adapters that are trained.
-    """
+    """Which of the adapters' gates opened, and how often: since the last log, and over the last two epochs."""
 
     def __init__(self, adapters: Sequence[str]) -> None:
         self._adapters = adapters
@@ -96,13 +90,11 @@ class GateRecord:
     def add(
         self, epoch: int, gates: dict[GateKey, torch.Tensor], counted: torch.Tensor, adapter: torch.Tensor
     ) -> None:
-        """Count one step's gates.
+        """Count one step's gates, {key: (tokens, r)}, at the tokens at which the edit could do something.
 
-        Args:
-            epoch: The epoch it belongs to.
-            gates: {key: (tokens, r)}.
-            counted: (tokens,) bool: the tokens at which the edit could do something.
-            adapter: (tokens,) int64: whose tokens they are, where each row has an adapter of its own.
+        These are `counted`, (tokens,) bool; `adapter`, (tokens,) int64, is whose tokens they are, where each row has
+        an
+        adapter of its own.
         """
         if epoch != self._epoch:
             self._epoch, self._epochs = epoch, [self._epochs[1], {}]
@@ -156,13 +148,10 @@ def peak_memory(device: torch.device) -> int:
 def sum_up(
     means: dict[str, float], recent: dict[GateKey, torch.Tensor], last: dict[GateKey, torch.Tensor], **others: Any
 ) -> TrainingSummary:
-    """The summary of a run.
+    """The summary of a run, `others` its other fields.
 
-    Args:
-        means: Of the last epoch: parts of the loss by name, "<objective>/layer_<l>", "loss/<adapter>".
-        recent: Gates in the last two epochs, as `GateRecord` counts them.
-        last: Gates in the last epoch.
-        **others: The other fields of `TrainingSummary`.
+    `means` are of the last epoch: parts of the loss by name, "<objective>/layer_<l>", "loss/<adapter>"; `recent` and
+    `last` are gates in the last two epochs and the last, as `GateRecord` counts them.
     """
     by_layer: dict[str, float] = {}
     for name, mean in means.items():

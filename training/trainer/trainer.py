@@ -1,7 +1,5 @@
 """`PSRTrainer`: transformers' Trainer on triplets; the frozen model itself, prompted, is the teacher."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +17,7 @@ from peft_psr.training.data.collator import Batch, TripletCollator
 from peft_psr.training.data.context import check_rows
 from peft_psr.training.data.dataset import encode_datasets
 from peft_psr.training.data.triplets import Triplet
-from peft_psr.training.objectives.losses import Losses, losses_of
+from peft_psr.training.objectives.losses import Losses, losses_of, not_finite
 from peft_psr.training.objectives.normalizer import untrained_loss
 from peft_psr.training.objectives.objective import Objective, Passes, layers_looked_at
 from peft_psr.training.objectives.registry import OBJECTIVES
@@ -30,11 +28,9 @@ from peft_psr.training.passes.compiled import compiled_layers
 from peft_psr.training.passes.frozen import FrozenModel
 
 from .arguments import PSRTrainingArguments, check_arguments
-from .checkpoints import load_adapters
 from .checks import check_adapters, check_decoder_only, check_directions, check_one_gpu, check_whole_layers
 from .length_grouping import LengthGroupedSampler
-from .not_finite import not_finite
-from .several import clip_each, in_turn
+from .several import clip_each, in_turn, load_adapters
 from .summary import GateKey, GateRecord, Means, TrainingSummary, peak_memory, sum_up
 
 
@@ -161,7 +157,7 @@ class PSRTrainer(Trainer):
         if self.several:
             self._peft_model.set_adapter(self._active_before)
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; then sum up, and name the gates that are dead."""
         begin = time.perf_counter()
         self._activate()
@@ -211,7 +207,7 @@ class PSRTrainer(Trainer):
             if not self.is_in_train:
                 self._frozen = None  # the base model may be changed before the next call
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any):
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Of several adapters also each one's loss, and their sum in place of a mean over batches."""
         self._held_out = torch.zeros(2, len(self.adapters), device=self.args.device)
         output = super().evaluation_loop(*args, **kwargs)
@@ -222,7 +218,7 @@ class PSRTrainer(Trainer):
             output = output._replace(metrics={**(output.metrics or {}), name: sum(losses.values()), **own})
         return output
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any):
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The batches of a step; it is over all of their triplets that the loss is to be a mean."""
         batches, items = super().get_batch_samples(*args, **kwargs)
         if batches:
@@ -254,7 +250,7 @@ class PSRTrainer(Trainer):
             assert self.state.best_model_checkpoint is not None
             load_adapters(self._peft_model, self.adapters, self.state.best_model_checkpoint)
 
-    def _clip_grad_norm(self, model: torch.nn.Module):
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         """Of several adapters each by itself, as if it were alone."""
         if not self.several:
             return super()._clip_grad_norm(model)
@@ -351,7 +347,7 @@ class PSRTrainer(Trainer):
     def _sharded(self) -> bool:
         return self.is_fsdp_enabled or any(isinstance(weight, DTensor) for weight in self._peft_model.parameters())
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The loss alone: there is nothing else to predict."""
         with torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, PositiveAlphas
-from peft_psr.training.judges.ratings import check_rates
+from peft_psr.training.judges.ratings import rating_model
 from peft_psr.training.runs.recipe_fields import Place
 from peft_psr.training.runs.triplets.recipe import JudgeName
 
@@ -48,7 +48,7 @@ class AxBenchRecipe(EvaluateRecipe):
 
     @model_validator(mode="after")
     def _check_ratings(self) -> AxBenchRecipe:
-        check_rates(self.judge)
+        rating_model(self.judge)
         return self
 
     @model_validator(mode="after")

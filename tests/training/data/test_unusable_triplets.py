@@ -26,10 +26,9 @@ from peft_psr.training import (
     sample_completions,
     write_triplets,
 )
-from peft_psr.training.data.context import context_length, has_position_table
+from peft_psr.training.data.context import Fits, context_length, has_position_table
 from peft_psr.training.data.draws import Completion
 from peft_psr.training.data.filtering import TOO_LONG, UNFIT
-from peft_psr.training.data.fits import Fits
 from peft_psr.training.runs.journal import Journal
 from peft_psr.training.runs.train.run import TrainRun
 from peft_psr.training.runs.triplets.estimate import estimate

@@ -1,7 +1,5 @@
 """From a training recipe to its parts: configuration, arguments, base model with its adapters, trainer, checkpoint."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -46,8 +44,7 @@ def make_config(recipe: TrainRecipe) -> PSRConfig:
 def make_arguments(recipe: TrainRecipe, folder: Path) -> PSRTrainingArguments:
     """Returns the arguments of a recipe, with checkpoints in `folder`.
 
-    Raises:
-        ValueError: this machine can't do what the recipe asks for, such as `bf16`.
+    Raises `ValueError` if this machine can't do what the recipe asks for, such as `bf16`.
     """
     by_steps = recipe.checkpoint_steps is not None
     interval: dict[str, Any] = dict.fromkeys(("save_steps", "eval_steps"), recipe.checkpoint_steps) if by_steps else {}
@@ -106,17 +103,7 @@ def start_from_data(
     triplets: Mapping[str, Sequence[Triplet]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Sets the weights of each adapter from its triplets, if that is how the recipe begins.
-
-    Args:
-        model: With the adapters.
-        recipe: What to do.
-        triplets: {adapter: triplets}.
-        tokenizer: The model's.
-
-    Raises:
-        ValueError: the instruction changes nothing at an edited layer.
-    """
+    """Sets each adapter's weights from its triplets, if the recipe begins so; raises as `initialize_psr_weights`."""
     if not isinstance(STARTS[recipe.start], DataStart):
         return
     shown = PartialState().is_main_process
@@ -137,18 +124,9 @@ def make_trainer(
 ) -> PSRTrainer:
     """Returns a trainer with a bar, and with early stopping and TensorBoard if the recipe asks for them.
 
-    Args:
-        model: With the adapters.
-        recipe: What to do.
-        arguments: From `make_arguments`.
-        train: {adapter: triplets} to train on.
-        held_out: Likewise for the held-out loss, where the recipe has one.
-        tokenizer: The model's.
-        title: What the bar calls it.
-        logs: Folder for TensorBoard.
-
-    Raises:
-        ValueError: as `PSRTrainer`.
+    `train`, and `held_out` where the recipe has a held-out loss, are {adapter: triplets}; `title` is what the bar
+    calls
+    the training, `logs` the folder for TensorBoard.
     """
     name = model.active_adapter
     trainer = PSRTrainer(

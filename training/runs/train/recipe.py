@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from peft_psr.training.objectives.registry import OBJECTIVES
-from peft_psr.training.runs.model_fields import ModelFields
 from peft_psr.training.runs.recipe_fields import (
     FREE,
     Count,
+    ModelFields,
     Place,
     Registered,
     TraitNames,

@@ -1,9 +1,7 @@
 """What a training run leaves for each trait: an adapter folder with its model card, summary and recipe."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +10,13 @@ import yaml
 
 from peft_psr.base_model.loading import EMBEDDED
 from peft_psr.files import write_json, write_whole
-from peft_psr.hub.facts import AdapterFacts
+from peft_psr.hub.facts import AdapterFacts, package_versions
 from peft_psr.hub.model_card import write_model_card
 from peft_psr.prompts.conversations import last_text
 from peft_psr.prompts.messages import content_text
 from peft_psr.training.data.triplets import Triplet
 from peft_psr.training.trainer.trainer import PSRTrainer
 
-from .facts import training_facts
 from .recipe import TrainRecipe
 
 
@@ -36,20 +33,11 @@ def write_adapter_folder(
     triplets: Sequence[Triplet],
     more: dict[str, Any],
 ) -> None:
-    """Writes the folder of one trait: adapter, README.md, psr_facts.json, recipe.yaml and summary.json.
+    """Writes the new folder of one trait: adapter, README.md, psr_facts.json, recipe.yaml and summary.json.
 
-    Args:
-        folder: A new one.
-        trainer: After its training.
-        adapter: The adapter's name in it.
-        saved: Where `trainer.save_model` has put the weights.
-        recipe: As it was used.
-        trait: Its name.
-        triplets: What it was trained on.
-        more: What else the summary is to say.
-
-    Raises:
-        OSError: the disk is full, for one.
+    `saved` is where `trainer.save_model` has put the weights of `adapter` after its training on `triplets`; `more` is
+    what
+    else the summary is to say.
     """
     folder.mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -78,6 +66,23 @@ def _facts(trainer: PSRTrainer, recipe: TrainRecipe, trait: str, triplets: Seque
         triplets=len(triplets),
     )
     return replace(facts, objective=f"{facts.objective}; start: {recipe.start}")
+
+
+def training_facts(trainer: PSRTrainer, **known: Any) -> AdapterFacts:
+    """Facts for a model card that a run, its `trainer`, knows: objective, triplets, seed, base revision, versions.
+
+    `known` are further fields of `AdapterFacts`, such as `trait`; they win.
+    """
+    weights, triplets = trainer.args.objective_weights, trainer.train_dataset
+    parts = [name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()]
+    run = {
+        "objective": " + ".join(parts),
+        "triplets": len(triplets) if isinstance(triplets, Sized) else None,
+        "seed": trainer.args.seed,
+        "base_model_revision": getattr(getattr(trainer.model, "config", None), "_commit_hash", None),
+        "versions": package_versions(),
+    }
+    return AdapterFacts(**{**run, **known})
 
 
 def _instruction(triplet: Triplet) -> str | None:

@@ -5,15 +5,13 @@ later start goes on from the last one that training had not come to its end with
 was never stopped, up to rounding.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,9 +35,8 @@ from peft_psr.training.data.collator import TripletCollator
 from peft_psr.training.data.context import context_length
 from peft_psr.training.data.dataset import EncodedTriplets
 from peft_psr.training.data.triplets import Triplet
-from peft_psr.training.runs.folder_lock import locked
 from peft_psr.training.runs.models import load_config, load_model, load_tokenizer
-from peft_psr.training.runs.run_folder import begun_run, check_same_recipe
+from peft_psr.training.runs.run_folder import begun_run, check_same_recipe, locked
 
 from .assembly import add_adapters, last_checkpoint, make_arguments, make_config, make_trainer, start_from_data
 from .recipe import TrainRecipe
@@ -57,23 +54,14 @@ TOGETHER = "together"
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a run will do for one trait.
+    """What a run will do for one trait."""
 
-    Attributes:
-        trait: Its name.
-        train: How many triplets to train on.
-        held_out: How many for the held-out loss.
-        steps: Optimiser steps at most.
-        finished: Its adapter is there already.
-        left_out: Triplets that can't be used.
-    """
-
-    trait: str
-    train: int
-    held_out: int
-    steps: int
-    finished: bool
-    left_out: list[LeftOut]
+    trait: str  # its name
+    train: int  # how many triplets to train on
+    held_out: int  # how many for the held-out loss
+    steps: int  # optimiser steps at most
+    finished: bool  # its adapter is there already
+    left_out: list[LeftOut]  # triplets that can't be used
 
 
 class TrainRun:
@@ -104,10 +92,7 @@ class TrainRun:
         self._base: Any = None
 
     def check(self) -> list[TrainPlan]:
-        """Checks all that can be known before the base model is loaded; writes nothing.
-
-        Returns:
-            What there is to do, a plan for each trait.
+        """Checks all that can be known before the base model is loaded; writes nothing. Returns a plan for each trait.
 
         Raises:
             FileExistsError: the folder holds something else.
@@ -206,10 +191,7 @@ class TrainRun:
         return [name for name in self.triplets if not self._is_finished(name)]
 
     def run(self) -> dict[str, dict[str, Any]]:
-        """Trains what is not finished.
-
-        Returns:
-            {trait: what its `summary.json` says}, of all traits, in their order.
+        """Trains what is not finished; returns {trait: what its `summary.json` says}, of all traits, in their order.
 
         Raises:
             BlockingIOError: another process is at work in the folder.
@@ -221,7 +203,9 @@ class TrainRun:
             if plan.left_out and self.writes:
                 why = in_words(plan.left_out)
                 logger.warning("%s: %d triplets left out. %s", plan.trait, len(plan.left_out), why)
-        with self._locked():
+        with locked(self.folder) if self.writes else nullcontext():
+            if self.writes:
+                self._check_folder()  # another process may have had it meanwhile
             left = self._left()
             if self.writes:
                 self._write_state(left if parallel and left else None)
@@ -239,15 +223,6 @@ class TrainRun:
     def writes(self) -> bool:
         """Whether this is the process that writes files, of several."""
         return PartialState().is_main_process
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        if not self.writes:
-            yield
-            return
-        with locked(self.folder):
-            self._check_folder()  # another process may have had it meanwhile
-            yield
 
     def _train(self, names: Sequence[str]) -> None:
         """Train one trait, or several together, and put their adapters in place."""

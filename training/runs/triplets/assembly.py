@@ -1,7 +1,5 @@
 """From a recipe to its parts: prompts, sampler, judges."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,10 +24,7 @@ from .recipe import DrawFields, Recipe
 def prompt_pairs(recipe: Recipe) -> list[PromptPair]:
     """Returns the prompts of a recipe, in the order in which its results will stand.
 
-    Raises:
-        FileNotFoundError: the source's data are not there.
-        ValueError: a file of it is malformed, an instruction in it is empty, a trait is unknown, or the source gave no
-            prompts, or two of one id.
+    Raises as `Source.pairs`, and `ValueError` if the source gave no prompts, or two of one id.
     """
     pairs = SOURCES[recipe.source].pairs(recipe.selection)
     if not pairs:
@@ -79,14 +74,7 @@ def make_sampler(recipe: Recipe) -> Sampler:
 def judge_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Callable[[str], Judge]:
     """Returns what makes each trait's judge; a model that judges is loaded once, when the first is made.
 
-    Args:
-        recipe: What to do.
-        pairs: Its prompts.
-        folder: The run's, for the cache of answers.
-
-    Raises:
-        FileNotFoundError: a prompt file is not there.
-        ValueError: a prompt has no place for the answer, or the judge can't score these prompts.
+    Answers are cached in the run's `folder`. Raises as `judge_prompts` and `Judge.maker`.
     """
     own, coherence = judge_prompts(recipe, pairs)
     return JUDGES[recipe.judge].maker(
@@ -95,12 +83,7 @@ def judge_maker(recipe: Recipe, pairs: Sequence[PromptPair], folder: Path) -> Ca
 
 
 def judge_settings(recipe: DrawFields, folder: Path) -> JudgeSettings:
-    """Returns what a recipe says of its judge, prompts aside.
-
-    Args:
-        recipe: What to do.
-        folder: The run's, for the cache of answers.
-    """
+    """Returns what a recipe says of its judge, prompts aside; answers are cached in the run's `folder`."""
     return JudgeSettings(
         cache=Path(recipe.judge_cache or folder / "judge_answers.sqlite"),
         coherence_judge=recipe.coherence_judge,
@@ -122,9 +105,7 @@ def judge_settings(recipe: DrawFields, folder: Path) -> JudgeSettings:
 def judge_prompts(recipe: Recipe, pairs: Sequence[PromptPair]) -> tuple[dict[str, str], str]:
     """Returns {trait: trait prompt}, as far as traits have their own, and the coherence prompt, if a model judges.
 
-    Raises:
-        FileNotFoundError: a prompt file of the recipe is not there.
-        ValueError: such a file has no `{answer}` in it.
+    Raises as `read_prompt`.
     """
     if not recipe.model_judge:
         return {}, ""

@@ -1,7 +1,5 @@
 """What a run of `psr triplets` will ask for, before anything is drawn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,31 +19,20 @@ CHARACTERS_A_TOKEN = 4
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will ask for; completions and the judge's material are taken at their longest.
+    """What a run will ask for; completions and the judge's material are taken at their longest."""
 
-    Attributes:
-        completions: Draws in all.
-        prompt_tokens: Of all draws' prompts.
-        most_completion_tokens: Of all completions.
-        judge_calls: Questions put to a judging model.
-        most_judge_tokens: Of those questions.
-        counted: Whether prompt tokens were counted by the model's tokenizer; else by a rule of thumb.
-    """
-
-    completions: int
-    prompt_tokens: int
-    most_completion_tokens: int
-    judge_calls: int
-    most_judge_tokens: int
-    counted: bool
+    completions: int  # draws in all
+    prompt_tokens: int  # of all draws' prompts
+    most_completion_tokens: int  # of all completions
+    judge_calls: int  # questions put to a judging model
+    most_judge_tokens: int  # of those questions
+    counted: bool  # whether prompt tokens were counted by the model's tokenizer; else by a rule of thumb
 
 
 def estimate(recipe: Recipe, pairs: Sequence[PromptPair]) -> Estimate:
     """Returns what the recipe will ask for; loads a local model's tokenizer and configuration, and nothing else.
 
-    Raises:
-        OSError: the tokenizer can't be had.
-        ValueError: the model takes no instruction where the recipe puts it, or a prompt leaves no room for answers.
+    Raises as `make_sampler`, and `ValueError` if a prompt leaves no room for answers.
     """
     completions = len(pairs) * recipe.draws
     most = completions * recipe.max_new_tokens

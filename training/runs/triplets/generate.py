@@ -1,23 +1,21 @@
 """Triplets drawn from a model here and scored by a judge, in one call and in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.prompts.messages import Message
+from peft_psr.training.data.draws import drawn_triplet
 from peft_psr.training.data.placement import add_instruction
 from peft_psr.training.data.triplets import Triplet
 from peft_psr.training.judges.base import Judging, judge_answers
-from peft_psr.training.sampling.drawn import drawn_triplet
 from peft_psr.training.sampling.local import sample_completions
 
 
 def generate_triplets(
     model: PreTrainedModel | PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     instructions: Sequence[str],
     prompts: Sequence[Sequence[Message]],
     judge: Judging,

@@ -16,10 +16,10 @@ from peft_psr.tiny_chat import EMBEDDED
 from peft_psr.training.data.filtering import FilterSettings
 from peft_psr.training.data.placement import Placement
 from peft_psr.training.judges.registry import JUDGES
-from peft_psr.training.runs.model_fields import ModelFields
 from peft_psr.training.runs.recipe_fields import (
     FREE,
     Count,
+    ModelFields,
     Place,
     Registered,
     Share,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -23,31 +23,19 @@ KEPT, KEPT_NEGATIVE = "kept", "kept as negative"
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of every draw.
+    """What became of every draw."""
 
-    Attributes:
-        planned: Draws of the recipe.
-        drawn: Those that gave a completion.
-        judged: Those that were scored, or were empty or could not be trained on and need no score.
-        kept: Triplets to train on.
-        negatives: Completions kept apart.
-        truncated: Of the kept triplets, how many were cut off at the token limit.
-        dropped: {reason: count}, of what was judged.
-        traits: {trait: {what became of it: count}}.
-        failures: {reason: count} of all failed attempts at drawing or judging, those made good later included.
-        tokens: What sampling and judging cost, as far as the engines say.
-    """
-
-    planned: int
-    drawn: int
-    judged: int
-    kept: int
-    negatives: int
-    truncated: int
-    dropped: dict[str, int]
-    traits: dict[str, dict[str, int]]
+    planned: int  # draws of the recipe
+    drawn: int  # those that gave a completion
+    judged: int  # those that were scored, or were empty or could not be trained on and need no score
+    kept: int  # triplets to train on
+    negatives: int  # completions kept apart
+    truncated: int  # of the kept triplets, how many were cut off at the token limit
+    dropped: dict[str, int]  # {reason: count}, of what was judged
+    traits: dict[str, dict[str, int]]  # {trait: {what became of it: count}}
+    # {reason: count} of all failed attempts at drawing or judging, those made good later included
     failures: dict[str, int]
-    tokens: dict[str, int]
+    tokens: dict[str, int]  # what sampling and judging cost, as far as the engines say
 
     @classmethod
     def of(
@@ -58,15 +46,7 @@ class Counts:
         completion_records: Sequence[Mapping[str, Any]],
         score_records: Sequence[Mapping[str, Any]],
     ) -> Counts:
-        """Counts.
-
-        Args:
-            rows: What was drawn and judged, with `trait`, `negative` and `truncated`.
-            reasons: Why each was dropped, `None` for what was kept.
-            planned: Draws of the recipe.
-            completion_records: Of the run's journal.
-            score_records: Of the run's journal.
-        """
+        """Counts rows, and what the records of the run's journals say; `reasons` are `None` for what was kept."""
         fates = [fate(row, reason) for row, reason in zip(rows, reasons, strict=True)]
         traits: dict[str, Counter[str]] = {}
         for row, what in zip(rows, fates, strict=True):
@@ -95,10 +75,6 @@ class Counts:
             tokens=dict(sorted(tokens.items())),
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        """The counts as JSON."""
-        return asdict(self)
-
     def why(self) -> str:
         """Why completions were dropped, in one line."""
         return ", ".join(f"{reason}: {count}" for reason, count in self.dropped.items()) or "nothing was judged"
@@ -110,15 +86,9 @@ def fate(row: Mapping[str, Any], reason: str | None) -> str:
 
 
 def histograms(rows: Sequence[Mapping[str, Any]], reasons: Sequence[str | None], settings: FilterSettings) -> bytes:
-    """Draws how the scores are spread, and what the thresholds make of them.
+    """A PNG, the same for the same rows: how the scores are spread, and what the thresholds make of them.
 
-    Args:
-        rows: With `trait_score`, `coherence_score` (0-100 or `None`) and `negative`.
-        reasons: Why each was dropped, `None` for what was kept.
-        settings: The thresholds.
-
-    Returns:
-        A PNG, the same for the same rows.
+    Rows hold `trait_score`, `coherence_score` (0-100 or `None`) and `negative`; reasons are `None` for what was kept.
     """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     parts = {
@@ -163,14 +133,9 @@ def histograms(rows: Sequence[Mapping[str, Any]], reasons: Sequence[str | None],
 def report(
     rows: Sequence[Mapping[str, Any]], reasons: Sequence[str | None], counts: Counts, recipe: Recipe, figure: str
 ) -> str:
-    """Returns the report as Markdown, the same for the same rows.
+    """Returns the report as Markdown, the same for the same rows, in the order of the plan.
 
-    Args:
-        rows: What was drawn and judged, in the order of the plan.
-        reasons: Why each was dropped, `None` for what was kept.
-        counts: Of the same run.
-        recipe: What was asked for.
-        figure: File name of the histograms, beside the report.
+    `reasons` are why each was dropped, `None` for what was kept; `figure` is the histograms' file, beside the report.
     """
     fates = [fate(row, reason) for row, reason in zip(rows, reasons, strict=True)]
     kinds = [kind for kind in (KEPT, KEPT_NEGATIVE, *REASONS) if kind in fates]

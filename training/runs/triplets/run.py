@@ -4,25 +4,21 @@ What is drawn and judged goes into append-only journals at once. The files that 
 the end, in the order of the plan, so they do not depend on when the run was stopped or what came first.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from peft_psr.files import as_json_lines, digest, sha256, write_json, write_whole
 from peft_psr.hub.facts import package_versions
-from peft_psr.training.data.context import context_length
+from peft_psr.training.data.context import Fits, context_length
 from peft_psr.training.data.draws import Draw, Failure, PromptPair, Sampler, draws_on
 from peft_psr.training.data.filtering import answer_of, has_answer, sort_out
-from peft_psr.training.data.fits import Fits
 from peft_psr.training.data.triplets import NEGATIVES, STATE, TRIPLETS
 from peft_psr.training.judges.base import Judge, Judging, as_judge
 from peft_psr.training.progress import Progress
-from peft_psr.training.runs.folder_lock import locked
 from peft_psr.training.runs.journal import Journal
-from peft_psr.training.runs.run_folder import begun_run, check_same_recipe
+from peft_psr.training.runs.run_folder import begun_run, check_same_recipe, locked
 from peft_psr.training.sampling.local import LocalSampler
 
 from .recipe import Recipe
@@ -81,10 +77,7 @@ class TripletRun:
         self._state: dict[str, Any] = {}
 
     def run(self) -> Counts:
-        """Does what is left to do, and writes the results.
-
-        Returns:
-            What became of every draw.
+        """Does what is left to do, and writes the results; returns what became of every draw.
 
         Raises:
             FileExistsError: the folder holds something else.
@@ -94,7 +87,8 @@ class TripletRun:
             ValueError: the folder's run has another recipe, other prompts or another model; a journal is damaged; or a
                 server keeps reasoning back.
         """
-        with self._locked():
+        self.check()
+        with locked(self.folder):
             self._state = self._begun() or {
                 "fixed": self.recipe.fixed(),
                 "fixed_hash": self.recipe.fixed_hash(),
@@ -111,12 +105,6 @@ class TripletRun:
     def check(self) -> None:
         """Raises what `run` would raise at its start for the folder; writes nothing."""
         self._begun()
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        self.check()
-        with locked(self.folder):
-            yield
 
     def _begun(self) -> dict[str, Any]:
         """The state of the run that was begun here, which must be this one; empty if there is none."""
@@ -148,11 +136,9 @@ class TripletRun:
         self._describe_sampler(sampler)
         origin = {name: self._state["sampler"].get(name) for name in ORIGIN}
         pair_of = {draw.id: pair for pair in self.pairs for draw in self.draws[pair.id]}
-        fits = (
-            Fits(sampler.processing_class, context_length(sampler.model.config))
-            if isinstance(sampler, LocalSampler)
-            else None
-        )
+        fits = None
+        if isinstance(sampler, LocalSampler):
+            fits = Fits(sampler.processing_class, context_length(sampler.model.config))
         outcomes = sampler(waiting)
         try:
             with Progress("sampling", len(every), len(every) - len(waiting)) as progress:
@@ -173,8 +159,7 @@ class TripletRun:
                     completions.append({**record, **drawn})
                     progress.advance(tokens=sum(count or 0 for count in tokens.values()))
         finally:
-            close = getattr(outcomes, "close", None)
-            if close is not None:
+            if close := getattr(outcomes, "close", None):
                 close()
         self._describe_sampler(sampler)
 
@@ -280,11 +265,10 @@ class TripletRun:
             score_records=scores.records,
         )
         (self.folder / MANIFEST).unlink(missing_ok=True)
-        files = {TRIPLETS: [row for row, reason in zip(rows, reasons, strict=True) if not (reason or row["negative"])]}
+        left = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
+        files = {TRIPLETS: [row for row in left if not row["negative"]]}
         if self.recipe.negatives:
-            files[NEGATIVES] = [
-                row for row, reason in zip(rows, reasons, strict=True) if reason is None and row["negative"]
-            ]
+            files[NEGATIVES] = [row for row in left if row["negative"]]
         hashes = {}
         for name, kept in files.items():
             content = as_json_lines(kept)
@@ -296,7 +280,7 @@ class TripletRun:
             "schema": 1,
             "recipe": self.recipe.model_dump(mode="json"),
             **{name: self._state[name] for name in ("fixed_hash", "plan_hash", "sampler", "judges")},
-            "counts": counts.as_dict(),
+            "counts": asdict(counts),
             "files": hashes,
             "versions": package_versions(),
         }
