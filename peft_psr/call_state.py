@@ -25,13 +25,9 @@ Strength = float | torch.Tensor
 
 
 def check_row_count(names: Sequence[str], rows: int, repeated: bool = False, where: str = "") -> None:
-    """Raise `ValueError` unless there are as many of a call's `adapter_names` as rows.
+    """Raise `ValueError`, with `where` it was seen, unless a call's `adapter_names` are as many as the batch's rows.
 
-    Args:
-        names: One adapter's name for each row.
-        rows: Of the batch.
-        repeated: Each row may stand there several times over, as for beams.
-        where: What saw the rows, for the message.
+    With `repeated` each row may stand there several times over, as for beams.
     """
     if rows % len(names) if repeated else rows != len(names):
         raise ValueError(
@@ -113,10 +109,8 @@ class SteeringState:
     def remember(self, active: str | list[str], name: str, strength: Strength) -> None:
         """Leave what a call's first edited layer worked out for the others, so that they need no Python for it.
 
-        Args:
-            active: What layers call active: one gated adapter, at whose gates nobody looks.
-            name: The adapter's name.
-            strength: One number, or (batch, seq, 1).
+        `active` is what layers call active: one gated adapter, `name`, at whose gates nobody looks. The strength is
+        one number, or (batch, seq, 1).
         """
         super().__setattr__("remembered", (active, name, strength))
 

@@ -42,9 +42,7 @@ def _check_choice(value: object, name: str, choices: tuple[str, ...]) -> None:
 def _check_layers(layers: int | list[int] | None) -> None:
     if isinstance(layers, list) and not layers:
         raise ValueError("layers_to_transform is an empty list: no layer would be edited. Use None for every layer.")
-    for layer in layers if isinstance(layers, list) else [layers]:
-        if layer is None and not isinstance(layers, list):
-            continue
+    for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(
                 f"layers_to_transform must be an int, a list of ints or None, got {layer!r} ({type(layer).__name__})."
@@ -128,16 +126,13 @@ class PSRConfig(PeftConfig):
             raise TypeError(f"r must be an int, got {self.r!r} ({type(self.r).__name__}).")
         if self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}.")
-        if not isinstance(self.init_weights, bool):
-            raise TypeError(
-                f"init_weights must be True or False, got {self.init_weights!r}; for a start from data see "
-                "`peft_psr.training.initialize_psr_weights`."
-            )
-        if not isinstance(self.freeze_directions, bool):
-            raise TypeError(
-                f"freeze_directions must be True or False, got {self.freeze_directions!r}; the directions themselves "
-                "go to `peft_psr.training.initialize_psr_weights(..., directions=...)`."
-            )
+        starts = "`peft_psr.training.initialize_psr_weights"
+        for name, hint in (
+            ("init_weights", f"for a start from data see {starts}`"),
+            ("freeze_directions", f"the directions themselves go to {starts}(..., directions=...)`"),
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}; {hint}.")
         _check_choice(self.gate, "gate", GATES)
         if self.freeze_directions and self.gate == "constant":
             raise ValueError(
@@ -150,10 +145,9 @@ class PSRConfig(PeftConfig):
         _check_layers(self.layers_to_transform)
         self.alpha = check_strength(self.alpha, "alpha")
         self.coefficient_bias = check_strength(self.coefficient_bias, "coefficient_bias")
-        # PEFT holds module names in sets: a list of them would be matched one by one
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            # PEFT holds module names in sets: a list of them would be matched one by one
+            if isinstance(names := getattr(self, name), list):
+                setattr(self, name, set(names))
         if self.task_type is None and self.target_modules is None:
             self.task_type = TaskType.CAUSAL_LM

@@ -33,11 +33,7 @@ from .rows import BASE, gather_rows
 
 
 class SteeredGenerate:
-    """The model's `generate`, which takes `steering_mask` and `alpha` too and knows which tokens are the prompt.
-
-    Args:
-        model: A model with a steering state.
-    """
+    """A steered model's `generate`, which takes `steering_mask` and `alpha` too and knows what is the prompt."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -111,11 +107,7 @@ class SteeredGenerate:
 
 
 class SteeredBatching:
-    """The model's `init_continuous_batching`, where it can be steered: also what `generate_batch` begins with.
-
-    Args:
-        model: A model with a steering state.
-    """
+    """A model's `init_continuous_batching`, where it can be steered: also what `generate_batch` begins with."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -166,10 +158,7 @@ def end_steered_call(model: nn.Module, args: tuple, output: Any) -> None:
 def _look_for_lost_labels(model: nn.Module, state: SteeringState, output: Any) -> None:
     """Warn in the backward pass if a language model that takes its text for a prompt is trained on more than its end.
 
-    Args:
-        model: The model or its decoder.
-        state: Its state.
-        output: What it returned first, (batch, seq, ...).
+    `output`, what the model or its decoder returned first, is (batch, seq, ...).
     """
     mask = state.masks.get("response")
     if mask is None or not state.predicts_tokens or not isinstance(output, torch.Tensor) or not output.requires_grad:
@@ -284,14 +273,7 @@ def check_names(names: Sequence[Any], known: Sequence[str], prompt: Any) -> None
 def rows_named(
     state: SteeringState, layers: Collection[PSRLayer], saved: Iterable[nn.Module], names: Sequence[str]
 ) -> Iterator[None]:
-    """Inside, each row of a batch is edited by its own adapter.
-
-    Args:
-        state: Of the model.
-        layers: Its PSR layers.
-        saved: Its modules of `modules_to_save`.
-        names: One adapter's name for each row.
-    """
+    """Inside, `names` has each row's adapter, which edits it, with its own of the modules `saved` with adapters."""
     state.adapter_names = list(names)
     for layer in layers:
         layer.rows = gather_rows({name: layer.unit(name) for name in layer.psr_unit}, layer.config, names)

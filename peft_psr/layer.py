@@ -59,11 +59,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         return self.base_device, None
 
     def update_layer(self, adapter_name: str, config: PSRConfig, inference_mode: bool = False) -> None:
-        """Add the adapter `adapter_name`, or make it anew.
-
-        Raises:
-            ValueError: the name stands for something else.
-        """
+        """Add the adapter `adapter_name`, or make it anew; `ValueError` for a name that stands for something else."""
         if adapter_name in (BASE, EACH_ROW):
             raise ValueError(f"An adapter can't be called {adapter_name!r}, which has a meaning of its own.")
         no_op = config.init_weights or config.inference_mode  # what is not trained any more is read from a file

@@ -151,14 +151,9 @@ class PSRModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter active, or several.
-
-        Raises:
-            ValueError: there is no such adapter.
-        """
+        """Make one adapter active, or several; raises `ValueError` if there is no such adapter."""
         wanted = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        unknown = [name for name in wanted if name not in self.peft_config]
-        if unknown:
+        if unknown := [name for name in wanted if name not in self.peft_config]:
             raise ValueError(f"No adapter {unknown[0]!r}; there are: {', '.join(self._names())}.")
         with self._others_left_alone():
             super().set_adapter(adapter_name, inference_mode)

@@ -36,14 +36,7 @@ _MOST_MARKS = 2
 
 
 def last_token_mask(attention_mask: torch.Tensor) -> torch.Tensor:
-    """1 at the last token of each row that is not padding, whichever side the padding is on.
-
-    Args:
-        attention_mask: (batch, seq), 0 on padding.
-
-    Returns:
-        (batch, seq) bool.
-    """
+    """True at the last token of each row that is not padding (0 in the mask) on either side; both are (batch, seq)."""
     seen = attention_mask.long().cumsum(dim=-1)
     return (seen == seen[:, -1:]) & attention_mask.bool()
 
@@ -152,14 +145,7 @@ def chat_mask(processing_class: PreTrainedTokenizerBase, messages: Prompt, posit
 def _start_of_turn(
     processing_class: PreTrainedTokenizerBase, earlier: Sequence[Message], text: str, content: str
 ) -> tuple[int, int] | None:
-    """Where an assistant's turn and its content start in a rendered conversation; `None` if that can't be told.
-
-    Args:
-        processing_class: A tokenizer.
-        earlier: The turns before.
-        text: The conversation.
-        content: The turn's.
-    """
+    """Where an assistant's turn and its content start in the text of a conversation; `None` if that can't be told."""
     if earlier:
         opened = render_turns(processing_class, earlier, add_generation_prompt=True)
     else:  # transformers renders no conversation without turns
@@ -204,10 +190,7 @@ def encode_chat(
     """
     ids = [encode_prompt(processing_class, conversation) for conversation in conversations]
     masks = [chat_mask(processing_class, conversation, positions) for conversation in conversations]
-    return {
-        **pad_tokens(processing_class, ids, device),
-        "steering_mask": pad_rows(masks, 0, device),
-    }
+    return {**pad_tokens(processing_class, ids, device), "steering_mask": pad_rows(masks, 0, device)}
 
 
 def pad_tokens(
@@ -216,13 +199,9 @@ def pad_tokens(
     device: torch.device | str | None = None,
     side: str = "left",
 ) -> dict[str, torch.Tensor]:
-    """Texts of unequal length as a batch: `input_ids` and `attention_mask`, each (batch, longest) int64.
+    """Texts of unequal length, by their tokens, as `input_ids` and `attention_mask`, each (batch, longest) int64.
 
-    Args:
-        processing_class: A tokenizer, for what stands in the padding.
-        ids: The tokens of each text.
-        device: Where the tensors go.
-        side: Where the padding stands: "left", as for `generate`, or "right".
+    The padding stands on the `side` "left", as for `generate`, or "right".
     """
     return {
         "input_ids": pad_rows(ids, pad_id(processing_class), device, side),

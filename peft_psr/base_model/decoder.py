@@ -41,12 +41,9 @@ def decoder_layer_names(model: nn.Module, layers_pattern: str | list[str] | None
     for name, module in decoder.named_modules(prefix=prefix):
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        if patterns is not None:
-            if name.split(".")[-1] not in patterns and name not in patterns:
-                continue
-        elif depth is not None and len(module) != depth:
-            continue
-        return [f"{name}.{i}" for i in range(len(module))]
+        named = patterns is not None and (name.split(".")[-1] in patterns or name in patterns)
+        if named or (patterns is None and depth in (None, len(module))):
+            return [f"{name}.{i}" for i in range(len(module))]
     wanted = f"named {layers_pattern!r}" if layers_pattern else f"of {depth} decoder layers"
     raise ValueError(
         f"{type(model).__name__} has no ModuleList {wanted}. Name the list that holds the decoder layers with "

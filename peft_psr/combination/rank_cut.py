@@ -27,6 +27,8 @@ from peft_psr.hooks import attach_state, prompt_of
 from peft_psr.layer import PSRLayer, layers_of
 from peft_psr.unit import PSRUnit
 
+from .concatenation import with_empty_ranks
+
 
 @dataclass
 class RankCut:
@@ -63,12 +65,8 @@ def cut_rank(unit: PSRUnit, hidden: torch.Tensor, r: int) -> RankCut:
     weight, bias = (values.detach().double().cpu() for values in unit.gate())
     used = direction.any(dim=1)
     if int(used.sum()) <= r:  # nothing to cut
-
-        def kept(values: torch.Tensor) -> torch.Tensor:
-            rows = values[used]
-            return torch.cat([rows, rows.new_zeros(r - len(rows), *rows.shape[1:])]).float()
-
-        return RankCut(kept(weight), kept(bias), kept(direction), error=0.0)
+        kept = (with_empty_ranks(values[used], r).float() for values in (weight, bias, direction))
+        return RankCut(*kept, error=0.0)
     linear = hidden.detach().double().cpu() @ weight.T
     overlap = direction @ direction.T
     fitted, held_out = linear[::2], linear[1::2]

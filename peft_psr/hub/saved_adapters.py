@@ -49,14 +49,11 @@ class SavedAdapter:
 
 
 def read_adapter(source: str | os.PathLike) -> SavedAdapter:
-    """Read an adapter without its base model.
-
-    Args:
-        source: A folder, or a name on the Hub.
+    """Read an adapter, from a folder or the Hub, without its base model.
 
     Raises:
         OSError: the Hub can't be reached.
-        ValueError: there is no adapter, or it is of another kind.
+        ValueError: there is no adapter, it is of another kind, or its files can't be read.
     """
     source = str(source)
     config = read_adapter_config(source)
@@ -91,10 +88,7 @@ def _unit(state: Mapping[str, torch.Tensor], config: PSRConfig) -> PSRUnit:
 
 
 def read_facts(source: str) -> AdapterFacts | None:
-    """What is known about a saved adapter, or `None` if it has no facts.
-
-    Args:
-        source: A folder, or a name on the Hub.
+    """What is known about an adapter in a folder or on the Hub, or `None` if it has no facts.
 
     Raises:
         OSError: the Hub can't be reached.
@@ -225,9 +219,7 @@ def _combine(
     config, states = combine(configs, weights, units)
     config.inference_mode = True
     if base_model is not None:
-        revisions = {
-            base_config.revision for base_config in configs if base_config.base_model_name_or_path == base_model
-        }
+        revisions = {each.revision for each in configs if each.base_model_name_or_path == base_model}
         config.base_model_name_or_path = base_model
         config.revision = revisions.pop() if len(revisions) == 1 else None
     return config, states

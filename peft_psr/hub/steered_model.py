@@ -52,14 +52,10 @@ def base_model_of(adapters: Mapping[str, str], model: str = "", revision: str | 
 
 
 def template_args_for(adapters: Mapping[str, str], given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of the chat template: those given, or else those that the adapters were trained with.
-
-    Args:
-        adapters: {name: folder or Hub name}.
-        given: The user's; `None` for the adapters' own.
+    """Arguments of the chat template: those `given`, or else those that the adapters were trained with.
 
     Raises:
-        ValueError: the adapters were trained with different ones.
+        ValueError: the adapters, {name: folder or Hub name}, were trained with different ones.
     """
     if given is not None:
         return dict(given)

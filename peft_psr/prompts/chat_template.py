@@ -63,12 +63,7 @@ def set_chat_template(
 
 
 def check_template_args(template_args: Mapping[str, Any]) -> None:
-    """Raise unless these can be a template's arguments.
-
-    Raises:
-        TypeError: a value is not JSON.
-        ValueError: a name is no name, or one that rendering sets by itself, or a constant of Jinja's.
-    """
+    """Raise `TypeError` for a value that is not JSON, `ValueError` for no name, or one of rendering's or Jinja's."""
     for name in template_args:
         if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
             raise ValueError(

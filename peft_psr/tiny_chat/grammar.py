@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from peft_psr.prompts.messages import Message
 
-from .topics import TOPICS, Question, Tokens, join, questions, sentence_families, split_tokens, topic_of
+from .topics import TOPICS, Tokens, join, questions, sentence_families, split_tokens, topic_of
 from .traits import (
     CHANGES,
     DROP_REQUESTS,
@@ -142,16 +142,3 @@ def all_texts() -> Iterator[str]:
         yield from (join(text) for name in TOPICS for kind in FRAMES for text in framing_sentences(name, kind, trait))
     for name in TOPICS:
         yield from (join(sentence) for sentences in sentence_families(name).values() for sentence in sentences)
-
-
-__all__ = [
-    "TOPICS",
-    "TRAITS",
-    "Question",
-    "instructions",
-    "neutral_instructions",
-    "prompt_messages",
-    "questions",
-    "sample_answer",
-    "sample_conversation",
-]

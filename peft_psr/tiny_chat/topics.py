@@ -119,11 +119,7 @@ _NOUNS = {noun: topic.name for topic in TOPICS.values() for noun in topic.nouns}
 
 
 def topic_of(name: str) -> Topic:
-    """The topic called `name`.
-
-    Raises:
-        ValueError: There is no such topic.
-    """
+    """The topic called `name`; raises `ValueError` if there is none."""
     if name not in TOPICS:
         raise ValueError(f"Unknown topic {name!r}; the topics are {', '.join(TOPICS)}.")
     return TOPICS[name]
