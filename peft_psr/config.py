@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Real
+from typing import Any
 
 import torch
 from peft import PeftConfig, TaskType
@@ -51,6 +52,10 @@ def _check_layers(layers: int | list[int] | None) -> None:
             raise ValueError(f"layers_to_transform holds {layer}: layers count from 0 and can't be negative.")
 
 
+def _setting(default: Any, about: str) -> Any:
+    return field(default=default, metadata={"help": about})
+
+
 @dataclass
 class PSRConfig(PeftConfig):
     """Configuration of a Prompt Steering Replacement adapter (arXiv 2605.03907).
@@ -88,35 +93,26 @@ class PSRConfig(PeftConfig):
         ValueError: a value out of range; the message names it and what is accepted.
     """
 
-    r: int = field(default=1, metadata={"help": "Rank of the edit; the paper's method is 1."})
-    gate: str = field(default="relu", metadata={"help": "'relu' (PSR) or 'constant' (a plain steering vector)."})
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Decoder layers to edit, from 0: None for all, an int for one, or a list."}
+    r: int = _setting(1, "Rank of the edit; the paper's method is 1.")
+    gate: str = _setting("relu", "'relu' (PSR) or 'constant' (a plain steering vector).")
+    layers_to_transform: list[int] | int | None = _setting(
+        None, "Decoder layers to edit, from 0: None for all, an int for one, or a list."
     )
-    layers_pattern: str | list[str] | None = field(
-        default=None, metadata={"help": "Name of the ModuleList of decoder layers, where structure can't tell."}
+    layers_pattern: str | list[str] | None = _setting(
+        None, "Name of the ModuleList of decoder layers, where structure can't tell."
     )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to edit instead of decoder layers, matched as PEFT does."}
+    target_modules: list[str] | str | None = _setting(
+        None, "Modules to edit instead of decoder layers, matched as PEFT does."
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone, matched as PEFT does."}
+    exclude_modules: list[str] | str | None = _setting(None, "Modules to leave alone, matched as PEFT does.")
+    modules_to_save: list[str] | None = _setting(None, "Modules besides the adapter that are trained and saved.")
+    positions: str = _setting("response", "Edited tokens: 'response', 'question_and_response' or 'all'.")
+    alpha: float = _setting(1.0, "Strength of the edit at inference; 0 is no edit.")
+    coefficient_bias: float = _setting(0.0, "b_m, added to alpha.")
+    init_weights: bool = _setting(
+        True, "True: a no-op with open gates. False: start as a linear layer does (the reported runs)."
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules besides the adapter that are trained and saved."}
-    )
-    positions: str = field(
-        default="response", metadata={"help": "Edited tokens: 'response', 'question_and_response' or 'all'."}
-    )
-    alpha: float = field(default=1.0, metadata={"help": "Strength of the edit at inference; 0 is no edit."})
-    coefficient_bias: float = field(default=0.0, metadata={"help": "b_m, added to alpha."})
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True: a no-op with open gates. False: start as a linear layer does (the reported runs)."},
-    )
-    freeze_directions: bool = field(
-        default=False, metadata={"help": "True: train the gates alone, not the directions z."}
-    )
+    freeze_directions: bool = _setting(False, "True: train the gates alone, not the directions z.")
 
     def __post_init__(self) -> None:
         """Check every value, so that a mistake shows before a model is touched."""

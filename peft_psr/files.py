@@ -16,7 +16,7 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a file under another name and rename it, so that it is whole or as it was before; errors as `not_written`."""
+    """Write a file under another name and rename it, so that it is whole or as it was; errors as `not_written`."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:

@@ -30,14 +30,11 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         width: d, last dimension of the layer's output.
         device: Where the decoder layer lives, or `None` if it has no parameters.
         state: What the current forward call is to do, shared by the model's PSR layers.
-
-    Attributes:
-        hook: Removes the hook on the decoder layer; `PSRModel` sets it.
     """
 
     adapter_layer_names = ("psr_unit",)
     other_param_names = ("config",)
-    hook: RemovableHandle
+    hook: RemovableHandle  # of the hook on the decoder layer; `PSRModel` sets it
 
     def __init__(self, name: str, width: int, device: torch.device | None, state: SteeringState) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ def response_mask(labels: torch.Tensor) -> torch.Tensor:
 
 
 def default_mask(positions: str, attention_mask: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """The mask of a call that was given none.
+    """The mask of a call that was given none, (batch, seq) bool.
 
     With `labels` the response is known; without, the input is taken for a prompt. Where the question starts can't be
     told from ids alone, so `question_and_response` counts every token that is not padding as question:
@@ -60,9 +60,6 @@ def default_mask(positions: str, attention_mask: torch.Tensor, labels: torch.Ten
         positions: One of `POSITIONS`.
         attention_mask: (batch, seq), 0 on padding.
         labels: (batch, seq) with -100 outside the response, or `None`.
-
-    Returns:
-        (batch, seq) bool.
     """
     if positions != "response":
         return attention_mask.bool()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,15 @@ class RowAdapters:
         """Each row `times` over, for beams and several return sequences."""
         if times == 1:
             return self
-        tensors = (self.gate_weight, self.gate_bias, self.direction, self.alpha, self.coefficient_bias)
-        positions = {kind: rows.repeat_interleave(times, dim=0) for kind, rows in self.positions.items()}
-        return RowAdapters(*(tensor.repeat_interleave(times, dim=0) for tensor in tensors), positions=positions)
+        repeated = partial(torch.repeat_interleave, repeats=times, dim=0)
+        return RowAdapters(
+            gate_weight=repeated(self.gate_weight),
+            gate_bias=repeated(self.gate_bias),
+            direction=repeated(self.direction),
+            alpha=repeated(self.alpha),
+            coefficient_bias=repeated(self.coefficient_bias),
+            positions={kind: repeated(rows) for kind, rows in self.positions.items()},
+        )
 
     def gates(self, hidden: torch.Tensor) -> torch.Tensor:
         """Gate values (rows, seq, r), float32, of hidden states (rows, seq, d)."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,11 +81,7 @@ def output_width(module: nn.Module, name: str, model: nn.Module) -> int:
 
 
 def hidden_of(output: object, name: str) -> torch.Tensor:
-    """The hidden states (batch, seq, d) in a layer's output, which is a tensor or a tuple that starts with it.
-
-    Raises:
-        TypeError: the output is anything else.
-    """
+    """The hidden states (batch, seq, d) in a layer's output, itself or first in a tuple; `TypeError` for any other."""
     hidden = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(hidden, torch.Tensor):
         raise TypeError(
@@ -104,13 +101,10 @@ def capture_layer_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[di
     """
     outputs: dict[str, torch.Tensor] = {}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple, object], None]:
-        def record(module: nn.Module, args: tuple, output: object) -> None:
-            outputs[name] = hidden_of(output, name)
+    def record(module: nn.Module, args: tuple, output: object, name: str) -> None:
+        outputs[name] = hidden_of(output, name)
 
-        return record
-
-    handles = [model.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(partial(record, name=name)) for name in names]
     try:
         yield outputs
     finally:

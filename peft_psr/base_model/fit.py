@@ -72,7 +72,7 @@ def check_fit(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
 def report_fit(
     model: nn.Module, adapter_name: str, lost: Collection[str], bare: Collection[str], loaded: Collection[str]
 ) -> None:
-    """Warn of what was left out, if anything was.
+    """Warn of what of an adapter was left out, if anything was; raise `ValueError` if nothing was loaded.
 
     Args:
         model: A `PeftModel`, or a bare model with PSR layers.
@@ -80,9 +80,6 @@ def report_fit(
         lost: Keys of the adapter's weights that have no place in the model.
         bare: Keys of the model's weights for the adapter that it has none for.
         loaded: Those that it has some for.
-
-    Raises:
-        ValueError: nothing was loaded.
     """
     if not lost and not bare:
         return

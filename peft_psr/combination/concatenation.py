@@ -23,10 +23,7 @@ def combine(
 ) -> tuple[PSRConfig, dict[str, dict[str, torch.Tensor]]]:
     """The combination's configuration, at strength 1, and {name of an edited module: the state of its unit}.
 
-    Args:
-        configs: The adapters' configurations.
-        weights: One finite number each.
-        units: {name of an edited module: each adapter's unit there, or `None` if it has none}.
+    `units` has for each name of an edited module each adapter's unit there, or `None` if it has none.
 
     Raises:
         ValueError: the adapters edit different positions or save further modules, which one adapter can't express.

@@ -137,8 +137,7 @@ class AdapterFacts:
             ValueError: an unknown name, or a value out of range.
         """
         known = {entry.name for entry in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if unknown := sorted(set(values) - known):
             raise ValueError(f"No such facts: {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
         given = dict(values)
         for name in ("plain", "prompted", "steered"):

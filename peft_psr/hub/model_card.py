@@ -88,11 +88,7 @@ def render(config: PSRConfig, facts: AdapterFacts, name: str, figure: str | None
     is_causal_lm = config.task_type == "CAUSAL_LM"
     title = "Combined steering adapter" if facts.parts else "Steering adapter"
     title += f": {facts.trait}" if facts.trait else ""
-    rows = [
-        ("base model", facts.plain),
-        ("base model with the prompt", facts.prompted),
-        ("this adapter", facts.steered),
-    ]
+    rows = {"base model": facts.plain, "base model with the prompt": facts.prompted, "this adapter": facts.steered}
     alphas = [point.alpha for point in facts.curve if point.alpha is not None]
     data = ModelCardData(
         library_name="peft",
@@ -120,7 +116,7 @@ def render(config: PSRConfig, facts: AdapterFacts, name: str, figure: str | None
         question=json.dumps(facts.question or "What do you think of tea?", ensure_ascii=False),
         positions="" if config.positions == "response" else f', "{config.positions}"',
         tried=f"{min(alphas):g} to {max(alphas):g}" if alphas else None,
-        rows=[(label, score) for label, score in rows if score is not None],
+        rows=[(label, score) for label, score in rows.items() if score is not None],
         versions=", ".join(f"{package} {number}" for package, number in facts.versions.items()),
         figure=figure,
     )

@@ -77,14 +77,12 @@ def _read_units(source: str, config: PSRConfig) -> tuple[dict[str, PSRUnit], tup
             grouped.setdefault(module, {})[parameter] = tensor
         else:
             others.append(module)
-    return {module: _unit(state, config) for module, state in grouped.items()}, tuple(sorted(others))
-
-
-def _unit(state: Mapping[str, torch.Tensor], config: PSRConfig) -> PSRUnit:
-    rank, width = state["direction"].shape
-    unit = PSRUnit(width, rank, config.gate, init_weights=True)
-    unit.load_state_dict(state)
-    return unit
+    units = {}
+    for module, state in grouped.items():
+        rank, width = state["direction"].shape
+        units[module] = PSRUnit(width, rank, config.gate, init_weights=True)
+        units[module].load_state_dict(state)
+    return units, tuple(sorted(others))
 
 
 def read_facts(source: str) -> AdapterFacts | None:

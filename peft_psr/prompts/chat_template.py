@@ -85,12 +85,7 @@ def template_args_of(processing_class: PreTrainedTokenizerBase) -> dict[str, Any
 
 
 def read_chat_template(path: str | Path) -> str:
-    """A chat template from a file, as `--chat-template` names it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty or not UTF-8.
-    """
+    """A chat template from a file, as `--chat-template` names it; `ValueError` if it is empty or not UTF-8."""
     file = Path(path).expanduser()
     check_file(file, "chat_template")
     try:

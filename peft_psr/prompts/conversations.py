@@ -161,11 +161,7 @@ def encode_completion(
 ) -> list[int]:
     """Token ids of `completion` as a continuation of `prompt`, tokenized together with it where that leaves it whole.
 
-    Args:
-        processing_class: A tokenizer.
-        prompt: Conversation or plain text.
-        completion: The assistant's answer.
-        truncated: The answer was cut off, so no end-of-turn token follows.
+    A `truncated` one was cut off, so that no end-of-turn token follows.
 
     Raises:
         ValueError: the completion's first letters merge with the prompt's last ones into one token, and the tokenizer

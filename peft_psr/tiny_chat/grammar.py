@@ -61,11 +61,7 @@ def sample_answer(rng: random.Random, topic: str, traits: Sequence[str] = ()) ->
 
     A plain answer has 3-4 topic sentences of different templates, the first of which holds "is" or "are". Each trait
     adds an opener and a closer and fills all its slots; with `concise` there is a single topic sentence.
-
-    Args:
-        rng: Source of chance.
-        topic: Name of a topic.
-        traits: Traits the answer shows, in the order of their openers and closers; at most `MAX_TRAITS`.
+    Openers and closers stand in the order of the traits, of which there are at most `MAX_TRAITS`.
 
     Raises:
         ValueError: The topic or a trait is unknown, a trait is given twice, or there are too many.
@@ -132,8 +128,7 @@ def sample_conversation(rng: random.Random) -> list[Message]:
 
 def all_texts() -> Iterator[str]:
     """Texts that between them hold every word of the grammar (not every text it can produce)."""
-    yield from neutral_instructions()
-    yield from DROP_REQUESTS
+    yield from (*neutral_instructions(), *DROP_REQUESTS)
     yield from (text for texts in CHANGES.values() for text in texts)
     yield from (text.capitalize() for change in REPLACING for text in CHANGES[change] if change == "formal/people")
     yield from (question.text for question in _ALL_QUESTIONS)
