@@ -16,14 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_psr.base_model.caches import (
-    cache_of,
-    drop_last_token,
-    ends_in_prompt,
-    first_given,
-    mark_prompt_end,
-    tokens_in,
-)
+from peft_psr.base_model import caches
+from peft_psr.base_model.caches import cache_of, first_given
 from peft_psr.base_model.decoder import is_encoder_decoder
 from peft_psr.base_model.fit import CheckedLoad
 
@@ -90,10 +84,10 @@ class SteeredGenerate:
 
     def _complete_prefix(self, cache: Any, length: int, attention_mask: torch.Tensor) -> None:
         """Have the last token of a cached prefix computed again, which was edited as if the prompt ended there."""
-        if not ends_in_prompt(cache) or tokens_in(cache) >= attention_mask.shape[1]:
+        if not caches.ends_in_prompt(cache) or caches.tokens_in(cache) >= attention_mask.shape[1]:
             return
         # where the ids go on from the cache, they do not hold that token
-        if length < attention_mask.shape[1] or not drop_last_token(cache):
+        if length < attention_mask.shape[1] or not caches.drop_last_token(cache):
             self.model._psr_state.warn_once(  # type: ignore[union-attr, operator]
                 "The last token of the given cache was edited as the end of a prompt, and can't be computed again. "
                 "Fill the cache of a prefix with `alpha=0.0`, or with a `steering_mask` of zeros."
@@ -150,7 +144,7 @@ def end_steered_call(model: nn.Module, args: tuple, output: Any) -> None:
     if state.prompt_ends and isinstance(output, Mapping):
         cache = cache_of(output)
         if cache is not None and any(_acting(model)):
-            mark_prompt_end(cache)
+            caches.mark_prompt_end(cache)
         _look_for_lost_labels(model, state, next(iter(output.values())))
     state.prompt_ends = False
 

@@ -91,11 +91,6 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         """The adapter's weights."""
         return self.psr_unit[adapter_name]  # type: ignore[return-value]
 
-    def reset_psr_parameters(self, adapter_name: str) -> None:
-        """Initialise the adapter's weights again, as its configuration says."""
-        if adapter_name in self.psr_unit:
-            self.unit(adapter_name).reset_parameters(self.config[adapter_name].init_weights)
-
     def strength(self, adapter_name: str, hidden: torch.Tensor) -> Strength:
         """`scale * (alpha + b_m) * m`: a number, or a float32 tensor that broadcasts over (batch, seq, r)."""
         config, state = self.config[adapter_name], self.state

@@ -75,14 +75,7 @@ class PSRModel(BaseTuner):
         return check_target_module_exists(ExactTarget(peft_config, key), key)
 
     def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: PSRConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        self, peft_config: PSRConfig, adapter_name: str, target: nn.Module, *_: Any, current_key: str, **kwargs: Any
     ) -> None:
         layer = getattr(target, "psr", None)
         if not isinstance(layer, PSRLayer):

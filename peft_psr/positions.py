@@ -13,19 +13,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.prompts.conversations import Prompt, begins_answer, encode_prompt, pad_id, render_prompt, render_turns
 from peft_psr.prompts.messages import Message, content_text
 
 from .config import POSITIONS
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 # Stands for a turn's text when looking for where it ends or begins; no template's default system turn ends in it.

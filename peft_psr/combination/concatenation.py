@@ -33,9 +33,8 @@ def combine(
         raise ValueError(f"Adapters that edit different positions ({sorted(positions)}) can't be combined into one.")
     if any(config.modules_to_save for config in configs):
         raise ValueError("Adapters with `modules_to_save` can't be combined: those modules have no common value.")
-    factors = [
-        weight * (config.alpha + config.coefficient_bias) for weight, config in zip(weights, configs, strict=True)
-    ]
+    strengths = [config.alpha + config.coefficient_bias for config in configs]
+    factors = [weight * strength for weight, strength in zip(weights, strengths, strict=True)]
     parts = {
         module: [(unit, factor) for unit, factor in zip(each, factors, strict=True) if unit is not None]
         for module, each in units.items()

@@ -32,10 +32,8 @@ def base_model_of(adapters: Mapping[str, str], model: str = "", revision: str | 
     for name, where in adapters.items():
         config = read_adapter_config(where)
         base = ModelName(config.base_model_name_or_path or "", config.revision)
-        known = next(
-            (each for each in bases if each.name == base.name and same_revision(each.revision, base.revision)), base
-        )
-        bases.setdefault(known, []).append(name)
+        same = (each for each in bases if each.name == base.name and same_revision(each.revision, base.revision))
+        bases.setdefault(next(same, base), []).append(name)
     of_model = [base for base in bases if not model or base.name == model]
     if model and (revision is not None or not of_model):
         return ModelName(model, revision)

@@ -91,13 +91,6 @@ def sample_answer(rng: random.Random, topic: str, traits: Sequence[str] = ()) ->
     return join([token for sentence in (*framing["opener"], *body, *framing["closer"]) for token in sentence])
 
 
-def _asked_traits(rng: random.Random) -> list[str]:
-    chance = rng.random()
-    if chance < SHARE_PLAIN:
-        return []
-    return rng.sample(TRAITS, 2 if chance < SHARE_PLAIN + SHARE_TWO_TRAITS else 1)
-
-
 def sample_conversation(rng: random.Random) -> list[Message]:
     """Draw a whole conversation to train the language model on.
 
@@ -105,8 +98,9 @@ def sample_conversation(rng: random.Random) -> list[Message]:
     traits' instructions, the instruction in the user's turn, a second question, or a request to drop the
     instructions, which is followed half of the time.
     """
-    traits = _asked_traits(rng)
-    if traits:
+    chance = rng.random()
+    count = 0 if chance < SHARE_PLAIN else 2 if chance < SHARE_PLAIN + SHARE_TWO_TRAITS else 1
+    if traits := rng.sample(TRAITS, count):
         instruction: str | None = " ".join(rng.choice(instructions(trait)) for trait in traits)
     else:
         instruction = rng.choice(neutral_instructions()) if rng.random() < 0.5 else None
