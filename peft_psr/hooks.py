@@ -107,11 +107,7 @@ class SteeredBatching:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Begin continuous batching.
-
-        Raises:
-            NotImplementedError: an adapter edits the response alone, whose beginnings can't be told in one long row.
-        """
+        """Begin it; `NotImplementedError` for an adapter that edits the response alone."""
         if "response" in self.model._psr_state.positions:  # type: ignore[union-attr, operator]
             raise NotImplementedError(
                 "Continuous batching (`generate_batch`, `init_continuous_batching`) lays all prompts in one row, "

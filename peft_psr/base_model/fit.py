@@ -96,12 +96,8 @@ def report_fit(
         parts.append(f"its weights for {_modules(lost)} have no place there and are left out")
     if bare:
         parts.append(f"it has no weights for {_modules(bare)}, which keep what they began with")
-    # said to the caller of PEFT's or transformers' own loading
-    warnings.warn(
-        f"Adapter {adapter_name!r} does not fit the model, a {kind}, as a whole: {'; '.join(parts)}.",
-        PSRWarning,
-        stacklevel=4,
-    )
+    message = f"Adapter {adapter_name!r} does not fit the model, a {kind}, as a whole: {'; '.join(parts)}."
+    warnings.warn(message, PSRWarning, stacklevel=4)  # said to the caller of PEFT's or transformers' own loading
 
 
 def _modules(keys: Iterable[str]) -> str:

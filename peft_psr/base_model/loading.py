@@ -20,12 +20,7 @@ from .threads import choose_threads
 
 
 class ModelName(NamedTuple):
-    """Which model: all that decides its weights.
-
-    Attributes:
-        name: Folder or Hub name.
-        revision: Branch, tag or commit on the Hub; `None` for its main branch.
-    """
+    """All that decides a model's weights: folder or Hub name, and branch, tag or commit there (`None`: main)."""
 
     name: str
     revision: str | None = None

@@ -13,10 +13,9 @@ from .decoder import decoder_layer_names, is_encoder_decoder
 
 
 def layers_to_edit(config: PSRConfig, model: nn.Module) -> set[str]:
-    """Names of the decoder layers to edit; none where `target_modules` names others.
+    """Names of the decoder layers to edit, none where `target_modules` names others.
 
-    Raises:
-        ValueError: there is no such layer, or a module to edit lies in an encoder.
+    Raises `ValueError` if there is no such layer, or a module to edit lies in an encoder.
     """
     if config.target_modules is not None:
         keys = [key for key, _ in model.named_modules() if check_target_module_exists(config, key)]

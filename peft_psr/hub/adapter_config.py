@@ -39,10 +39,7 @@ def read_adapter_config(source: str) -> PSRConfig:
 
 
 def read_peft_config(source: str) -> PeftConfig:
-    """The configuration of a saved adapter of any kind.
-
-    Args:
-        source: A folder, or a name on the Hub.
+    """The configuration of a saved adapter of any kind, in a folder or on the Hub.
 
     Raises:
         OSError: the Hub can't be reached.

@@ -146,9 +146,8 @@ def compose_adapters(
     config, states = _combine(adapters, weights, base_model)
     if dry_run:
         return config
-    parts = tuple(
-        Part(adapter.name, weight, adapter.facts.trait) for adapter, weight in zip(adapters, weights, strict=True)
-    )
+    weighted = zip(adapters, weights, strict=True)
+    parts = tuple(Part(adapter.name, weight, adapter.facts.trait) for adapter, weight in weighted)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch, output.name)
@@ -190,14 +189,12 @@ def _cut(exact: Path, model: Any, rank: int, samples: Any, scratch: Path) -> tup
 def _combine(
     adapters: Sequence[SavedAdapter], weights: Sequence[float], base_model: str | None
 ) -> tuple[PSRConfig, dict[str, dict[str, torch.Tensor]]]:
-    """As `composition.combine`, of adapters that may be of different models."""
+    """As `concatenation.combine`, of adapters that may be of different models."""
     configs = [adapter.config for adapter in adapters]
     bases = [(config.base_model_name_or_path, config.revision or "main") for config in configs]
     if base_model is None and len(set(bases)) > 1:
-        listed = "; ".join(
-            f"{adapter.name}: {base}, revision {revision}"
-            for adapter, (base, revision) in zip(adapters, bases, strict=True)
-        )
+        named = zip(adapters, bases, strict=True)
+        listed = "; ".join(f"{adapter.name}: {base}, revision {revision}" for adapter, (base, revision) in named)
         raise ValueError(
             f"The adapters name different base models ({listed}). If they are one and the same, give its name as "
             "base_model (--base-model)."

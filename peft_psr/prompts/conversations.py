@@ -52,11 +52,7 @@ _SENTINEL = "zqxj"
 def render_prompt(processing_class: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """The text that the model is to continue: the chat template with its generation prompt, or `prompt` itself.
 
-    An assistant's turn at the end is left open.
-
-    Raises:
-        ValueError: a conversation is given and the tokenizer has no chat template or one that refuses it, or a turn
-            holds something else than text.
+    An assistant's turn at the end is left open. Raises as `apply_template` and `content_text`.
     """
     if isinstance(prompt, str):
         return prompt
