@@ -120,9 +120,8 @@ def prepare(base: PreTrainedModel, name: str, mode: str, task: Workload) -> tupl
     time_rounds(base, {name: variant}, task, 2, {name: cache}, random.Random(0))
     if mode == "compiled":
         facts["graphs"] = graphs() - before
-        with torch.compiler.set_stance(
-            "fail_on_recompile"
-        ):  # compiling anew at every call is a reason to leave it out
+        # compiling anew at every call is a reason to leave it out
+        with torch.compiler.set_stance("fail_on_recompile"):
             time_rounds(base, {name: variant}, task, 1, {name: cache}, random.Random(0))
     else:
         facts["operations"] = count_operations(base, variant, task)

@@ -1,13 +1,11 @@
-"""A trainer that prints nothing, and triplets of the embedded model, for the benchmarks of training."""
+"""A trainer that prints nothing, for the benchmarks of training."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from peft import PeftModel
-from transformers import PreTrainedModel
 
-from peft_psr.evaluation.toy_task import ToyTask
 from peft_psr.training import PSRTrainer, PSRTrainingArguments
 from peft_psr.training.trainer.step_progress import silence
 
@@ -27,8 +25,3 @@ def trainer_of(model: PeftModel, train: Any, held_out: Any, tokenizer, folder: s
     )
     silence(made)
     return made
-
-
-def data_of(trait: str, tokenizer, model: PreTrainedModel, prompts: int, draws: int, seed: int) -> ToyTask:
-    """Triplets of the embedded model's trait: to train on, and held out."""
-    return ToyTask(model, tokenizer, trait, prompts, draws, seed=seed)

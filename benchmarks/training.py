@@ -25,11 +25,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
-from quiet_trainer import data_of, trainer_of
-from transformers import (
-    PreTrainedModel,
-    TrainerCallback,
-)
+from quiet_trainer import trainer_of
+from transformers import PreTrainedModel, TrainerCallback
 
 from peft_psr import PSRConfig
 from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
@@ -185,7 +182,7 @@ def run_way(way: dict[str, Any], base, tokenizer, data: ToyTask, target: float, 
 
 def target_part(options: argparse.Namespace, base: PreTrainedModel, tokenizer) -> dict[str, Any]:
     """Seconds to the naive recipe's final held-out loss."""
-    data = data_of(options.trait, tokenizer, base, options.prompts, options.draws, 0)
+    data = ToyTask(base, tokenizer, options.trait, options.prompts, options.draws)
     rows = [TripletCollator(tokenizer).encode(triplet) for triplet in data.triplets]
     print(f"{len(data.triplets)} triplets, {len(data.held_out)} held out, {options.epochs} epochs", flush=True)
     rounds = []
@@ -231,7 +228,7 @@ def target_part(options: argparse.Namespace, base: PreTrainedModel, tokenizer) -
 
 def together_part(options: argparse.Namespace, base: PreTrainedModel, tokenizer) -> dict[str, Any]:
     """Seconds a trait for one epoch at batch 1 a trait, alone and together."""
-    data = data_of(options.trait, tokenizer, base, options.prompts, options.draws, 0)
+    data = ToyTask(base, tokenizer, options.trait, options.prompts, options.draws)
     triplets: list[Triplet] = data.triplets
     counts = [1, 2, 4, 8, 16, 32]
     times: dict[int, list[float]] = {count: [] for count in counts}

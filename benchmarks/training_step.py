@@ -26,13 +26,14 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from quiet_trainer import data_of, trainer_of
+from quiet_trainer import trainer_of
 from timing import Stopwatch
 from transformers import PreTrainedModel, TrainerCallback
 from variants import SHAPES, build_model
 
 from peft_psr import PSRConfig
 from peft_psr.base_model.loading import EMBEDDED, load_model, load_tokenizer
+from peft_psr.evaluation.toy_task import ToyTask
 from peft_psr.files import write_json
 from peft_psr.training import Triplet, TripletCollator
 
@@ -172,7 +173,7 @@ def main() -> None:
     print(f"{device}, {torch.get_num_threads()} threads, load {load:.2f}, torch {torch.__version__}", flush=True)
     embedded = load_model(EMBEDDED).requires_grad_(False)
     tokenizer = load_tokenizer(EMBEDDED)
-    triplets = data_of(options.trait, tokenizer, embedded, options.prompts, options.draws, 0).triplets
+    triplets = ToyTask(embedded, tokenizer, options.trait, options.prompts, options.draws).triplets
     dtype = getattr(torch, options.dtype)
     base = build_model(options.model, options.device, dtype) if options.model != EMBEDDED else embedded
     base = base.to(options.device, dtype)

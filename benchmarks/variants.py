@@ -28,39 +28,19 @@ Triple = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 Edit = dict[int, Triple]
 """{number of a decoder layer: its weights}; empty for no edit."""
 
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+)
 SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 48,
-        "vocab_size": 64,
-    },
-    "135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 8192,
-        "vocab_size": 128256,
-    },
-    "7b": {
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "intermediate_size": 11008,
-        "vocab_size": 32000,
-    },
+    "tiny": dict(zip(SIZES, (32, 3, 4, 2, 48, 64), strict=True)),
+    "135m": dict(zip(SIZES, (576, 30, 9, 3, 1536, 49152), strict=True)),
+    "1b": dict(zip(SIZES, (2048, 16, 32, 8, 8192, 128256), strict=True)),
+    "7b": dict(zip(SIZES, (4096, 32, 32, 32, 11008, 32000), strict=True)),
 }
 """Shapes of Llama models: SmolLM2-135M, Llama-3.2-1B, Llama-2-7B, and one for tests."""
 

@@ -25,13 +25,9 @@ Strength = float | torch.Tensor
 
 
 def check_row_count(names: Sequence[str], rows: int, repeated: bool = False, where: str = "") -> None:
-    """Raise `ValueError` unless there are as many of a call's `adapter_names` as rows.
+    """Raise `ValueError`, with `where` it was seen, unless a call's `adapter_names` are as many as the batch's rows.
 
-    Args:
-        names: One adapter's name for each row.
-        rows: Of the batch.
-        repeated: Each row may stand there several times over, as for beams.
-        where: What saw the rows, for the message.
+    With `repeated` each row may stand there several times over, as for beams.
     """
     if rows % len(names) if repeated else rows != len(names):
         raise ValueError(
@@ -113,10 +109,8 @@ class SteeringState:
     def remember(self, active: str | list[str], name: str, strength: Strength) -> None:
         """Leave what a call's first edited layer worked out for the others, so that they need no Python for it.
 
-        Args:
-            active: What layers call active: one gated adapter, at whose gates nobody looks.
-            name: The adapter's name.
-            strength: One number, or (batch, seq, 1).
+        `active` is what layers call active: one gated adapter, `name`, at whose gates nobody looks. The strength is
+        one number, or (batch, seq, 1).
         """
         super().__setattr__("remembered", (active, name, strength))
 
@@ -158,8 +152,7 @@ class SteeringState:
             raise TypeError("adapter_names is for a PeftModel: the bare model's forward can't choose adapters by row.")
         steering_mask, alpha = arguments.pop("steering_mask", None), arguments.pop("alpha", None)
         names = ("decoder_input_ids", "decoder_inputs_embeds", "labels") if encoder_decoder else ()
-        given = (arguments.get(name) for name in (*names, "input_ids", "inputs_embeds"))
-        tokens = first_given(given)
+        tokens = first_given(arguments.get(name) for name in (*names, "input_ids", "inputs_embeds"))
         self.masks = dict.fromkeys(self.positions)
         self.alpha = None
         self.prompt_ends = False
@@ -242,9 +235,8 @@ class SteeringState:
         generation.seen = start + length
         generation.decoding = cached and generation.seen >= prompt
         for kind in self.positions:
-            mask = generation.steering_mask
-            if mask is None:
-                mask = default_mask(kind, generation.attention_mask)
+            given = generation.steering_mask
+            mask = default_mask(kind, generation.attention_mask) if given is None else given
             # beams and several return sequences a prompt: every prompt's rows stand together
             mask = mask.to(device).bool().repeat_interleave(batch // mask.shape[0], dim=0)
             new = mask.new_ones(batch, max(0, start + length - prompt))
@@ -255,11 +247,8 @@ class SteeringState:
 def prepare_alpha(alpha: Any, batch: int, rows: int, device: torch.device) -> Strength | None:
     """A strength that broadcasts over (batch, seq, r): a number, or one a row as (batch, 1, 1) float32.
 
-    Args:
-        alpha: A number, or a sequence or tensor of `rows` numbers.
-        batch: Rows of this call.
-        rows: Rows the caller gave: fewer than `batch` where beams or return sequences repeat them.
-        device: Where the tensor goes.
+    `alpha` is a number, or a sequence or tensor of as many as the `rows` that the caller gave: fewer than the call's
+    `batch` where beams or return sequences repeat them.
 
     Raises:
         TypeError: not a number nor a sequence of numbers.
@@ -283,12 +272,7 @@ def prepare_alpha(alpha: Any, batch: int, rows: int, device: torch.device) -> St
 
 
 def check_mask(mask: Any, batch: int, length: int) -> torch.Tensor:
-    """The caller's `steering_mask` as (batch, length) bool.
-
-    Raises:
-        TypeError: not a tensor.
-        ValueError: another shape, or fractions.
-    """
+    """The caller's `steering_mask` as (batch, length) bool; `TypeError` if it is no tensor, `ValueError` if wrong."""
     if not isinstance(mask, torch.Tensor):
         raise TypeError(f"steering_mask must be a tensor of 0/1, shape (batch, seq), got {type(mask).__name__}.")
     if tuple(mask.shape) != (batch, length):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from enum import Enum
 from numbers import Real
+from typing import Any
 
 import torch
 from peft import PeftConfig, TaskType
@@ -42,15 +43,17 @@ def _check_choice(value: object, name: str, choices: tuple[str, ...]) -> None:
 def _check_layers(layers: int | list[int] | None) -> None:
     if isinstance(layers, list) and not layers:
         raise ValueError("layers_to_transform is an empty list: no layer would be edited. Use None for every layer.")
-    for layer in layers if isinstance(layers, list) else [layers]:
-        if layer is None and not isinstance(layers, list):
-            continue
+    for layer in layers if isinstance(layers, list) else [] if layers is None else [layers]:
         if isinstance(layer, bool) or not isinstance(layer, int):
             raise TypeError(
                 f"layers_to_transform must be an int, a list of ints or None, got {layer!r} ({type(layer).__name__})."
             )
         if layer < 0:
             raise ValueError(f"layers_to_transform holds {layer}: layers count from 0 and can't be negative.")
+
+
+def _setting(default: Any, about: str) -> Any:
+    return field(default=default, metadata={"help": about})
 
 
 @dataclass
@@ -90,35 +93,26 @@ class PSRConfig(PeftConfig):
         ValueError: a value out of range; the message names it and what is accepted.
     """
 
-    r: int = field(default=1, metadata={"help": "Rank of the edit; the paper's method is 1."})
-    gate: str = field(default="relu", metadata={"help": "'relu' (PSR) or 'constant' (a plain steering vector)."})
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Decoder layers to edit, from 0: None for all, an int for one, or a list."}
+    r: int = _setting(1, "Rank of the edit; the paper's method is 1.")
+    gate: str = _setting("relu", "'relu' (PSR) or 'constant' (a plain steering vector).")
+    layers_to_transform: list[int] | int | None = _setting(
+        None, "Decoder layers to edit, from 0: None for all, an int for one, or a list."
     )
-    layers_pattern: str | list[str] | None = field(
-        default=None, metadata={"help": "Name of the ModuleList of decoder layers, where structure can't tell."}
+    layers_pattern: str | list[str] | None = _setting(
+        None, "Name of the ModuleList of decoder layers, where structure can't tell."
     )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to edit instead of decoder layers, matched as PEFT does."}
+    target_modules: list[str] | str | None = _setting(
+        None, "Modules to edit instead of decoder layers, matched as PEFT does."
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules to leave alone, matched as PEFT does."}
+    exclude_modules: list[str] | str | None = _setting(None, "Modules to leave alone, matched as PEFT does.")
+    modules_to_save: list[str] | None = _setting(None, "Modules besides the adapter that are trained and saved.")
+    positions: str = _setting("response", "Edited tokens: 'response', 'question_and_response' or 'all'.")
+    alpha: float = _setting(1.0, "Strength of the edit at inference; 0 is no edit.")
+    coefficient_bias: float = _setting(0.0, "b_m, added to alpha.")
+    init_weights: bool = _setting(
+        True, "True: a no-op with open gates. False: start as a linear layer does (the reported runs)."
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules besides the adapter that are trained and saved."}
-    )
-    positions: str = field(
-        default="response", metadata={"help": "Edited tokens: 'response', 'question_and_response' or 'all'."}
-    )
-    alpha: float = field(default=1.0, metadata={"help": "Strength of the edit at inference; 0 is no edit."})
-    coefficient_bias: float = field(default=0.0, metadata={"help": "b_m, added to alpha."})
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True: a no-op with open gates. False: start as a linear layer does (the reported runs)."},
-    )
-    freeze_directions: bool = field(
-        default=False, metadata={"help": "True: train the gates alone, not the directions z."}
-    )
+    freeze_directions: bool = _setting(False, "True: train the gates alone, not the directions z.")
 
     def __post_init__(self) -> None:
         """Check every value, so that a mistake shows before a model is touched."""
@@ -128,16 +122,13 @@ class PSRConfig(PeftConfig):
             raise TypeError(f"r must be an int, got {self.r!r} ({type(self.r).__name__}).")
         if self.r < 1:
             raise ValueError(f"r must be at least 1, got {self.r}.")
-        if not isinstance(self.init_weights, bool):
-            raise TypeError(
-                f"init_weights must be True or False, got {self.init_weights!r}; for a start from data see "
-                "`peft_psr.training.initialize_psr_weights`."
-            )
-        if not isinstance(self.freeze_directions, bool):
-            raise TypeError(
-                f"freeze_directions must be True or False, got {self.freeze_directions!r}; the directions themselves "
-                "go to `peft_psr.training.initialize_psr_weights(..., directions=...)`."
-            )
+        starts = "`peft_psr.training.initialize_psr_weights"
+        for name, hint in (
+            ("init_weights", f"for a start from data see {starts}`"),
+            ("freeze_directions", f"the directions themselves go to {starts}(..., directions=...)`"),
+        ):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}; {hint}.")
         _check_choice(self.gate, "gate", GATES)
         if self.freeze_directions and self.gate == "constant":
             raise ValueError(
@@ -150,10 +141,9 @@ class PSRConfig(PeftConfig):
         _check_layers(self.layers_to_transform)
         self.alpha = check_strength(self.alpha, "alpha")
         self.coefficient_bias = check_strength(self.coefficient_bias, "coefficient_bias")
-        # PEFT holds module names in sets: a list of them would be matched one by one
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            # PEFT holds module names in sets: a list of them would be matched one by one
+            if isinstance(names := getattr(self, name), list):
+                setattr(self, name, set(names))
         if self.task_type is None and self.target_modules is None:
             self.task_type = TaskType.CAUSAL_LM

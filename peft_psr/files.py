@@ -16,11 +16,7 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it, so that it is whole or as it was before.
-
-    Raises:
-        OSError: the disk is full, for one; the message says what to do.
-    """
+    """Write a file under another name and rename it, so that it is whole or as it was; errors as `not_written`."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -54,12 +50,7 @@ def check_new_folder(path: str | os.PathLike) -> None:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """What a JSON file of ours holds.
-
-    Raises:
-        OSError: it is not there, or can't be read.
-        ValueError: it is no JSON in UTF-8.
-    """
+    """What a JSON file of ours holds; `OSError` if it can't be read, `ValueError` if it is no JSON in UTF-8."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
@@ -69,11 +60,7 @@ def write_json(path: str | os.PathLike, data: Any, allow_nan: bool = True) -> No
 
 
 def as_json(data: Any, allow_nan: bool = True) -> str:
-    """JSON as files hold it.
-
-    Raises:
-        ValueError: without `allow_nan`, a number is not finite.
-    """
+    """JSON as files hold it; `ValueError` for a number that is not finite, without `allow_nan`."""
     return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
 
 

@@ -16,14 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_psr.base_model.caches import (
-    cache_of,
-    drop_last_token,
-    ends_in_prompt,
-    first_given,
-    mark_prompt_end,
-    tokens_in,
-)
+from peft_psr.base_model import caches
+from peft_psr.base_model.caches import cache_of, first_given
 from peft_psr.base_model.decoder import is_encoder_decoder
 from peft_psr.base_model.fit import CheckedLoad
 
@@ -33,11 +27,7 @@ from .rows import BASE, gather_rows
 
 
 class SteeredGenerate:
-    """The model's `generate`, which takes `steering_mask` and `alpha` too and knows which tokens are the prompt.
-
-    Args:
-        model: A model with a steering state.
-    """
+    """A steered model's `generate`, which takes `steering_mask` and `alpha` too and knows what is the prompt."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -94,10 +84,10 @@ class SteeredGenerate:
 
     def _complete_prefix(self, cache: Any, length: int, attention_mask: torch.Tensor) -> None:
         """Have the last token of a cached prefix computed again, which was edited as if the prompt ended there."""
-        if not ends_in_prompt(cache) or tokens_in(cache) >= attention_mask.shape[1]:
+        if not caches.ends_in_prompt(cache) or caches.tokens_in(cache) >= attention_mask.shape[1]:
             return
         # where the ids go on from the cache, they do not hold that token
-        if length < attention_mask.shape[1] or not drop_last_token(cache):
+        if length < attention_mask.shape[1] or not caches.drop_last_token(cache):
             self.model._psr_state.warn_once(  # type: ignore[union-attr, operator]
                 "The last token of the given cache was edited as the end of a prompt, and can't be computed again. "
                 "Fill the cache of a prefix with `alpha=0.0`, or with a `steering_mask` of zeros."
@@ -111,21 +101,13 @@ class SteeredGenerate:
 
 
 class SteeredBatching:
-    """The model's `init_continuous_batching`, where it can be steered: also what `generate_batch` begins with.
-
-    Args:
-        model: A model with a steering state.
-    """
+    """A model's `init_continuous_batching`, where it can be steered: also what `generate_batch` begins with."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Begin continuous batching.
-
-        Raises:
-            NotImplementedError: an adapter edits the response alone, whose beginnings can't be told in one long row.
-        """
+        """Begin it; `NotImplementedError` for an adapter that edits the response alone."""
         if "response" in self.model._psr_state.positions:  # type: ignore[union-attr, operator]
             raise NotImplementedError(
                 "Continuous batching (`generate_batch`, `init_continuous_batching`) lays all prompts in one row, "
@@ -158,7 +140,7 @@ def end_steered_call(model: nn.Module, args: tuple, output: Any) -> None:
     if state.prompt_ends and isinstance(output, Mapping):
         cache = cache_of(output)
         if cache is not None and any(_acting(model)):
-            mark_prompt_end(cache)
+            caches.mark_prompt_end(cache)
         _look_for_lost_labels(model, state, next(iter(output.values())))
     state.prompt_ends = False
 
@@ -166,10 +148,7 @@ def end_steered_call(model: nn.Module, args: tuple, output: Any) -> None:
 def _look_for_lost_labels(model: nn.Module, state: SteeringState, output: Any) -> None:
     """Warn in the backward pass if a language model that takes its text for a prompt is trained on more than its end.
 
-    Args:
-        model: The model or its decoder.
-        state: Its state.
-        output: What it returned first, (batch, seq, ...).
+    `output`, what the model or its decoder returned first, is (batch, seq, ...).
     """
     mask = state.masks.get("response")
     if mask is None or not state.predicts_tokens or not isinstance(output, torch.Tensor) or not output.requires_grad:
@@ -284,14 +263,7 @@ def check_names(names: Sequence[Any], known: Sequence[str], prompt: Any) -> None
 def rows_named(
     state: SteeringState, layers: Collection[PSRLayer], saved: Iterable[nn.Module], names: Sequence[str]
 ) -> Iterator[None]:
-    """Inside, each row of a batch is edited by its own adapter.
-
-    Args:
-        state: Of the model.
-        layers: Its PSR layers.
-        saved: Its modules of `modules_to_save`.
-        names: One adapter's name for each row.
-    """
+    """Inside, `names` has each row's adapter, which edits it, with its own of the modules `saved` with adapters."""
     state.adapter_names = list(names)
     for layer in layers:
         layer.rows = gather_rows({name: layer.unit(name) for name in layer.psr_unit}, layer.config, names)

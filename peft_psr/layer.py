@@ -30,14 +30,11 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         width: d, last dimension of the layer's output.
         device: Where the decoder layer lives, or `None` if it has no parameters.
         state: What the current forward call is to do, shared by the model's PSR layers.
-
-    Attributes:
-        hook: Removes the hook on the decoder layer; `PSRModel` sets it.
     """
 
     adapter_layer_names = ("psr_unit",)
     other_param_names = ("config",)
-    hook: RemovableHandle
+    hook: RemovableHandle  # of the hook on the decoder layer; `PSRModel` sets it
 
     def __init__(self, name: str, width: int, device: torch.device | None, state: SteeringState) -> None:
         super().__init__()
@@ -59,11 +56,7 @@ class PSRLayer(nn.Module, BaseTunerLayer):
         return self.base_device, None
 
     def update_layer(self, adapter_name: str, config: PSRConfig, inference_mode: bool = False) -> None:
-        """Add the adapter `adapter_name`, or make it anew.
-
-        Raises:
-            ValueError: the name stands for something else.
-        """
+        """Add the adapter `adapter_name`, or make it anew; `ValueError` for a name that stands for something else."""
         if adapter_name in (BASE, EACH_ROW):
             raise ValueError(f"An adapter can't be called {adapter_name!r}, which has a meaning of its own.")
         no_op = config.init_weights or config.inference_mode  # what is not trained any more is read from a file
@@ -97,11 +90,6 @@ class PSRLayer(nn.Module, BaseTunerLayer):
     def unit(self, adapter_name: str) -> PSRUnit:
         """The adapter's weights."""
         return self.psr_unit[adapter_name]  # type: ignore[return-value]
-
-    def reset_psr_parameters(self, adapter_name: str) -> None:
-        """Initialise the adapter's weights again, as its configuration says."""
-        if adapter_name in self.psr_unit:
-            self.unit(adapter_name).reset_parameters(self.config[adapter_name].init_weights)
 
     def strength(self, adapter_name: str, hidden: torch.Tensor) -> Strength:
         """`scale * (alpha + b_m) * m`: a number, or a float32 tensor that broadcasts over (batch, seq, r)."""

@@ -75,14 +75,7 @@ class PSRModel(BaseTuner):
         return check_target_module_exists(ExactTarget(peft_config, key), key)
 
     def _create_and_replace(  # type: ignore[override]
-        self,
-        peft_config: PSRConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        self, peft_config: PSRConfig, adapter_name: str, target: nn.Module, *_: Any, current_key: str, **kwargs: Any
     ) -> None:
         layer = getattr(target, "psr", None)
         if not isinstance(layer, PSRLayer):
@@ -151,14 +144,9 @@ class PSRModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter active, or several.
-
-        Raises:
-            ValueError: there is no such adapter.
-        """
+        """Make one adapter active, or several; raises `ValueError` if there is no such adapter."""
         wanted = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        unknown = [name for name in wanted if name not in self.peft_config]
-        if unknown:
+        if unknown := [name for name in wanted if name not in self.peft_config]:
             raise ValueError(f"No adapter {unknown[0]!r}; there are: {', '.join(self._names())}.")
         with self._others_left_alone():
             super().set_adapter(adapter_name, inference_mode)

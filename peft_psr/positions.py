@@ -13,19 +13,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.prompts.conversations import Prompt, begins_answer, encode_prompt, pad_id, render_prompt, render_turns
 from peft_psr.prompts.messages import Message, content_text
 
 from .config import POSITIONS
-
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 # Stands for a turn's text when looking for where it ends or begins; no template's default system turn ends in it.
@@ -36,14 +32,7 @@ _MOST_MARKS = 2
 
 
 def last_token_mask(attention_mask: torch.Tensor) -> torch.Tensor:
-    """1 at the last token of each row that is not padding, whichever side the padding is on.
-
-    Args:
-        attention_mask: (batch, seq), 0 on padding.
-
-    Returns:
-        (batch, seq) bool.
-    """
+    """True at the last token of each row that is not padding (0 in the mask) on either side; both are (batch, seq)."""
     seen = attention_mask.long().cumsum(dim=-1)
     return (seen == seen[:, -1:]) & attention_mask.bool()
 
@@ -57,7 +46,7 @@ def response_mask(labels: torch.Tensor) -> torch.Tensor:
 
 
 def default_mask(positions: str, attention_mask: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """The mask of a call that was given none.
+    """The mask of a call that was given none, (batch, seq) bool.
 
     With `labels` the response is known; without, the input is taken for a prompt. Where the question starts can't be
     told from ids alone, so `question_and_response` counts every token that is not padding as question:
@@ -67,9 +56,6 @@ def default_mask(positions: str, attention_mask: torch.Tensor, labels: torch.Ten
         positions: One of `POSITIONS`.
         attention_mask: (batch, seq), 0 on padding.
         labels: (batch, seq) with -100 outside the response, or `None`.
-
-    Returns:
-        (batch, seq) bool.
     """
     if positions != "response":
         return attention_mask.bool()
@@ -152,14 +138,7 @@ def chat_mask(processing_class: PreTrainedTokenizerBase, messages: Prompt, posit
 def _start_of_turn(
     processing_class: PreTrainedTokenizerBase, earlier: Sequence[Message], text: str, content: str
 ) -> tuple[int, int] | None:
-    """Where an assistant's turn and its content start in a rendered conversation; `None` if that can't be told.
-
-    Args:
-        processing_class: A tokenizer.
-        earlier: The turns before.
-        text: The conversation.
-        content: The turn's.
-    """
+    """Where an assistant's turn and its content start in the text of a conversation; `None` if that can't be told."""
     if earlier:
         opened = render_turns(processing_class, earlier, add_generation_prompt=True)
     else:  # transformers renders no conversation without turns
@@ -204,10 +183,7 @@ def encode_chat(
     """
     ids = [encode_prompt(processing_class, conversation) for conversation in conversations]
     masks = [chat_mask(processing_class, conversation, positions) for conversation in conversations]
-    return {
-        **pad_tokens(processing_class, ids, device),
-        "steering_mask": pad_rows(masks, 0, device),
-    }
+    return {**pad_tokens(processing_class, ids, device), "steering_mask": pad_rows(masks, 0, device)}
 
 
 def pad_tokens(
@@ -216,13 +192,9 @@ def pad_tokens(
     device: torch.device | str | None = None,
     side: str = "left",
 ) -> dict[str, torch.Tensor]:
-    """Texts of unequal length as a batch: `input_ids` and `attention_mask`, each (batch, longest) int64.
+    """Texts of unequal length, by their tokens, as `input_ids` and `attention_mask`, each (batch, longest) int64.
 
-    Args:
-        processing_class: A tokenizer, for what stands in the padding.
-        ids: The tokens of each text.
-        device: Where the tensors go.
-        side: Where the padding stands: "left", as for `generate`, or "right".
+    The padding stands on the `side` "left", as for `generate`, or "right".
     """
     return {
         "input_ids": pad_rows(ids, pad_id(processing_class), device, side),

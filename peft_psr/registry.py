@@ -46,11 +46,7 @@ class Registry(Generic[T]):
         return len(self._entries)
 
     def add(self, name: str, entry: T | str) -> None:
-        """Adds an object, or "module:object" where it is.
-
-        Raises:
-            ValueError: the name is taken.
-        """
+        """Adds an object, or "module:object" where it is; raises `ValueError` if the name is taken."""
         if name in self._entries:
             raise ValueError(f"There is a {self.kind} {name!r} already; name yours otherwise.")
         self._entries[name] = entry

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +49,14 @@ class RowAdapters:
         """Each row `times` over, for beams and several return sequences."""
         if times == 1:
             return self
+        repeated = partial(torch.repeat_interleave, repeats=times, dim=0)
         return RowAdapters(
-            gate_weight=self.gate_weight.repeat_interleave(times, dim=0),
-            gate_bias=self.gate_bias.repeat_interleave(times, dim=0),
-            direction=self.direction.repeat_interleave(times, dim=0),
-            alpha=self.alpha.repeat_interleave(times, dim=0),
-            coefficient_bias=self.coefficient_bias.repeat_interleave(times, dim=0),
-            positions={kind: rows.repeat_interleave(times, dim=0) for kind, rows in self.positions.items()},
+            gate_weight=repeated(self.gate_weight),
+            gate_bias=repeated(self.gate_bias),
+            direction=repeated(self.direction),
+            alpha=repeated(self.alpha),
+            coefficient_bias=repeated(self.coefficient_bias),
+            positions={kind: repeated(rows) for kind, rows in self.positions.items()},
         )
 
     def gates(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -76,14 +78,7 @@ def gather_rows(
         padded = [F.pad(value, (0, 0, 0, r - value.shape[0])) for value in values]
         return torch.stack([*padded, torch.zeros_like(padded[0])])
 
-    weights: list[torch.Tensor] = []
-    biases: list[torch.Tensor] = []
-    directions: list[torch.Tensor] = []
-    for name in used:
-        weight, bias = units[name].gate()
-        weights.append(weight)
-        biases.append(bias[:, None])
-        directions.append(units[name].direction)
+    gates = [units[name].gate() for name in used]
     index = torch.tensor([used.index(name) if name in used else len(used) for name in names], device=first.device)
 
     def setting(values: list[float]) -> torch.Tensor:
@@ -91,9 +86,9 @@ def gather_rows(
 
     kinds = {configs[name].positions for name in used}
     return RowAdapters(
-        gate_weight=stacked(weights)[index],
-        gate_bias=stacked(biases)[index].transpose(1, 2),
-        direction=stacked(directions)[index],
+        gate_weight=stacked([weight for weight, _ in gates])[index],
+        gate_bias=stacked([bias[:, None] for _, bias in gates])[index].transpose(1, 2),
+        direction=stacked([units[name].direction for name in used])[index],
         alpha=setting([configs[name].alpha for name in used]),
         coefficient_bias=setting([configs[name].coefficient_bias for name in used]),
         positions={kind: setting([float(configs[name].positions == kind) for name in used]) for kind in kinds},

@@ -154,14 +154,8 @@ def continuations(
     for first in range(0, len(prompts), batch_size):
         rows = [encode_prompt(tokenizer, prompt) for prompt in prompts[first : first + batch_size]]
         batch = pad_tokens(tokenizer, rows)  # (batch, seq), padded on the left
-        output = model.generate(  # type: ignore[operator]
-            **batch,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max_new_tokens,
-        )
+        plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        output = model.generate(**batch, **plain, max_new_tokens=max_new_tokens)  # type: ignore[operator]
         for row, new in zip(rows, output[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
             # a token's own text depends on what stands before it: the tokenizer drops a first blank
             whole, prompt = (tokenizer.decode(part, skip_special_tokens=True) for part in (row + new, row))

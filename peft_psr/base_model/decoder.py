@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,12 +42,9 @@ def decoder_layer_names(model: nn.Module, layers_pattern: str | list[str] | None
     for name, module in decoder.named_modules(prefix=prefix):
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
-        if patterns is not None:
-            if name.split(".")[-1] not in patterns and name not in patterns:
-                continue
-        elif depth is not None and len(module) != depth:
-            continue
-        return [f"{name}.{i}" for i in range(len(module))]
+        named = patterns is not None and (name.split(".")[-1] in patterns or name in patterns)
+        if named or (patterns is None and depth in (None, len(module))):
+            return [f"{name}.{i}" for i in range(len(module))]
     wanted = f"named {layers_pattern!r}" if layers_pattern else f"of {depth} decoder layers"
     raise ValueError(
         f"{type(model).__name__} has no ModuleList {wanted}. Name the list that holds the decoder layers with "
@@ -83,11 +81,7 @@ def output_width(module: nn.Module, name: str, model: nn.Module) -> int:
 
 
 def hidden_of(output: object, name: str) -> torch.Tensor:
-    """The hidden states (batch, seq, d) in a layer's output, which is a tensor or a tuple that starts with it.
-
-    Raises:
-        TypeError: the output is anything else.
-    """
+    """The hidden states (batch, seq, d) in a layer's output, itself or first in a tuple; `TypeError` for any other."""
     hidden = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(hidden, torch.Tensor):
         raise TypeError(
@@ -107,13 +101,10 @@ def capture_layer_outputs(model: nn.Module, names: Iterable[str]) -> Iterator[di
     """
     outputs: dict[str, torch.Tensor] = {}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple, object], None]:
-        def record(module: nn.Module, args: tuple, output: object) -> None:
-            outputs[name] = hidden_of(output, name)
+    def record(module: nn.Module, args: tuple, output: object, name: str) -> None:
+        outputs[name] = hidden_of(output, name)
 
-        return record
-
-    handles = [model.get_submodule(name).register_forward_hook(recorder(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(partial(record, name=name)) for name in names]
     try:
         yield outputs
     finally:

@@ -17,21 +17,13 @@ KEY_OF_UNIT = ".psr.psr_unit."
 
 
 class CheckedLoad:
-    """A transformers model's `_load_pretrained_model`, by which its `load_adapter` reads the weights of an adapter.
-
-    Args:
-        model: A model with PSR layers.
-    """
+    """The `_load_pretrained_model` of a model with PSR layers: transformers' `load_adapter` reads weights by it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Load, and see what was left out.
-
-        Raises:
-            ValueError: nothing of a PSR adapter was loaded.
-        """
+        """Load, and see what was left out; raises as `report_fit`."""
         result = type(self.model)._load_pretrained_model(*args, **kwargs)  # type: ignore[attr-defined]
         configs: dict[str, PeftConfig] = self.model.peft_config  # type: ignore[assignment]
         name, config = next(reversed(configs.items()))  # the one just added
@@ -68,16 +60,7 @@ def _bare(key: str) -> str:
 
 
 def check_fit(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
-    """See which weights of an adapter find a place in the model, and which of the model's get none.
-
-    Args:
-        model: A `PeftModel`, or a bare model with PSR layers.
-        adapter_name: The adapter's name there.
-        keys: Those of its weights, with the adapter's name in them.
-
-    Raises:
-        ValueError: nothing of the adapter would be loaded.
-    """
+    """As `report_fit`, of weights yet to be loaded, whose `keys` have the adapter's name in them."""
     places = {key.removeprefix(KEY_PREFIX) for key in model.state_dict()}
     given = {key.removeprefix(KEY_PREFIX) for key in keys}
     if not given:  # a process of several that only receives
@@ -89,17 +72,14 @@ def check_fit(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
 def report_fit(
     model: nn.Module, adapter_name: str, lost: Collection[str], bare: Collection[str], loaded: Collection[str]
 ) -> None:
-    """Name what was left out.
+    """Warn of what of an adapter was left out, if anything was; raise `ValueError` if nothing was loaded.
 
     Args:
-        model: The model.
+        model: A `PeftModel`, or a bare model with PSR layers.
         adapter_name: The adapter's name there.
         lost: Keys of the adapter's weights that have no place in the model.
         bare: Keys of the model's weights for the adapter that it has none for.
         loaded: Those that it has some for.
-
-    Raises:
-        ValueError: nothing was loaded.
     """
     if not lost and not bare:
         return
@@ -116,12 +96,8 @@ def report_fit(
         parts.append(f"its weights for {_modules(lost)} have no place there and are left out")
     if bare:
         parts.append(f"it has no weights for {_modules(bare)}, which keep what they began with")
-    # said to the caller of PEFT's or transformers' own loading
-    warnings.warn(
-        f"Adapter {adapter_name!r} does not fit the model, a {kind}, as a whole: {'; '.join(parts)}.",
-        PSRWarning,
-        stacklevel=4,
-    )
+    message = f"Adapter {adapter_name!r} does not fit the model, a {kind}, as a whole: {'; '.join(parts)}."
+    warnings.warn(message, PSRWarning, stacklevel=4)  # said to the caller of PEFT's or transformers' own loading
 
 
 def _modules(keys: Iterable[str]) -> str:

@@ -20,12 +20,7 @@ from .threads import choose_threads
 
 
 class ModelName(NamedTuple):
-    """Which model: all that decides its weights.
-
-    Attributes:
-        name: Folder or Hub name.
-        revision: Branch, tag or commit on the Hub; `None` for its main branch.
-    """
+    """All that decides a model's weights: folder or Hub name, and branch, tag or commit there (`None`: main)."""
 
     name: str
     revision: str | None = None
@@ -79,25 +74,12 @@ def load_tokenizer(
 
 
 def load_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """A model's configuration.
-
-    Args:
-        name: Folder or Hub name; 'embedded' is the model in the package.
-        revision: Branch, tag or commit on the Hub.
-        trust_remote_code: Run code that comes with the model.
-
-    Raises:
-        OSError: it can't be had.
-    """
+    """A model's configuration; arguments and errors as of `load_model`, but that it may be an adapter's."""
     return AutoConfig.from_pretrained(model_path(name), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies with a loaded model, of the revision that its adapter or `load_model` says.
-
-    Raises:
-        OSError: it can't be had.
-    """
+    """The tokenizer of a loaded model, in the revision its adapter or `load_model` says; `OSError` without one."""
     commit, adapter = getattr(model.config, "_commit_hash", None), getattr(model, "active_peft_config", None)
     return AutoTokenizer.from_pretrained(
         model.config.name_or_path, revision=commit or getattr(adapter, "revision", None)
@@ -144,12 +126,9 @@ def commit_of(name: str, revision: str | None = None) -> str | None:
 
 
 def check_no_adapter(name: str, revision: str | None = None) -> None:
-    """Raise if `name` is an adapter's repository, which transformers would load on its base model without a word.
+    """Raise `ValueError` if `name` is an adapter's, which transformers would load on its base model without a word.
 
     What is trained on such a pair would be saved as an adapter of the base model alone.
-
-    Raises:
-        ValueError: it is one; the message says what to do.
     """
     path = model_path(name)
     found = find_adapter_config_file(path, revision=revision)

@@ -21,10 +21,7 @@ def configs_beneath(model: nn.Module, given: Any) -> dict[str, Any]:
     """The configurations that a model has, of other types than PSR, as a `PeftModel` is put over it; else none.
 
     PEFT would enter PSR's among them, over one of the same name: what the other `PeftModel` saved would be PSR's.
-
-    Args:
-        model: The model.
-        given: What a tuner is given: a `PeftModel` names configurations, a bare model, of one table, gives one alone.
+    A tuner is `given` configurations by name in a `PeftModel`; a bare model, of one table, gives one alone.
     """
     theirs = getattr(model, "peft_config", None) or {}
     ours = any(isinstance(config, PSRConfig) for config in theirs.values())
@@ -44,13 +41,9 @@ def _wrappers(model: nn.Module) -> dict[str, AuxiliaryTrainingWrapper]:
 def check_no_shared_modules(
     model: nn.Module, adapter_name: str, config: PSRConfig, present: Sequence[PSRConfig]
 ) -> None:
-    """Raise `ValueError` if an adapter to be added could not be told from one of another type in modules of both.
+    """Raise `ValueError` if a PSR adapter to be added could not be told from one of another type in modules of both.
 
-    Args:
-        model: The model.
-        adapter_name: Name of the PSR adapter to be added.
-        config: Its configuration.
-        present: Those of the PSR adapters that the model has.
+    `present` are the configurations of the PSR adapters that the model has.
     """
     own = saved_modules(model, present)
     ends = tuple(config.modules_to_save or ())
@@ -92,12 +85,7 @@ def switched_off(modules: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def others_left_alone(model: nn.Module, own: Sequence[nn.Module]) -> Iterator[None]:
-    """Adapters of other types are as active and as trainable after the context as they were before it.
-
-    Args:
-        model: The model.
-        own: PSR's modules: its layers and those of its adapters' `modules_to_save`.
-    """
+    """Adapters of other types, in none of PSR's modules `own`, are as active and trainable afterwards as before."""
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     mine = {id(module) for module in own}
     others = [module for module in model.modules() if isinstance(module, kinds) and id(module) not in mine]

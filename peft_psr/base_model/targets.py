@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from peft_psr.base_model.decoder import is_encoder_decoder
 from peft_psr.config import PSRConfig
 
-from .decoder import decoder_layer_names
+from .decoder import decoder_layer_names, is_encoder_decoder
 
 
 def layers_to_edit(config: PSRConfig, model: nn.Module) -> set[str]:
-    """Names of the decoder layers to edit; none where `target_modules` names others.
+    """Names of the decoder layers to edit, none where `target_modules` names others.
 
-    Raises:
-        ValueError: there is no such layer, or a module to edit lies in an encoder.
+    Raises `ValueError` if there is no such layer, or a module to edit lies in an encoder.
     """
     if config.target_modules is not None:
         keys = [key for key, _ in model.named_modules() if check_target_module_exists(config, key)]
@@ -26,12 +24,11 @@ def layers_to_edit(config: PSRConfig, model: nn.Module) -> set[str]:
     names = decoder_layer_names(model, config.layers_pattern)
     wanted = config.layers_to_transform
     layers = range(len(names)) if wanted is None else [wanted] if isinstance(wanted, int) else wanted
-    for layer in layers:
-        if layer >= len(names):
-            raise ValueError(
-                f"layers_to_transform asks for layer {layer}, but {type(model).__name__} has {len(names)} decoder "
-                f"layers: 0 to {len(names) - 1}."
-            )
+    if beyond := [layer for layer in layers if layer >= len(names)]:
+        raise ValueError(
+            f"layers_to_transform asks for layer {beyond[0]}, but {type(model).__name__} has {len(names)} decoder "
+            f"layers: 0 to {len(names) - 1}."
+        )
     found = {names[layer] for layer in layers}
     check_not_in_encoder(model, sorted(found))
     return found

@@ -46,7 +46,6 @@ def chat(options: ChatOptions) -> None:
             console.print(f"would talk to {base} with {listed}", soft_wrap=True, highlight=False, markup=False)
             return
         steered, processing_class = chat_loop.load_chat_model(base, named, **settings)
-        session = ChatSession(
-            steered, processing_class, options.system, options.max_new_tokens, options.temperature, options.seed
-        )
+        sampling = options.max_new_tokens, options.temperature, options.seed
+        session = ChatSession(steered, processing_class, options.system, *sampling)
         chat_loop.Chat(session, console, options.output).run(chat_loop.read_lines(console))

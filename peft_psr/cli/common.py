@@ -18,13 +18,9 @@ from rich.text import Text
 
 def accept_any_encoding() -> None:
     """Have streams that are not UTF-8 (Windows' pipes) show by escapes what they lack, and take any byte."""
-    for stream, way in (
-        (sys.stdout, "backslashreplace"),
-        (sys.stderr, "backslashreplace"),
-        (sys.stdin, "surrogateescape"),
-    ):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=way)
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
 
 
 def home(value: Any) -> Any:
@@ -69,9 +65,6 @@ def errors(console: Console, *others: type[Exception]) -> Iterator[None]:
     except kinds as error:
         # transformers' word for the folder of a model that is not there
         lost = isinstance(error, OSError) and type(error.__cause__).__name__ == "HFValidationError"
-        console.print(
-            Text.assemble(("error: ", "bold red"), f"{'there is no such folder. ' if lost else ''}{error}"),
-            soft_wrap=True,
-            highlight=False,
-        )
+        line = Text.assemble(("error: ", "bold red"), f"{'there is no such folder. ' if lost else ''}{error}")
+        console.print(line, soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error

@@ -60,10 +60,8 @@ def _run(benchmark: Benchmark[Any], recipe: EvaluateRecipe, options: RunOptions)
         if options.dry_run:
             bench = Workbench(recipe, output, benchmark.name)
             benchmark.check(bench)
-            console.print(
-                f"would measure {', '.join(bench.method_names()) or 'no method'} beside the plain and the "
-                "prompted model"
-            )
+            listed = ", ".join(bench.method_names()) or "no method"
+            console.print(f"would measure {listed} beside the plain and the prompted model")
             console.print(f"on {', '.join(bench.traits)}")
             seeds = ", ".join(map(str, recipe.seeds))
             console.print(f"of {', '.join(recipe.models)}, with seeds {seeds}, and write to {output}/")

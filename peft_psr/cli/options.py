@@ -78,14 +78,7 @@ class SteeredOptions(ModelFields, CommandOptions):
         return template_args  # an empty object stands for none, in place of the adapters'
 
     def tokenizer_settings_for(self, adapters: Mapping[str, str]) -> dict[str, Any]:
-        """What `peft_psr.base_model.loading.load_tokenizer` is given.
-
-        Args:
-            adapters: {name: folder or Hub name}.
-
-        Raises:
-            ValueError: the adapters were trained with different arguments of the chat template.
-        """
+        """What `peft_psr.base_model.loading.load_tokenizer` is given; raises as `template_args_for`."""
         from peft_psr.hub.steered_model import template_args_for
 
         return {**self.tokenizer_settings, "template_args": template_args_for(adapters, self.template_args)}
@@ -127,10 +120,8 @@ def recipe_command(
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     """The options in a file, if there is one, and the flags, which win."""
     path = flags.pop("config")
-    return {
-        **({} if path is None else _read(home(path))),
-        **{name: flags[name] for name in flags if flags[name] not in (None, [], ())},
-    }
+    read = {} if path is None else _read(home(path))
+    return read | {name: value for name, value in flags.items() if value not in (None, [], ())}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -163,9 +154,7 @@ def _described(
         else:
             metavar = None if annotation == bool | None else "VALUE"
             given = typer.Option(None, *cast(list[str], extra.get("flags", [])), help=about, metavar=metavar)
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=annotation)
-        )
+        parameters.append(_parameter(name, given, annotation))
     parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     parsed.__name__, parsed.__doc__ = run.__name__, run.__doc__
     return parsed

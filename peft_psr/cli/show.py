@@ -54,16 +54,8 @@ def show(options: ShowOptions) -> None:
             console.print(f"would show {listed} on {base}")
             return
         steered, processing_class = load_with_adapters(base, named, **settings)
-        maps = map_adapters(
-            steered,
-            processing_class,
-            prompt,
-            answer,
-            instruction,
-            place,
-            max_new_tokens=options.max_new_tokens,
-            seed=options.seed,
-        )
+        drawing = {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
+        maps = map_adapters(steered, processing_class, prompt, answer, instruction, place, **drawing)
         digits = console.color_system is None
         for each in maps:
             console.print(f"{each.name}, gates:", style="bold")

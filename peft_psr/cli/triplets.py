@@ -123,14 +123,8 @@ def draft(options: DraftOptions) -> None:
             console.print(f"would ask {options.model} at {where} for {name!r} and write to {output}/")
             return
         check_unicode(options.description, "The description")
-        chat = make_chat(
-            options.model,
-            options.server_url or None,
-            options.key_variable,
-            options.max_new_tokens,
-            options.temperature,
-            options.seed,
-        )
+        server = options.server_url or None, options.key_variable
+        chat = make_chat(options.model, *server, options.max_new_tokens, options.temperature, options.seed)
         for path in draft_trait(name, options.description, chat, output).values():
             console.print(f"wrote {path}")
         console.print("a draft: read both files over, correct them, then remove the note in them")

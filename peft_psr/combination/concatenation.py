@@ -23,10 +23,7 @@ def combine(
 ) -> tuple[PSRConfig, dict[str, dict[str, torch.Tensor]]]:
     """The combination's configuration, at strength 1, and {name of an edited module: the state of its unit}.
 
-    Args:
-        configs: The adapters' configurations.
-        weights: One finite number each.
-        units: {name of an edited module: each adapter's unit there, or `None` if it has none}.
+    `units` has for each name of an edited module each adapter's unit there, or `None` if it has none.
 
     Raises:
         ValueError: the adapters edit different positions or save further modules, which one adapter can't express.
@@ -36,9 +33,8 @@ def combine(
         raise ValueError(f"Adapters that edit different positions ({sorted(positions)}) can't be combined into one.")
     if any(config.modules_to_save for config in configs):
         raise ValueError("Adapters with `modules_to_save` can't be combined: those modules have no common value.")
-    factors = [
-        weight * (config.alpha + config.coefficient_bias) for weight, config in zip(weights, configs, strict=True)
-    ]
+    strengths = [config.alpha + config.coefficient_bias for config in configs]
+    factors = [weight * strength for weight, strength in zip(weights, strengths, strict=True)]
     parts = {
         module: [(unit, factor) for unit, factor in zip(each, factors, strict=True) if unit is not None]
         for module, each in units.items()
@@ -68,30 +64,21 @@ def numbered_alike(configs: Sequence[PSRConfig]) -> bool:
 
 @torch.no_grad()
 def _side_by_side(parts: Sequence[tuple[PSRUnit, float]], config: PSRConfig) -> dict[str, torch.Tensor]:
-    """The state of one layer's combined unit; ranks left over do nothing.
-
-    Args:
-        parts: The adapters' units at this layer, and weight * (alpha + b_m) of each.
-        config: The combination's, of at least as many ranks as all the units together.
-    """
-    rows: dict[str, list[torch.Tensor]] = {"direction": [factor * unit.direction for unit, factor in parts]}
+    """The state of one layer's combined unit, of units and weight * (alpha + b_m) of each; ranks left over are 0."""
+    state = {"direction": torch.cat([factor * unit.direction for unit, factor in parts])}
     if config.gate == "relu":
-        gates = [unit.gate() for unit, _ in parts]
-        rows["gate_weight"], rows["gate_bias"] = [w for w, _ in gates], [b for _, b in gates]
-    state = {}
-    for name, values in rows.items():
-        used = torch.cat(values)
-        state[name] = torch.cat([used, used.new_zeros(config.r - len(used), *used.shape[1:])])
-    return state
+        weights, biases = zip(*(unit.gate() for unit, _ in parts), strict=True)
+        state |= {"gate_weight": torch.cat(weights), "gate_bias": torch.cat(biases)}
+    return {name: with_empty_ranks(used, config.r) for name, used in state.items()}
+
+
+def with_empty_ranks(rows: torch.Tensor, r: int) -> torch.Tensor:
+    """Rows of weights, one a rank, and zeros for the ranks up to `r`."""
+    return torch.cat([rows, rows.new_zeros(r - len(rows), *rows.shape[1:])])
 
 
 def check_weights(adapters: Sequence[object], weights: Sequence[float]) -> list[float]:
-    """The weights as floats.
-
-    Raises:
-        TypeError: a weight is not a number.
-        ValueError: a weight is not finite, or there is not one for each adapter.
-    """
+    """The weights as floats; `ValueError` if there is not one for each adapter, and as `check_strength` raises."""
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"Need one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights.")
     return [check_strength(weight, "weight") for weight in weights]

@@ -27,6 +27,8 @@ from peft_psr.hooks import attach_state, prompt_of
 from peft_psr.layer import PSRLayer, layers_of
 from peft_psr.unit import PSRUnit
 
+from .concatenation import with_empty_ranks
+
 
 @dataclass
 class RankCut:
@@ -47,15 +49,9 @@ class RankCut:
 
 
 def cut_rank(unit: PSRUnit, hidden: torch.Tensor, r: int) -> RankCut:
-    """Fit `r` triples to what `unit` does to `hidden`.
+    """Fit `r` triples, 1 or more, to what `unit`, of rank R, does to `hidden` (tokens, d), what its gates read.
 
-    Args:
-        unit: The weights to cut, of rank R.
-        hidden: (tokens, d), what the unit's gates read. Every second token is kept for the error.
-        r: 1 or more.
-
-    Raises:
-        ValueError: fewer than four tokens.
+    Every second token is kept for the error. Fewer than four tokens are a `ValueError`.
     """
     if hidden.shape[0] < 4:
         raise ValueError(f"A rank cut needs at least 4 edited tokens in its samples, got {hidden.shape[0]}.")
@@ -63,12 +59,8 @@ def cut_rank(unit: PSRUnit, hidden: torch.Tensor, r: int) -> RankCut:
     weight, bias = (values.detach().double().cpu() for values in unit.gate())
     used = direction.any(dim=1)
     if int(used.sum()) <= r:  # nothing to cut
-
-        def kept(values: torch.Tensor) -> torch.Tensor:
-            rows = values[used]
-            return torch.cat([rows, rows.new_zeros(r - len(rows), *rows.shape[1:])]).float()
-
-        return RankCut(kept(weight), kept(bias), kept(direction), error=0.0)
+        w, b, z = (with_empty_ranks(values[used], r).float() for values in (weight, bias, direction))
+        return RankCut(w, b, z, error=0.0)
     linear = hidden.detach().double().cpu() @ weight.T
     overlap = direction @ direction.T
     fitted, held_out = linear[::2], linear[1::2]
@@ -88,13 +80,9 @@ def cut_rank(unit: PSRUnit, hidden: torch.Tensor, r: int) -> RankCut:
 def cut_adapter(
     tuner: BaseTuner, adapter_name: str, rank: int, samples: Sequence[Mapping[str, Any]]
 ) -> dict[int | str, float]:
-    """Replace a model's adapter by one of lower rank that is fitted to it on `samples`.
+    """Replace a model's adapter by one of lower rank, 1 or more, that is fitted to what it edits in `samples`.
 
-    Args:
-        tuner: The model with PSR layers; adapters that are active stay so.
-        adapter_name: Which adapter.
-        rank: 1 or more.
-        samples: Arguments of forward calls; what they edit is what is fitted.
+    These are arguments of forward calls. Adapters that are active stay so.
 
     Returns:
         {layer: error}, as `RankCut` has it.

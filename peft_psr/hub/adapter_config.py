@@ -30,15 +30,7 @@ def read_folder_config(folder: Path) -> PSRConfig:
 
 
 def read_adapter_config(source: str) -> PSRConfig:
-    """The configuration of a saved adapter.
-
-    Args:
-        source: A folder, or a name on the Hub.
-
-    Raises:
-        OSError: the Hub can't be reached.
-        ValueError: there is no adapter, or it is of another kind.
-    """
+    """The configuration of a PSR adapter; as `read_peft_config`, with `ValueError` for another kind."""
     config = read_peft_config(source)
     if not isinstance(config, PSRConfig):
         kind = getattr(config.peft_type, "value", None)
@@ -47,10 +39,7 @@ def read_adapter_config(source: str) -> PSRConfig:
 
 
 def read_peft_config(source: str) -> PeftConfig:
-    """The configuration of a saved adapter of any kind.
-
-    Args:
-        source: A folder, or a name on the Hub.
+    """The configuration of a saved adapter of any kind, in a folder or on the Hub.
 
     Raises:
         OSError: the Hub can't be reached.

@@ -130,15 +130,9 @@ class AdapterFacts:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterFacts:
-        """Facts from what `psr_facts.json` holds.
-
-        Raises:
-            TypeError: a value of another kind than the field's.
-            ValueError: an unknown name, or a value out of range.
-        """
+        """Facts from what `psr_facts.json` holds; errors as of the class, and `ValueError` for an unknown name."""
         known = {entry.name for entry in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if unknown := sorted(set(values) - known):
             raise ValueError(f"No such facts: {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
         given = dict(values)
         for name in ("plain", "prompted", "steered"):

@@ -81,24 +81,14 @@ def is_own_card(path: Path) -> bool:
 
 
 def render(config: PSRConfig, facts: AdapterFacts, name: str, figure: str | None = None) -> str:
-    """The card's text.
-
-    Args:
-        config: The adapter's configuration.
-        facts: What else is known.
-        name: What the example loads.
-        figure: Name of the figure's file, if there is one.
-    """
+    """The card's text; its example loads `name`, and `figure` is the name of the figure's file, if there is one."""
     base = config.base_model_name_or_path if is_hub_name(config.base_model_name_or_path) else None
+    linked = f"[{base}](https://huggingface.co/{base})"
     facts = AdapterFacts.from_dict(_on_one_line(asdict(facts)))
     is_causal_lm = config.task_type == "CAUSAL_LM"
     title = "Combined steering adapter" if facts.parts else "Steering adapter"
     title += f": {facts.trait}" if facts.trait else ""
-    rows = [
-        ("base model", facts.plain),
-        ("base model with the prompt", facts.prompted),
-        ("this adapter", facts.steered),
-    ]
+    rows = {"base model": facts.plain, "base model with the prompt": facts.prompted, "this adapter": facts.steered}
     alphas = [point.alpha for point in facts.curve if point.alpha is not None]
     data = ModelCardData(
         library_name="peft",
@@ -116,9 +106,7 @@ def render(config: PSRConfig, facts: AdapterFacts, name: str, figure: str | None
         title=title,
         facts=facts,
         config=config,
-        base=f"[{base}](https://huggingface.co/{base})"
-        if base
-        else facts.base_model or "a model without a public name",
+        base=linked if base else facts.base_model or "a model without a public name",
         revision=config.revision or facts.base_model_revision,
         edited=_edited(config),
         method=_method(config),
@@ -128,7 +116,7 @@ def render(config: PSRConfig, facts: AdapterFacts, name: str, figure: str | None
         question=json.dumps(facts.question or "What do you think of tea?", ensure_ascii=False),
         positions="" if config.positions == "response" else f', "{config.positions}"',
         tried=f"{min(alphas):g} to {max(alphas):g}" if alphas else None,
-        rows=[(label, score) for label, score in rows if score is not None],
+        rows=[(label, score) for label, score in rows.items() if score is not None],
         versions=", ".join(f"{package} {number}" for package, number in facts.versions.items()),
         figure=figure,
     )
@@ -162,11 +150,9 @@ def _edited(config: PSRConfig) -> str:
 
 
 def _method(config: PSRConfig) -> str:
-    kind = (
-        "Prompt Steering Replacement (PSR): `h += alpha * ReLU(h·w + b) * z`"
-        if config.gate == "relu"
-        else "A steering vector: `h += alpha * z`"
-    )
+    kind = "A steering vector: `h += alpha * z`"
+    if config.gate == "relu":
+        kind = "Prompt Steering Replacement (PSR): `h += alpha * ReLU(h·w + b) * z`"
     return f"{kind} on the output `h` of {_edited(config)}, rank {config.r}, {POSITIONS[config.positions]}."
 
 
@@ -210,14 +196,7 @@ def _write_figure(folder: Path, facts: AdapterFacts) -> str | None:
 
 
 def score_figure(facts: AdapterFacts) -> Any:
-    """Trait and coherence against the strength, with the prompt's own scores as yardsticks.
-
-    Returns:
-        A matplotlib `Figure`.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Trait and coherence against the strength, as a matplotlib `Figure`, with the prompt's scores as yardsticks."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")

@@ -141,12 +141,9 @@ def _save_one(model: PeftModel, adapter_name: str | None, folder: Path) -> Path:
 def _check_weights(folder: Path) -> None:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if not weights.is_file():
-        pickled = (
-            f" It has {WEIGHTS_NAME}, a pickle: load it and save it again."
-            if (folder / WEIGHTS_NAME).is_file()
-            else ""
-        )
-        raise FileNotFoundError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}.{pickled}")
+        pickled = f" It has {WEIGHTS_NAME}, a pickle: load it and save it again."
+        has_pickle = (folder / WEIGHTS_NAME).is_file()
+        raise FileNotFoundError(f"{folder} has no {SAFETENSORS_WEIGHTS_NAME}.{pickled if has_pickle else ''}")
     try:
         with safe_open(weights, "pt") as file:
             names = list(file.keys())
@@ -216,8 +213,7 @@ def _check_repository(
         raise ValueError(
             f"{repo_id} exists and holds no adapter ({', '.join(sorted(present)[:5])}). Choose another name."
         )
-    path = api.hf_hub_download(repo_id, CONFIG_NAME, revision=info.sha)
-    there = read_json(path)
+    there = read_json(api.hf_hub_download(repo_id, CONFIG_NAME, revision=info.sha))
     if there.get("peft_type") != "PSR" or there.get("base_model_name_or_path") != base_model:
         raise ValueError(
             f"{repo_id} holds a {there.get('peft_type')} adapter of {there.get('base_model_name_or_path')!r}, and "

@@ -49,14 +49,11 @@ class SavedAdapter:
 
 
 def read_adapter(source: str | os.PathLike) -> SavedAdapter:
-    """Read an adapter without its base model.
-
-    Args:
-        source: A folder, or a name on the Hub.
+    """Read an adapter, from a folder or the Hub, without its base model.
 
     Raises:
         OSError: the Hub can't be reached.
-        ValueError: there is no adapter, or it is of another kind.
+        ValueError: there is no adapter, it is of another kind, or its files can't be read.
     """
     source = str(source)
     config = read_adapter_config(source)
@@ -80,21 +77,16 @@ def _read_units(source: str, config: PSRConfig) -> tuple[dict[str, PSRUnit], tup
             grouped.setdefault(module, {})[parameter] = tensor
         else:
             others.append(module)
-    return {module: _unit(state, config) for module, state in grouped.items()}, tuple(sorted(others))
-
-
-def _unit(state: Mapping[str, torch.Tensor], config: PSRConfig) -> PSRUnit:
-    rank, width = state["direction"].shape
-    unit = PSRUnit(width, rank, config.gate, init_weights=True)
-    unit.load_state_dict(state)
-    return unit
+    units = {}
+    for module, state in grouped.items():
+        rank, width = state["direction"].shape
+        units[module] = PSRUnit(width, rank, config.gate, init_weights=True)
+        units[module].load_state_dict(state)
+    return units, tuple(sorted(others))
 
 
 def read_facts(source: str) -> AdapterFacts | None:
-    """What is known about a saved adapter, or `None` if it has no facts.
-
-    Args:
-        source: A folder, or a name on the Hub.
+    """What is known about an adapter in a folder or on the Hub, or `None` if it has no facts.
 
     Raises:
         OSError: the Hub can't be reached.
@@ -154,9 +146,8 @@ def compose_adapters(
     config, states = _combine(adapters, weights, base_model)
     if dry_run:
         return config
-    parts = tuple(
-        Part(adapter.name, weight, adapter.facts.trait) for adapter, weight in zip(adapters, weights, strict=True)
-    )
+    weighted = zip(adapters, weights, strict=True)
+    parts = tuple(Part(adapter.name, weight, adapter.facts.trait) for adapter, weight in weighted)
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch, output.name)
@@ -198,14 +189,12 @@ def _cut(exact: Path, model: Any, rank: int, samples: Any, scratch: Path) -> tup
 def _combine(
     adapters: Sequence[SavedAdapter], weights: Sequence[float], base_model: str | None
 ) -> tuple[PSRConfig, dict[str, dict[str, torch.Tensor]]]:
-    """As `composition.combine`, of adapters that may be of different models."""
+    """As `concatenation.combine`, of adapters that may be of different models."""
     configs = [adapter.config for adapter in adapters]
     bases = [(config.base_model_name_or_path, config.revision or "main") for config in configs]
     if base_model is None and len(set(bases)) > 1:
-        listed = "; ".join(
-            f"{adapter.name}: {base}, revision {revision}"
-            for adapter, (base, revision) in zip(adapters, bases, strict=True)
-        )
+        named = zip(adapters, bases, strict=True)
+        listed = "; ".join(f"{adapter.name}: {base}, revision {revision}" for adapter, (base, revision) in named)
         raise ValueError(
             f"The adapters name different base models ({listed}). If they are one and the same, give its name as "
             "base_model (--base-model)."
@@ -225,9 +214,7 @@ def _combine(
     config, states = combine(configs, weights, units)
     config.inference_mode = True
     if base_model is not None:
-        revisions = {
-            base_config.revision for base_config in configs if base_config.base_model_name_or_path == base_model
-        }
+        revisions = {each.revision for each in configs if each.base_model_name_or_path == base_model}
         config.base_model_name_or_path = base_model
         config.revision = revisions.pop() if len(revisions) == 1 else None
     return config, states

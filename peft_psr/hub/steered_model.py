@@ -32,10 +32,8 @@ def base_model_of(adapters: Mapping[str, str], model: str = "", revision: str | 
     for name, where in adapters.items():
         config = read_adapter_config(where)
         base = ModelName(config.base_model_name_or_path or "", config.revision)
-        known = next(
-            (each for each in bases if each.name == base.name and same_revision(each.revision, base.revision)), base
-        )
-        bases.setdefault(known, []).append(name)
+        same = (each for each in bases if each.name == base.name and same_revision(each.revision, base.revision))
+        bases.setdefault(next(same, base), []).append(name)
     of_model = [base for base in bases if not model or base.name == model]
     if model and (revision is not None or not of_model):
         return ModelName(model, revision)
@@ -52,14 +50,10 @@ def base_model_of(adapters: Mapping[str, str], model: str = "", revision: str | 
 
 
 def template_args_for(adapters: Mapping[str, str], given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of the chat template: those given, or else those that the adapters were trained with.
-
-    Args:
-        adapters: {name: folder or Hub name}.
-        given: The user's; `None` for the adapters' own.
+    """Arguments of the chat template: those `given`, or else those that the adapters were trained with.
 
     Raises:
-        ValueError: the adapters were trained with different ones.
+        ValueError: the adapters, {name: folder or Hub name}, were trained with different ones.
     """
     if given is not None:
         return dict(given)

@@ -63,12 +63,7 @@ def set_chat_template(
 
 
 def check_template_args(template_args: Mapping[str, Any]) -> None:
-    """Raise unless these can be a template's arguments.
-
-    Raises:
-        TypeError: a value is not JSON.
-        ValueError: a name is no name, or one that rendering sets by itself, or a constant of Jinja's.
-    """
+    """Raise `TypeError` for a value that is not JSON, `ValueError` for no name, or one of rendering's or Jinja's."""
     for name in template_args:
         if not isinstance(name, str) or not name.isidentifier() or name in _TAKEN:
             raise ValueError(
@@ -90,12 +85,7 @@ def template_args_of(processing_class: PreTrainedTokenizerBase) -> dict[str, Any
 
 
 def read_chat_template(path: str | Path) -> str:
-    """A chat template from a file, as `--chat-template` names it.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty or not UTF-8.
-    """
+    """A chat template from a file, as `--chat-template` names it; `ValueError` if it is empty or not UTF-8."""
     file = Path(path).expanduser()
     check_file(file, "chat_template")
     try:

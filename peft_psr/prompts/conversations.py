@@ -24,29 +24,20 @@ Where the last turn is the assistant's own, the answer goes on from it.
 
 
 def turn_texts(prompt: Prompt, role: str | None = None) -> list[str]:
-    """The text of each turn, or of each with a role; plain text counts as one turn of the user's.
-
-    Raises:
-        ValueError: such a turn holds something else than text.
-    """
+    """The text of each turn, or of each with a role; plain text is a turn of the user's. Raises as `content_text`."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [content_text(turn) for turn in turns if role is None or turn["role"] == role]
 
 
 def last_text(prompt: Prompt) -> str:
-    """The text of the last turn: the question, as a rule.
-
-    Raises:
-        ValueError: that turn holds something else than text.
-    """
+    """The text of the last turn: the question, as a rule. Raises as `content_text`."""
     return prompt if isinstance(prompt, str) else content_text(prompt[-1])
 
 
 def prompt_text(prompt: Prompt) -> str:
     """A prompt for a reader, or a judge, who knows no chat template: a single turn as it is, several with their roles.
 
-    Raises:
-        ValueError: a turn holds something else than text.
+    Raises as `content_text`.
     """
     texts = turn_texts(prompt)
     if isinstance(prompt, str) or len(prompt) == 1:
@@ -61,11 +52,7 @@ _SENTINEL = "zqxj"
 def render_prompt(processing_class: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """The text that the model is to continue: the chat template with its generation prompt, or `prompt` itself.
 
-    An assistant's turn at the end is left open.
-
-    Raises:
-        ValueError: a conversation is given and the tokenizer has no chat template or one that refuses it, or a turn
-            holds something else than text.
+    An assistant's turn at the end is left open. Raises as `apply_template` and `content_text`.
     """
     if isinstance(prompt, str):
         return prompt
@@ -131,13 +118,9 @@ def encode_prompt(processing_class: PreTrainedTokenizerBase, prompt: Prompt) -> 
 def decode_completion(
     processing_class: PreTrainedTokenizerBase, prompt: Prompt, prompt_ids: Sequence[int], ids: Sequence[int]
 ) -> str:
-    """A completion as text, to be put right behind its prompt; special tokens in it are part of the text.
+    """A completion's `ids` as text, to be put right behind its prompt (`prompt_ids`: from `encode_prompt`).
 
-    Args:
-        processing_class: A tokenizer.
-        prompt: Conversation or plain text.
-        prompt_ids: From `encode_prompt`.
-        ids: The completion's tokens.
+    Special tokens in it are part of the text.
     """
     if not isinstance(prompt, str):
         return decode(processing_class, ids)
@@ -174,11 +157,7 @@ def encode_completion(
 ) -> list[int]:
     """Token ids of `completion` as a continuation of `prompt`, tokenized together with it where that leaves it whole.
 
-    Args:
-        processing_class: A tokenizer.
-        prompt: Conversation or plain text.
-        completion: The assistant's answer.
-        truncated: The answer was cut off, so no end-of-turn token follows.
+    A `truncated` one was cut off, so that no end-of-turn token follows.
 
     Raises:
         ValueError: the completion's first letters merge with the prompt's last ones into one token, and the tokenizer

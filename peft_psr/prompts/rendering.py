@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 
 class TemplateRefusal(TemplateError, ValueError):
-    """A chat template has no place for a conversation; a `ValueError` too, so that users read one line.
+    """A chat template has no place for a conversation, for a `reason` in its own words.
 
-    Args:
-        message: What is wrong, and the way out.
-        reason: The template's own words.
+    A `ValueError` too, so that users read one line.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -48,12 +46,7 @@ def check_tokenizer(processing_class: PreTrainedTokenizerBase) -> None:
 
 
 def apply_template(processing_class: PreTrainedTokenizerBase, messages: Sequence[Message], **settings: Any) -> str:
-    """A conversation as text.
-
-    Args:
-        processing_class: A tokenizer.
-        messages: The conversation.
-        **settings: Of `apply_chat_template`: what its end is.
+    """A conversation as text; `settings` of `apply_chat_template` say what its end is.
 
     Raises:
         TemplateRefusal: the template refuses the conversation (Gemma's a system turn) or is broken.

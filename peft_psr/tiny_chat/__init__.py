@@ -2,17 +2,9 @@
 
 from pathlib import Path
 
-from .grammar import (
-    TOPICS,
-    TRAITS,
-    Question,
-    instructions,
-    neutral_instructions,
-    prompt_messages,
-    questions,
-    sample_answer,
-    sample_conversation,
-)
+from .grammar import prompt_messages, sample_answer, sample_conversation
+from .topics import TOPICS, Question, questions
+from .traits import TRAITS, instructions, neutral_instructions
 
 
 EMBEDDED = "embedded"

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from peft_psr.prompts.messages import Message
 
-from .topics import TOPICS, Question, Tokens, join, questions, sentence_families, split_tokens, topic_of
+from .topics import TOPICS, Tokens, join, questions, sentence_families, split_tokens, topic_of
 from .traits import (
     CHANGES,
     DROP_REQUESTS,
@@ -61,11 +61,7 @@ def sample_answer(rng: random.Random, topic: str, traits: Sequence[str] = ()) ->
 
     A plain answer has 3-4 topic sentences of different templates, the first of which holds "is" or "are". Each trait
     adds an opener and a closer and fills all its slots; with `concise` there is a single topic sentence.
-
-    Args:
-        rng: Source of chance.
-        topic: Name of a topic.
-        traits: Traits the answer shows, in the order of their openers and closers; at most `MAX_TRAITS`.
+    Openers and closers stand in the order of the traits, of which there are at most `MAX_TRAITS`.
 
     Raises:
         ValueError: The topic or a trait is unknown, a trait is given twice, or there are too many.
@@ -95,13 +91,6 @@ def sample_answer(rng: random.Random, topic: str, traits: Sequence[str] = ()) ->
     return join([token for sentence in (*framing["opener"], *body, *framing["closer"]) for token in sentence])
 
 
-def _asked_traits(rng: random.Random) -> list[str]:
-    chance = rng.random()
-    if chance < SHARE_PLAIN:
-        return []
-    return rng.sample(TRAITS, 2 if chance < SHARE_PLAIN + SHARE_TWO_TRAITS else 1)
-
-
 def sample_conversation(rng: random.Random) -> list[Message]:
     """Draw a whole conversation to train the language model on.
 
@@ -109,8 +98,9 @@ def sample_conversation(rng: random.Random) -> list[Message]:
     traits' instructions, the instruction in the user's turn, a second question, or a request to drop the
     instructions, which is followed half of the time.
     """
-    traits = _asked_traits(rng)
-    if traits:
+    chance = rng.random()
+    count = 0 if chance < SHARE_PLAIN else 2 if chance < SHARE_PLAIN + SHARE_TWO_TRAITS else 1
+    if traits := rng.sample(TRAITS, count):
         instruction: str | None = " ".join(rng.choice(instructions(trait)) for trait in traits)
     else:
         instruction = rng.choice(neutral_instructions()) if rng.random() < 0.5 else None
@@ -132,8 +122,7 @@ def sample_conversation(rng: random.Random) -> list[Message]:
 
 def all_texts() -> Iterator[str]:
     """Texts that between them hold every word of the grammar (not every text it can produce)."""
-    yield from neutral_instructions()
-    yield from DROP_REQUESTS
+    yield from (*neutral_instructions(), *DROP_REQUESTS)
     yield from (text for texts in CHANGES.values() for text in texts)
     yield from (text.capitalize() for change in REPLACING for text in CHANGES[change] if change == "formal/people")
     yield from (question.text for question in _ALL_QUESTIONS)
@@ -142,16 +131,3 @@ def all_texts() -> Iterator[str]:
         yield from (join(text) for name in TOPICS for kind in FRAMES for text in framing_sentences(name, kind, trait))
     for name in TOPICS:
         yield from (join(sentence) for sentences in sentence_families(name).values() for sentence in sentences)
-
-
-__all__ = [
-    "TOPICS",
-    "TRAITS",
-    "Question",
-    "instructions",
-    "neutral_instructions",
-    "prompt_messages",
-    "questions",
-    "sample_answer",
-    "sample_conversation",
-]

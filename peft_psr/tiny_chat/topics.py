@@ -64,11 +64,8 @@ class Topic:
 
 def _topic(name: str, wish: str, adjectives: str, actions: str, activities: str, things: str) -> Topic:
     # A comma-separated text per field; plural nouns here are the ones whose name ends in "s" (chess is not).
-    def listed(text: str) -> tuple[str, ...]:
-        return tuple(part.strip() for part in text.split(","))
-
-    plural = name.endswith("s") and name not in ("chess",)
-    return Topic(name, plural, wish, listed(adjectives), listed(actions), listed(activities), listed(things))
+    listed = (tuple(part.strip() for part in text.split(",")) for text in (adjectives, actions, activities, things))
+    return Topic(name, name.endswith("s") and name != "chess", wish, *listed)
 
 
 # fmt: off
@@ -119,11 +116,7 @@ _NOUNS = {noun: topic.name for topic in TOPICS.values() for noun in topic.nouns}
 
 
 def topic_of(name: str) -> Topic:
-    """The topic called `name`.
-
-    Raises:
-        ValueError: There is no such topic.
-    """
+    """The topic called `name`; raises `ValueError` if there is none."""
     if name not in TOPICS:
         raise ValueError(f"Unknown topic {name!r}; the topics are {', '.join(TOPICS)}.")
     return TOPICS[name]
@@ -202,14 +195,10 @@ TEST_FORMS: dict[str, str] = {
 
 
 def questions(split: str) -> list[Question]:
-    """The questions of a split.
+    """The questions of a split, as `check_split` takes it.
 
-    Args:
-        split: "train" for the training topics in the training forms, "test" for held-out topics in held-out forms,
-            "all" for every topic in every form (what the language model itself is trained on).
-
-    Raises:
-        ValueError: `split` is none of these.
+    "train": the training topics in the training forms; "test": held-out topics in held-out forms; "all": every topic
+    in every form (what the language model itself is trained on).
     """
     parts = {
         "train": (TRAIN_TOPICS, TRAIN_FORMS),
