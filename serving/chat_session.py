@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from rich.text import Text
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from peft_psr import PSRConfig, PSRModel
 from peft_psr.config import check_strength
@@ -72,7 +72,7 @@ class ChatSession:
     def __init__(
         self,
         model: PeftModel,
-        processing_class,
+        processing_class: PreTrainedTokenizerBase,
         system: str = "",
         max_new_tokens: int = 512,
         temperature: float | None = None,
@@ -191,7 +191,7 @@ class ChatSession:
             cut = "interrupted"
         elif not ended and len(ids) >= limit:  # else a text of the model's settings has ended it
             cut = "max_new_tokens" if limit == self.max_new_tokens else "context"
-        text = self.processing_class.decode(ids, skip_special_tokens=False)
+        text = str(self.processing_class.decode(ids, skip_special_tokens=False))
         said = split_reasoning(text, opens_reasoning(render_prompt(self.processing_class, conversation))).answer
         alphas = {name: self.config(name).alpha for name in self.active}
         turn = None if said is None else said.strip()
@@ -290,7 +290,9 @@ class ChatSession:
 class _Streamer(TextStreamer):
     """Hands on text as it comes, and keeps the tokens."""
 
-    def __init__(self, processing_class, on_text: Callable[[str], None], stops: Collection[int]) -> None:
+    def __init__(
+        self, processing_class: PreTrainedTokenizerBase, on_text: Callable[[str], None], stops: Collection[int]
+    ) -> None:
         super().__init__(processing_class, skip_prompt=True, skip_special_tokens=False)
         self.on_text, self.stops = on_text, stops
         self.ids: list[int] = []

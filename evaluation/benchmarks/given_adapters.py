@@ -17,12 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_adapter(name: str, place: str, recipe: EvaluateRecipe) -> None:
-    """Checks an adapter; warns if it was trained with other arguments of the chat template than it is measured with.
-
-    Args:
-        name: What the recipe calls it.
-        place: Folder or Hub name.
-        recipe: What is evaluated.
+    """Checks an adapter by name and place; warns if it was trained with other arguments of the chat template.
 
     Raises:
         ValueError: it is not there, or of another revision of the model than the one that is measured.

@@ -17,12 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_given(recipe: EvaluateRecipe, model: str, names: Sequence[str]) -> Traits:
-    """The recipe's triplets by trait, without those that can't be used, of which it warns.
-
-    Args:
-        recipe: With `triplets`.
-        model: The base model's name.
-        names: The traits that are wanted.
+    """The recipe's triplets by wanted trait, without those that can't be used, of which it warns.
 
     Raises:
         FileNotFoundError: there are no triplets there.

@@ -139,6 +139,11 @@ class EvaluateRecipe(DrawFields):
         except ValidationError as error:
             raise ValueError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
 
+    def sampling(self, seed: int | None) -> dict[str, Any]:
+        """How scored answers are drawn, as `sample_completions` takes it."""
+        shared = {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "batch_size")}
+        return {**shared, "seed": seed or 0}
+
     def fit_settings(self, num_layers: int, seed: int) -> FitSettings:
         """What methods are given to make an adapter of a model with so many decoder layers.
 

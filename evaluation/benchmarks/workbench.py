@@ -59,11 +59,6 @@ class Workbench(Generic[Recipe]):
         folder: A new one, or one that a run of the same recipe has left.
         benchmark: The benchmark's name.
         console: Where progress is shown.
-
-    Attributes:
-        recipe: As given.
-        folder: As given.
-        console: As given.
     """
 
     def __init__(self, recipe: Recipe, folder: Path, benchmark: str, console: Console | None = None) -> None:
@@ -126,12 +121,7 @@ class Workbench(Generic[Recipe]):
         return [*self.recipe.methods, *self.recipe.adapters]
 
     def pairs(self, split: Split) -> dict[str, list[PromptPair]]:
-        """{trait: its prompt pairs} of a split.
-
-        Raises:
-            FileNotFoundError: the source's data are not there.
-            ValueError: a file of it is malformed, or a trait is unknown.
-        """
+        """{trait: its prompt pairs} of a split."""
         if split not in self._pairs:
             by_trait: dict[str, list[PromptPair]] = {}
             for pair in prompt_pairs(self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, split)):
@@ -151,11 +141,7 @@ class Workbench(Generic[Recipe]):
         return self._judge_makers[split]
 
     def load(self, model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A base model in eval mode and its tokenizer; one model is in memory at a time.
-
-        Raises:
-            OSError: it can't be had.
-        """
+        """A base model in eval mode and its tokenizer; one model is in memory at a time."""
         if model not in self._loaded:
             self._loaded.clear()
             recipe = self.recipe
@@ -163,12 +149,7 @@ class Workbench(Generic[Recipe]):
         return self._loaded[model]
 
     def beside(self, name: str, **changes: Any) -> Workbench[Recipe]:
-        """A workbench for other data in a folder within this one's, with the same model in memory.
-
-        Args:
-            name: The folder's.
-            **changes: Fields of the recipe.
-        """
+        """A workbench with other fields of the recipe in a folder within this one's, with the same model in memory."""
         other = Workbench(self.recipe.model_copy(update=changes), self.folder / name, self.benchmark)
         other._loaded, other._progress = self._loaded, self._progress
         return other
@@ -304,22 +285,14 @@ class Workbench(Generic[Recipe]):
     def cells(self, cells: Iterable[Cell], measure: Callable[[Cell], Result]) -> list[Cell]:
         """The cells with their results, in order: each is measured once, kept as a file, and found again.
 
-        Args:
-            cells: What to measure.
-            measure: Returns JSON; a kill while it works loses no other cell. It may ask for what was measured of an
-                earlier cell by `kept`.
+        `measure` returns JSON; a kill while it works loses no other cell. It may ask for an earlier cell's by `kept`.
         """
         return self.cells_together(([cell] for cell in cells), lambda group: [measure(group[0])])
 
     def cells_together(
         self, groups: Iterable[Sequence[Cell]], measure: Callable[[Sequence[Cell]], Sequence[Result]]
     ) -> list[Cell]:
-        """As `cells`, for cells that are measured together.
-
-        Args:
-            groups: Cells that can be.
-            measure: Returns the results, in order, of those of a group that are not kept yet.
-        """
+        """As `cells`, for groups measured together: `measure` returns the results of those of a group not kept yet."""
         return [cell for group in groups for cell in self._group(group, measure)]
 
     def _group(self, group: Sequence[Cell], measure: Callable[[Sequence[Cell]], Sequence[Result]]) -> list[Cell]:
@@ -328,23 +301,14 @@ class Workbench(Generic[Recipe]):
         return [replace(cell, result=result) for cell, result in zip(group, results, strict=True)]
 
     def kept(self, cell: Cell) -> Result:
-        """What was measured of a cell before.
-
-        Raises:
-            KeyError: nothing was.
-        """
+        """What was measured of a cell before; `KeyError` if nothing was."""
         result = kept_result(self._place(cell.parameters)[0])
         if result is None:
             raise KeyError(f"Nothing is measured yet of {cell.parameters}.")
         return result
 
     def cell(self, parameters: dict[str, Any], compute: Callable[[], Result]) -> Result:
-        """What `compute` returns, computed once for these parameters and the recipe: a result beside the matrix's.
-
-        Args:
-            parameters: What this is of, as JSON.
-            compute: Returns JSON; a kill while it works loses nothing else.
-        """
+        """What `compute` returns, computed once for these parameters and the recipe: a result beside the matrix's."""
         return self._results([parameters], lambda missing: [compute()])[0]
 
     def _results(

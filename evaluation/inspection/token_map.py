@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.base_model.decoder import layer_index
@@ -73,7 +74,7 @@ def _log_scale(values: torch.Tensor, top: float | None = None) -> torch.Tensor:
 
 def map_adapters(
     model: PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     question: str,
     answer: str = "",
     instruction: str = "",
@@ -111,14 +112,12 @@ def map_adapters(
 
 
 @torch.no_grad()
-def map_tokens(model: PeftModel, processing_class, adapter_name: str, triplet: Triplet) -> TokenMap:
-    """Look at one text through one adapter, which is the only active one afterwards.
+def map_tokens(
+    model: PeftModel, processing_class: PreTrainedTokenizerBase, adapter_name: str, triplet: Triplet
+) -> TokenMap:
+    """Look at a triplet's prompt and completion through one adapter, which is the only active one afterwards.
 
-    Args:
-        model: With PSR adapters, in eval mode.
-        processing_class: Its tokenizer.
-        adapter_name: The adapter.
-        triplet: The text is its prompt and completion; if its steered prompt is another, what that moves is told too.
+    If its steered prompt is another, what that moves is told too.
 
     Raises:
         ValueError: the triplet can't be encoded; the message says why.
@@ -140,14 +139,7 @@ def map_tokens(model: PeftModel, processing_class, adapter_name: str, triplet: T
 
 
 def token_page(maps: Sequence[TokenMap], question: str, instruction: str = "", model: str = "") -> str:
-    """A page of its own for some adapters: the text shaded, and every number by layer and token.
-
-    Args:
-        maps: One an adapter.
-        question: The user's turn.
-        instruction: What the maps' prompts hold besides; empty for none.
-        model: The base model's name.
-    """
+    """A page of its own for some adapters: the user's question shaded, and every number by layer and token."""
     return render_page(
         "token_page",
         title=f"Tokens: {', '.join(each.name for each in maps)}",

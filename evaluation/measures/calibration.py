@@ -77,19 +77,8 @@ def calibrate_alphas(
 ) -> list[Calibration]:
     """`calibrate_alpha` for several targets at once: what one search has measured, the others see.
 
-    Args:
-        score: Measures the model at several strengths together, one a target that is still looked for.
-        targets: Coherences, 0-100.
-        tolerance: How far coherence may be from a target, in points.
-        max_steps: Cap on the strengths measured for each target.
-        max_alpha: Largest strength tried.
-        curve: Measurements already made; they cost nothing more.
-
-    Returns:
-        One result a target; their curves are the same.
-
-    Raises:
-        ValueError: a target outside 0-100, a tolerance or a cap that is not positive.
+    `score` measures the model at several strengths together, one a target that is still looked for; `max_steps` caps
+    the strengths measured for each target. One result a target, all with the same curve. Raises as `calibrate_alpha`.
     """
     for target in targets:
         if not 0 <= target <= 100:

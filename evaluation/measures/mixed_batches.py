@@ -45,11 +45,7 @@ def copy_adapter(model: PeftModel) -> AdapterCopy | None:
 
 @contextmanager
 def together(model: PreTrainedModel, adapters: Mapping[str, AdapterCopy]) -> Iterator[PeftModel]:
-    """The base model with all of these adapters, in eval mode; they are taken off it at the end.
-
-    Args:
-        model: The base model, without adapters.
-        adapters: {name without a dot: adapter}; at least one.
+    """The base model with all of these adapters, {name without a dot: adapter}, in eval mode; taken off it at the end.
 
     Raises:
         ValueError: an adapter does not fit the model.

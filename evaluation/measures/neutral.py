@@ -60,11 +60,7 @@ def shipped_data() -> NeutralData:
 
 
 def embedded_data(text_start: str) -> NeutralData:
-    """What the embedded model's grammar has: held-out topics, forms and plain answers.
-
-    Args:
-        text_start: The tokenizer's opening token.
-    """
+    """What the embedded model's grammar has: held-out topics, forms and plain answers, begun with `text_start`."""
     rng = random.Random(0)
     asked = questions("test")
     return NeutralData(

@@ -42,15 +42,10 @@ def run_adapter_branch(
 ) -> Branch:
     """`peft_psr.training.passes.branches.run_branch` without gradient, for a model with an adapter of any kind.
 
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter.
-        batch: From `TripletCollator`, on the model's device; with a LoRA, of one strength.
-        layers: Names of the layers to look at.
-        branch: "teacher" (x' y', adapter off), "base" (x y', adapter off) or "student" (x y', adapter on).
-        logits: Whether the logits are wanted.
+    `branch`: "teacher" (x' y', adapter off), "base" (x y', adapter off) or "student" (x y', adapter on).
 
     Raises:
-        TypeError: the model has neither adapter.
+        TypeError: the model has no PSR or LoRA adapter.
         ValueError: several strengths in a batch for a LoRA.
     """
     with torch.no_grad():
@@ -68,16 +63,8 @@ def sample_steered(
 ) -> list[Completion]:
     """`sample_completions` for a model with an adapter of any kind: a LoRA's strengths are sampled one by one.
 
-    Args:
-        model: Any causal language model.
-        processing_class: Its tokenizer.
-        prompts: Conversations or plain texts.
-        alpha: One strength a prompt; `None` for the adapter as it is, or a model without one.
-        **settings: Of `sample_completions`.
-
-    Returns:
-        One completion for each prompt, in the order of the prompts. With a LoRA it depends on the seed and on the
-        prompt's place among those of its strength.
+    `alpha` is one strength a prompt; `None` for the adapter as it is, or a model without one. With a LoRA a completion
+    depends on the seed and on the prompt's place among those of its strength.
 
     Raises:
         TypeError: strengths for a model without a PSR or LoRA adapter.

@@ -41,12 +41,7 @@ LEARNING_RATES = {"ll": 5e-3, "reps": 5e-3}
 
 
 class LoReFT(nn.Module):
-    """R (`rotation`), W and b (`source`), float32.
-
-    Args:
-        width: d.
-        rank: r.
-    """
+    """R (`rotation`), W and b (`source`), float32, for a stream of `width` d and the `rank` r."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()

@@ -42,15 +42,10 @@ PENALTY = 0.005
 
 
 def top_latents(latents: torch.Tensor, mask: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of each row's k largest latents, and the sum of the others over the number of tokens.
+    """Mean of each row's k largest latents, and the sum of the others over the number of tokens; (batch,) each.
 
-    Args:
-        latents: (batch, seq), >= 0.
-        mask: (batch, seq), the tokens that count; all of a row's, if these are fewer than k, are its largest.
-        k: How many.
-
-    Returns:
-        (batch,) and (batch,).
+    Latents are (batch, seq), >= 0. Tokens of `mask`, (batch, seq), count; if they are fewer than k, all are the
+    largest.
     """
     latents = latents * mask
     counts = mask.sum(dim=1)

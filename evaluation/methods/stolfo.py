@@ -68,13 +68,7 @@ def fit(
 
 @torch.no_grad()
 def set_projection(unit: PSRUnit, u: torch.Tensor, target: torch.Tensor) -> None:
-    """Weights of rank 2 that set the stream's projection on `u` to `target`.
-
-    Args:
-        unit: With ReLU gates and r = 2; written to.
-        u: A unit vector (d,).
-        target: c, ().
-    """
+    """Weights of rank 2, with ReLU gates, that set the projection on a unit vector, (d,), to `target`, ()."""
     assert unit.gate_weight is not None and unit.gate_bias is not None
     unit.gate_weight.copy_(torch.stack([-u, u]))
     unit.gate_bias.copy_(torch.stack([target, -target]))

@@ -196,11 +196,8 @@ def tried_out(
 ) -> dict[int, dict[str, Any]]:
     """Chooses each concept's factor on one half of its instructions, and scores the other half.
 
-    Args:
-        group: The concepts.
-        factors: To choose from, the smallest first; none for a model without an adapter.
-        answer: Gives the answers, of all concepts in one call.
-        judge: Rates them.
+    Of `factors`, the smallest first, there are none for a model without an adapter; `answer` is called for all
+    concepts together.
 
     Returns:
         {concept's id: `description`; `instructions`; `factor` (`None` without an adapter, or if none of the answers to

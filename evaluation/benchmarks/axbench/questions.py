@@ -39,9 +39,8 @@ class Trial:
 def read_instructions(path: str | Path) -> list[Question]:
     """Reads a file of instructions, each once, in the file's order.
 
-    Args:
-        path: JSON, a list of texts or of objects with `instruction` as AlpacaEval's file is; JSONL of such objects or
-            texts; or plain text, an instruction a line.
+    It is JSON, a list of texts or of objects with `instruction` as AlpacaEval's file is; JSONL of such objects or
+    texts; or plain text, an instruction a line.
 
     Raises:
         FileNotFoundError: no such file.
@@ -68,15 +67,10 @@ def read_instructions(path: str | Path) -> list[Question]:
 
 
 def make_trial(concept: Concept, questions: Sequence[Question], count: int, seed: int) -> Trial:
-    """Draws a concept's instructions, the same for the same questions, seed and concept's number.
+    """Draws a concept's `count` instructions, the same for the same questions, seed and concept's number.
 
-    Those that the concept's own examples answer are left out, and those of another genre where both sides name one.
-
-    Args:
-        concept: As read.
-        questions: To draw from.
-        count: How many; the first half, rounded down, is to choose the factor.
-        seed: Of the drawing.
+    The first half, rounded down, is to choose the factor. Those that the concept's own examples answer are left out,
+    and those of another genre where both sides name one.
 
     Raises:
         ValueError: there are not so many.

@@ -228,12 +228,7 @@ def _accuracy_table(
 
 
 def accuracy_by_type(answers: Sequence[ScoredAnswer], model: str) -> Figure:
-    """Strict accuracy with its interval, a panel for each type; hatched where the prompt is there too.
-
-    Args:
-        answers: All of one model.
-        model: For the title.
-    """
+    """One model's strict accuracy with its interval, a panel for each type; hatched where the prompt is there too."""
     conditions = by_condition(answers)
     names = short_names(list(dict.fromkeys(answer.trait for answer in answers)))
     methods = list(dict.fromkeys(c.removesuffix(WITH_PROMPT) for c in conditions if c not in (PLAIN, PROMPT)))

@@ -114,12 +114,7 @@ class _Scorer:
         self.prompts, self.bare = [row[0] for row in rows], [row[1] for row in rows]
         self.questions = [bare.index(prompt) for prompt in self.bare]
         self.judge = bench.judge(cell.trait)
-        self.sampling = {
-            "max_new_tokens": recipe.max_new_tokens,
-            "temperature": recipe.temperature,
-            "batch_size": recipe.batch_size,
-            "seed": cell.seed,
-        }
+        self.sampling = recipe.sampling(cell.seed)
         self.seen: dict[float | None, Answers] = {}
 
     def measure(
@@ -207,7 +202,7 @@ def _adapter(bench: Workbench[PersonaRecipe], cell: Cell, prompted_coherence: fl
     }
 
 
-def _example(model: PeftModel, processing_class, triplet: Triplet) -> dict[str, Any]:
+def _example(model: PeftModel, processing_class: PreTrainedTokenizerBase, triplet: Triplet) -> dict[str, Any]:
     """What prompt and adapter move at strength 1 in one held-out completion, and a PSR adapter's gates, by layer."""
     tokens, prompt, adapter = intervention_strength(model, triplet, processing_class)
     gates = edited_gates(model, triplet, processing_class)

@@ -96,21 +96,12 @@ class _Task:
         self.base, self.processing_class = bench.load(cell.model)
         self.data = neutral_data(recipe, self.processing_class)
         self.judge, self.seed = bench.judge(cell.trait), cell.seed or 0
+        self.sampling = recipe.sampling(cell.seed)
         self.by_question: dict[str, list[PromptPair]] = {}
         for pair in bench.pairs("test")[cell.trait]:
             self.by_question.setdefault(str(pair.prompt), []).append(pair)
         self.bare: list[Prompt] = [pairs[0].prompt for pairs in self.by_question.values()]
         self.instructions = instructions_of(bench.pairs("test")[cell.trait], recipe.placement)
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "max_new_tokens": recipe.max_new_tokens,
-            "temperature": recipe.temperature,
-            "batch_size": recipe.batch_size,
-            "seed": self.seed,
-        }
 
     def answers(
         self, model: PreTrainedModel | PeftModel, prompted: bool, alphas: Sequence[float] | None

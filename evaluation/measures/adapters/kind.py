@@ -37,11 +37,7 @@ class AdapterKind(ABC):
 
     @abstractmethod
     def at_strength(self, model: PeftModel, alpha: float) -> AbstractContextManager[None]:
-        """Sets the strength of the active adapters inside the context.
-
-        Args:
-            model: With active adapters of this kind.
-            alpha: A finite number; it replaces theirs.
+        """Sets the strength of the active adapters inside the context, a finite number that replaces theirs.
 
         Raises:
             ValueError: they can't be set to it.
@@ -58,10 +54,7 @@ class AdapterKind(ABC):
     def scoring_inputs(self, model: PeftModel, answer: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """What a forward pass that scores given answers takes besides the tokens.
 
-        Args:
-            model: With an active adapter of this kind.
-            answer: (batch, seq) bool, the places that predict the answers.
-            tokens: (batch, seq), all places but padding.
+        `answer` and `tokens`, (batch, seq) bool: the places that predict the answers, and all places but padding.
         """
         return {}
 

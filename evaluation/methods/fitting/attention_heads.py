@@ -60,14 +60,9 @@ def _is_output_projection(name: str) -> bool:
 
 
 class HeadReader:
-    """Runs triplets through the model, and reads every head's outputs at the tokens that are edited.
+    """Runs encoded triplets through the model, in eval mode, and reads every head's outputs at the edited tokens.
 
-    Args:
-        model: The base model, in eval mode.
-        modules: Names of its output projections.
-        collator: Makes the batches.
-        rows: Encoded triplets.
-        settings: For their size, and to be told of each pass.
+    `modules` are the names of its output projections; the settings' `on_step` is told of each pass.
     """
 
     def __init__(

@@ -43,12 +43,9 @@ def only_unit(model: PeftModel) -> PSRUnit:
 
 @contextmanager
 def edited(model: PeftModel, edit: Edit, mask: torch.Tensor) -> Iterator[None]:
-    """Inside, the layer that the PSR adapter of `model` belongs to returns h + m * edit(h).
+    """Inside, the layer that the PSR adapter of `model`, switched off, belongs to returns h + m * edit(h).
 
-    Args:
-        model: A PEFT model with a PSR adapter on one layer, switched off.
-        edit: What is added; computed in float32 on the device of `mask`, then cast back.
-        mask: (batch, seq), the tokens to edit.
+    The edit is computed in float32 on the device of `mask`, (batch, seq), then cast back.
     """
     (layer,) = psr_model(model).psr_layers().values()
 
@@ -68,13 +65,7 @@ def edited(model: PeftModel, edit: Edit, mask: torch.Tensor) -> Iterator[None]:
 def mean_log_likelihood(model: PeftModel, batch: Batch, edit: Edit | None = None) -> torch.Tensor:
     """(1 / |y|) log p(y | x) of each row's response y under the base model, or under the edited one; nats.
 
-    Args:
-        model: A PEFT model with a PSR adapter on one layer, switched off.
-        batch: From `TripletCollator`, on one device.
-        edit: What is added to the layer's output; `None` for nothing.
-
-    Returns:
-        (batch,) float32, with the graph of the edit.
+    `model` has a PSR adapter on one layer, switched off. Returns (batch,) float32, with the graph of the edit.
     """
     last = decoder_layer_names(model.get_base_model())[-1]
     with edited(model, edit or torch.zeros_like, batch["steering_mask"]):
@@ -104,7 +95,7 @@ def train_edit(
 
     Raises:
         FloatingPointError: the loss is infinite or not a number.
-        ValueError: the process would spread the model over several GPUs with `nn.DataParallel`.
+        ValueError: as `text_arguments`.
     """
     with TemporaryDirectory() as folder:
         rate = settings.learning_rate or learning_rate

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.evaluation.methods.method import FitSettings
 from peft_psr.training import Triplet, TripletCollator, sample_completions
@@ -58,15 +59,11 @@ ScaledEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def preference_loss(
     steered: tuple[torch.Tensor, torch.Tensor], nulled: tuple[torch.Tensor, torch.Tensor], advantage: torch.Tensor
 ) -> torch.Tensor:
-    """The objective of each pair.
+    """The objective of each pair, (pairs,), above 0.
 
-    Args:
-        steered: log p(y' | x) / |y'| and log p(y | x) / |y| under the steered model, (pairs,) each.
-        nulled: The same where the edit is taken out.
-        advantage: log p(y' | x) - log p(y | x) under the plain model, summed over tokens, (pairs,).
-
-    Returns:
-        (pairs,), above 0.
+    `steered`: log p(y' | x) / |y'| and log p(y | x) / |y| under the steered model, (pairs,) each; `nulled`: the same
+    where the edit is taken out; `advantage`: log p(y' | x) - log p(y | x) under the plain model, summed over tokens,
+    (pairs,).
     """
     positive = (-advantage).clamp(min=1) * steered[0] - steered[1]
     negative = advantage.clamp(min=1) * nulled[1] - nulled[0]
@@ -75,7 +72,7 @@ def preference_loss(
 
 def train_by_preference(
     model: PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     module: nn.Module,
     steer: ScaledEdit,
     null: ScaledEdit,
@@ -129,7 +126,11 @@ def train_by_preference(
 
 
 def _pairs(
-    model: PeftModel, processing_class, collator: TripletCollator, triplets: Sequence[Triplet], settings: FitSettings
+    model: PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    collator: TripletCollator,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
 ) -> list[Pair]:
     """Every triplet's y' beside a y of the model's own, no longer than the longest y'."""
     wanted = encode_dataset(collator, triplets, "triplets")
