@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from peft import PeftModel
 from rich.console import Console
@@ -36,30 +36,20 @@ from peft_psr.training.runs.triplets.assembly import check_template, judge_maker
 from peft_psr.training.runs.triplets.run import TripletRun
 from peft_psr.training.sources.registry import SOURCES, check_test_split
 
-from .cell import Cell, Result
-from .given_adapters import check_adapter
-from .given_triplets import read_given
+from .cell import Cell, Result, grouped
+from .given import check_adapter, read_given
 from .held_out import draw_held_out
 from .recipe import EvaluateRecipe
 from .run_state import check_folder, write_state
 from .store import keep_adapter, keep_result, kept_adapter, kept_result
 
 
-TRIPLETS, HELD_OUT, ADAPTERS, CELLS = "triplets", "held_out", "adapters", "cells"
 Split = Literal["train", "test"]
-SPLITS: tuple[Split, Split] = ("train", "test")
 Recipe = TypeVar("Recipe", bound=EvaluateRecipe)
 
 
 class Workbench(Generic[Recipe]):
-    """What a benchmark works with; use it in `with bench.open():`, which holds the folder's lock.
-
-    Args:
-        recipe: The benchmark's.
-        folder: A new one, or one that a run of the same recipe has left.
-        benchmark: The benchmark's name.
-        console: Where progress is shown.
-    """
+    """What a benchmark works with, in a new folder or one of the same recipe; use it in `with bench.open():`."""
 
     def __init__(self, recipe: Recipe, folder: Path, benchmark: str, console: Console | None = None) -> None:
         self.recipe, self.folder, self.benchmark = recipe, Path(folder), benchmark
@@ -95,12 +85,7 @@ class Workbench(Generic[Recipe]):
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the folder while the benchmark runs, and show how far it is.
-
-        Raises:
-            BlockingIOError: another process is at work in the folder.
-            OSError, ValueError: as `check`.
-        """
+        """Hold the folder, or raise `BlockingIOError` if another process does; show how far the benchmark is."""
         self.check()
         with locked(self.folder):
             check_folder(self.folder, self.benchmark, self.recipe)
@@ -123,10 +108,8 @@ class Workbench(Generic[Recipe]):
     def pairs(self, split: Split) -> dict[str, list[PromptPair]]:
         """{trait: its prompt pairs} of a split."""
         if split not in self._pairs:
-            by_trait: dict[str, list[PromptPair]] = {}
-            for pair in prompt_pairs(self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, split)):
-                by_trait.setdefault(pair.trait, []).append(pair)
-            self._pairs[split] = by_trait
+            pairs = prompt_pairs(self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, split))
+            self._pairs[split] = grouped((pair.trait, [pair]) for pair in pairs)
         return self._pairs[split]
 
     def judge(self, trait: str) -> Judge:
@@ -172,7 +155,7 @@ class Workbench(Generic[Recipe]):
 
     def _draw(self, model: str, pairs: Sequence[PromptPair]) -> list[Triplet]:
         name = SOURCES[self.recipe.source].trait_name(pairs[0])
-        folder = self.folder / TRIPLETS / folder_name(model) / folder_name(name)
+        folder = self.folder / "triplets" / folder_name(model) / folder_name(name)
         recipe = self.recipe.triplet_recipe(model, (name,))
         self._say(f"triplets: {name}")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -184,16 +167,12 @@ class Workbench(Generic[Recipe]):
         return [row for rows in read_traits(folder).values() for row in rows]
 
     def held_out(self, model: str, trait: str) -> list[Triplet]:
-        """A trait's triplets of the test split, which no adapter is trained on; they are not judged.
-
-        Raises:
-            ValueError: the source has no test split, or the model answered with nothing.
-        """
+        """A trait's triplets of the test split, not judged; `ValueError` if there are none, or all are empty."""
         check_test_split(self.recipe.source)
         if (model, trait) not in self._held_out:
             pairs = self.pairs("test")[trait]
             drawn_on = digest([[pair.prompt, pair.steered_prompt] for pair in pairs], 16)
-            path = self.folder / HELD_OUT / folder_name(model) / f"{folder_name(trait)}-{drawn_on}.jsonl"
+            path = self.folder / "held_out" / folder_name(model) / f"{folder_name(trait)}-{drawn_on}.jsonl"
             self._held_out[model, trait] = self._draw_held_out(model, pairs, path)
         return self._held_out[model, trait]
 
@@ -213,12 +192,9 @@ class Workbench(Generic[Recipe]):
 
     @contextmanager
     def fitted(self, cell: Cell, triplets: Sequence[Triplet] | None = None, part: str = "") -> Iterator[Fitted]:
-        """A cell's adapter on its base model, made now or found; it is taken off the model at the end.
+        """A cell's adapter on its base model, given, made now or found; it is taken off the model at the end.
 
-        Args:
-            cell: Its method is a method's name, or that of one of the recipe's adapters.
-            triplets: To train on; the trait's own by default.
-            part: What they are called, if they are not the trait's own: a fold, say.
+        It is trained on the trait's own triplets, or on others, which `part` names: a fold, say.
 
         Raises:
             OSError: a given adapter can't be had.
@@ -250,7 +226,7 @@ class Workbench(Generic[Recipe]):
             "method": cell.method, "part": part, "settings": described, "triplets": digest(triplets, 16),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
-        folder = self.folder / ADAPTERS / digest(parameters, 16)
+        folder = self.folder / "adapters" / digest(parameters, 16)
         known = kept_adapter(folder, base)
         if known is not None:
             return known
@@ -336,7 +312,7 @@ class Workbench(Generic[Recipe]):
             "filter": asdict(self.recipe.filter), "asked": self._asked(trait),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
-        return self.folder / CELLS / f"{digest(key, 16)}.json", key
+        return self.folder / "cells" / f"{digest(key, 16)}.json", key
 
     def _adapter(self, method: str, trait: str) -> Any:
         """Where a given adapter comes from, and what a folder of it holds; `None` for what is made here."""
@@ -349,7 +325,7 @@ class Workbench(Generic[Recipe]):
     def _asked(self, trait: str) -> str:
         """What a trait's prompts and its judge's hash to: the files that they come from may change."""
         recipe = self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, "test")
-        pairs = [asdict(pair) for split in SPLITS for pair in self.pairs(split).get(trait, ())]
+        pairs = [asdict(pair) for split in get_args(Split) for pair in self.pairs(split).get(trait, ())]
         own, coherence = judge_prompts(recipe, self.pairs("test").get(trait, ())) if recipe.model_judge else ({}, "")
         return digest([pairs, own.get(trait), coherence], 16)
 

@@ -24,15 +24,11 @@ def token_gates(
     adapter_name: str | None = None,
     at: Literal["edited", "chosen"] = "edited",
 ) -> dict[int | str, torch.Tensor]:
-    """An active adapter's gate values for some tokens, (seq,) bool, of one text.
+    """An active adapter's gate values for some `tokens`, (seq,) bool, of one text.
 
-    Args:
-        model: A model with PSR adapters.
-        input_ids: (1, seq) int64, on the model's device.
-        steering_mask: (1, seq), which tokens are edited.
-        tokens: (seq,) bool, of which to tell; the first one never, if `at` is "chosen".
-        adapter_name: The adapter; may be left out while just one is active.
-        at: "edited": the gates at the token itself; "chosen": where the model chose it, at the token before.
+    The adapter may be unnamed while just one is active. `input_ids` are (1, seq) int64, on the model's device;
+    `steering_mask`, (1, seq), tells which are edited. `at`: "edited" for the gates at the token itself; "chosen" where
+    the model chose it, at the token before (never the first).
 
     Returns:
         {layer: gate values summed over ranks, (tokens,) float32, 0 or more, on the CPU}, in model order.

@@ -26,10 +26,8 @@ from .faithfulness import log_probs_at
 def check_capability(tasks: Sequence[str], include_path: str | None = None) -> None:
     """Raises what can be known to be wrong before any long work; arguments as `evaluate_capability`.
 
-    Raises:
-        ImportError: lm-evaluation-harness is not installed.
-        FileNotFoundError: there is no such folder.
-        ValueError: there is no task of a name.
+    `ImportError` without lm-evaluation-harness, `FileNotFoundError` without the folder, `ValueError` without such a
+    task.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise FileNotFoundError(f"capability_include_path: no folder {include_path!r}.")
@@ -53,14 +51,9 @@ def evaluate_capability(
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Scores of a model on the harness's tasks; questions are put through the chat template where there is one.
 
-    Args:
-        model: A causal language model, or a PEFT model with a PSR or LoRA adapter at the strength that is wanted.
-        processing_class: Its tokenizer.
-        tasks: Names of tasks or groups of tasks.
-        limit: At most so many questions a task.
-        include_path: Folder with tasks of one's own.
-        batch_size: Questions a forward pass.
-        system_instruction: In the system turn of every question.
+    A PSR or LoRA adapter is at the strength that is wanted. `tasks` are names of tasks or groups, also of those in the
+    folder `include_path`; at most `limit` questions a task, `batch_size` a forward pass, each with the
+    `system_instruction` in its system turn.
 
     Returns:
         {task: {metric: {"value", "stderr"}}}, in the metric's own unit; `None` for a standard error that there is not.
@@ -151,11 +144,8 @@ def score_continuations(
 ) -> list[tuple[float, bool]]:
     """Log-likelihood of continuations, with the tokens edited that are edited when they are generated.
 
-    Args:
-        model: A causal language model, with or without an adapter.
-        processing_class: Its tokenizer.
-        pairs: Token ids of each context and continuation, neither of them empty.
-        max_length: Longest input; longer contexts are cut on the left.
+    `pairs` are token ids of each context and continuation, neither of them empty; contexts are cut on the left to
+    `max_length`.
 
     Returns:
         For each the sum of its tokens' log-probabilities, in nats, and whether each of them is the likeliest token.

@@ -39,9 +39,7 @@ def triplet_batches(
 ) -> Iterator[Batch]:
     """Batches of triplets at one strength, on the model's device.
 
-    Raises:
-        TypeError: the model has no PSR or LoRA adapter.
-        ValueError: no triplets, or one can't be used.
+    `TypeError` without a PSR or LoRA adapter, `ValueError` without triplets, or if one can't be used.
     """
     collator = TripletCollator(processing_class, kind_of(model).positions(model), alpha)
     rows = encode_dataset(collator, triplets, "triplets")
@@ -58,11 +56,7 @@ def measured_layers(model: PeftModel) -> list[str]:
 
 
 def log_probs_at(logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the next token at some places, (places, vocabulary) float32, row after row.
-
-    No other place's logits are copied or made float32. `logits` are (batch, seq, vocabulary), `places` (batch, seq),
-    0/1.
-    """
+    """Log-probabilities at places, (batch, seq) 0/1, of (batch, seq, vocabulary): (places, vocabulary) float32."""
     return F.log_softmax(logits[places.bool()].float(), dim=-1)
 
 

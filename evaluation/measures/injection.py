@@ -25,11 +25,7 @@ LEAST_LIFT = 10.0
 
 
 def inject(prompt: Prompt, text: str, separator: str = "\n\n") -> Prompt:
-    """A prompt with a text after the last user turn's own.
-
-    Raises:
-        ValueError: there is no user turn.
-    """
+    """A prompt with a text after the last user turn's own; `ValueError` if there is no user turn."""
     if isinstance(prompt, str):
         return f"{prompt}{separator}{text}"
     users = [place for place, turn in enumerate(prompt) if turn["role"] == "user"]

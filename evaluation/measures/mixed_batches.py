@@ -19,12 +19,7 @@ from .adapters.registry import find_kind
 
 @dataclass(frozen=True)
 class AdapterCopy:
-    """A PSR adapter off its model.
-
-    Attributes:
-        config: Its configuration.
-        weights: {key as in `adapter_model.safetensors`: float32, on the CPU}.
-    """
+    """A PSR adapter off its model: its weights are {key as in `adapter_model.safetensors`: float32, on the CPU}."""
 
     config: PSRConfig
     weights: dict[str, torch.Tensor]
@@ -47,8 +42,7 @@ def copy_adapter(model: PeftModel) -> AdapterCopy | None:
 def together(model: PreTrainedModel, adapters: Mapping[str, AdapterCopy]) -> Iterator[PeftModel]:
     """The base model with all of these adapters, {name without a dot: adapter}, in eval mode; taken off it at the end.
 
-    Raises:
-        ValueError: an adapter does not fit the model.
+    `ValueError` if one does not fit the model.
     """
     steered: PeftModel | None = None
     try:

@@ -81,10 +81,8 @@ def movements(
     """Yields what moved on each triplet, in order; arguments that are not told of here are those of `prompt_recovery`.
 
     `neutral_prompts` are each triplet's prompt with the neutral instruction, `reworded_prompts` with the trait's in
-    other words, if there is one.
-
-    Raises:
-        ValueError: no triplets, one that can't be used, or not one prompt for each.
+    other words, if there is one. `ValueError` if there are no triplets, one that can't be used, or not one prompt for
+    each.
     """
     names = measured_layers(model)
     versions = {"prompt": list(triplets), NEUTRAL: _with_prompts(triplets, neutral_prompts)}

@@ -85,11 +85,7 @@ def text_rows(data: NeutralData, instructions: Sequence[str]) -> list[Triplet]:
 
 
 def instruction_of(pair: PromptPair, placement: Placement) -> str:
-    """The instruction that makes a pair's steered prompt of its prompt.
-
-    Raises:
-        ValueError: no instruction at that place does.
-    """
+    """The instruction that makes a pair's steered prompt of its prompt; `ValueError` if none at that place does."""
     mark = "\x00"
     marked: Prompt = add_instruction(pair.prompt, mark, placement)
     for place, turn in zip(turn_texts(marked), turn_texts(pair.steered_prompt), strict=False):

@@ -56,11 +56,7 @@ class Answers:
 
     @property
     def mean(self) -> SteeringScore:
-        """Means over the answers that have both scores.
-
-        Raises:
-            ValueError: none has.
-        """
+        """Means over the answers that have both scores; `ValueError` if none has."""
         both = [(s.trait, s.coherence) for s in self.scores if s.trait is not None and s.coherence is not None]
         if not both:
             raise ValueError(f"The judge scored none of {len(self.scores)} completions.")
@@ -88,15 +84,8 @@ def judged_answers(
 ) -> list[Answers]:
     """Sample an answer to every prompt at every strength, and have them judged.
 
-    Args:
-        model: A causal language model, with or without an adapter.
-        processing_class: Its tokenizer.
-        prompts: What the model is given; repeated for several draws.
-        bare_prompts: What the judge is shown of them.
-        questions: For each prompt, which question it asks, from 0.
-        judge: Scores the answers.
-        sampling: As `sample_completions` takes it.
-        alphas: Strengths of the adapter; `None` for a model without one.
+    `prompts` are repeated for several draws; the judge is shown `bare_prompts`; `questions` are which question each
+    asks, from 0; `sampling` is as `sample_completions` takes it. Other arguments as `score_model`.
 
     Returns:
         For each strength the answers in the order of the prompts; one in all without `alphas`.

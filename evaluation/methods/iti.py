@@ -45,13 +45,10 @@ SHARE_OF_HEADS = 48 / 1024
 
 @dataclass
 class Head:
-    """One attention head, as the probe sees it.
+    """One attention head, as the probe sees it: number `index`, from 0, of the output projection `module`.
 
-    Attributes:
-        module: Name of the output projection that it enters.
-        index: Its number there, from 0.
-        accuracy: Share of held-out tokens, of either class, that the probe tells right: 0-1, 0.5 by chance.
-        shift: sigma * theta, (head_dim,) float64.
+    `accuracy`: share of held-out tokens, of either class, that the probe tells right, 0-1, 0.5 by chance. `shift`:
+    sigma * theta, (head_dim,) float64.
     """
 
     module: str
@@ -61,11 +58,7 @@ class Head:
 
 
 def find_heads(reader: HeadReader) -> list[Head]:
-    """Every head with its probe's accuracy and its shift, in two passes over the triplets.
-
-    Raises:
-        ValueError: prompted and plain runs do not differ at any head.
-    """
+    """Every head with its probe's accuracy and its shift, in two passes; `ValueError` if the runs differ at none."""
     sums: dict[tuple[str, int, bool], Any] = {}  # (module, class, held out): sum over tokens (heads, head_dim)
     counts: dict[tuple[int, bool], int] = dict.fromkeys([(0, False), (0, True), (1, False), (1, True)], 0)
     for module, label, values, held_out in reader.read():

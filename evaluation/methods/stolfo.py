@@ -18,13 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.contrast import contrast_pairs, last_token_stream
+from peft_psr.evaluation.methods.fitting.edit_training import single_layer
 from peft_psr.training import Triplet
-from peft_psr.training.passes.branches import psr_model
 from peft_psr.unit import PSRUnit
 
 from .method import FitSettings, Fitted
@@ -57,13 +55,11 @@ def fit(
             f"{len(pairs)} pairs of prompts, so there is no direction. Choose another layer."
         )
     u = difference / difference.norm()
-    config = PSRConfig(r=2, layers_to_transform=settings.layer, positions=settings.positions)
-    steered = get_peft_model(model, config)
-    (layer,) = psr_model(steered).psr_layers().values()
+    steered, unit = single_layer(model, settings, r=2)
     target = (prompted @ u).mean()
-    set_projection(layer.unit("default"), u, target)
+    set_projection(unit, u, target)
     notes = {"pairs": len(pairs), "projection_prompted": target.item(), "projection_plain": (plain @ u).mean().item()}
-    return Fitted(steered.eval(), notes=notes)
+    return Fitted(steered, notes=notes)
 
 
 @torch.no_grad()

@@ -77,6 +77,11 @@ def value_of(values: Values, scale: float = 1.0, why: str | None = None, **setti
     return Value(mean, interval[0] * scale, interval[1] * scale, why)
 
 
+def with_interval(mean: float, interval: tuple[float, float] | None) -> Value:
+    """A statistic with its interval; without one, it says why."""
+    return Value(mean, *interval) if interval else Value(mean, why="one prompt only, so no interval")
+
+
 def _groups(values: Values) -> list[np.ndarray]:
     groups = values.values() if isinstance(values, Mapping) else ([value] for value in values)
     arrays = [np.asarray(group, dtype=np.float64) for group in groups if len(group)]

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from peft_psr.evaluation.benchmarks.cell import Cell, by, grouped
 from peft_psr.evaluation.measures.movement import LATER, NEUTRAL, POSITION_GROUPS, REWORDED, STEERED
 from peft_psr.evaluation.methods.registry import METHODS
-from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of
+from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of, with_interval
 from peft_psr.evaluation.reports.plots import (
     gates_by_token,
     legend_beside,
@@ -191,9 +191,9 @@ def _values(cells: Sequence[Cell], which: str) -> dict[str, Value]:
     errors = _rmse_groups(cells, which)
     by_layer = list(layer_rmse(cells, which).values())
     values = {
-        RECOVERY: _with_interval(recovery, bootstrap_interval(groups, _one_minus_ratio)),
-        RMSE: _with_interval(float(np.mean(by_layer)), bootstrap_interval(errors, lambda r: float(_rmse(r).mean()))),
-        LAST: _with_interval(by_layer[-1], bootstrap_interval(errors, lambda r: float(_rmse(r)[-1]))),
+        RECOVERY: with_interval(recovery, bootstrap_interval(groups, _one_minus_ratio)),
+        RMSE: with_interval(float(np.mean(by_layer)), bootstrap_interval(errors, lambda r: float(_rmse(r).mean()))),
+        LAST: with_interval(by_layer[-1], bootstrap_interval(errors, lambda r: float(_rmse(r)[-1]))),
     }
     for column, name in CORRELATIONS.items():
         measured = _by_prompt(cells if which == STEERED else [])
@@ -201,10 +201,6 @@ def _values(cells: Sequence[Cell], which: str) -> dict[str, Value]:
         why = "it moves every token alike" if which == STEERED else "measured of adapters"
         values[column] = value_of(found, why=None if any(found.values()) else why)
     return values
-
-
-def _with_interval(mean: float, interval: tuple[float, float] | None) -> Value:
-    return Value(mean, *interval) if interval else Value(mean, why="one prompt only, so no interval")
 
 
 def control_rows(cells: Sequence[Cell]) -> dict[str, dict[str, Value]]:
@@ -223,7 +219,7 @@ def control_rows(cells: Sequence[Cell]) -> dict[str, dict[str, Value]]:
         }
         rows[group] = {name: Value(float(np.mean(values))) for name, values in strengths.items()}
         for name, statistic in (("neutral size", _size), ("cosine", _cosine)):
-            rows[group][name] = _with_interval(statistic(pooled), bootstrap_interval(groups, statistic))
+            rows[group][name] = with_interval(statistic(pooled), bootstrap_interval(groups, statistic))
     return rows
 
 

@@ -32,15 +32,11 @@ def ifeval_report(
     left_out: Mapping[str, Mapping[str, str]],
     unchanged: Sequence[str],
 ) -> Report:
-    """Tables, figures, samples and notes.
+    """Tables, figures, samples and notes of all answers.
 
-    Args:
-        recipe: The benchmark's.
-        answers: All of them.
-        adapters: What was made or given: model, trait, method, seed, alpha, fold, and what was found on the way.
-        pairs: {type: its prompts}.
-        left_out: {model: {type: why it is not tested}}.
-        unchanged: Prompts of the data that say the same without their instruction, and are not asked.
+    `adapters`: what was made or given: model, trait, method, seed, alpha, fold, and what was found on the way.
+    `pairs`: {type: its prompts}. `left_out`: {model: {type: why it is not tested}}. `unchanged`: prompts of the data
+    that say the same without their instruction, and are not asked.
     """
     why = None if recipe.coherence_judge else _NO_JUDGE
     tables: list[Table] = []

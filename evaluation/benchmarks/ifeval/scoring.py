@@ -74,10 +74,7 @@ def bare_text(prompt: Prompt) -> str:
 def split_folds(pairs: Sequence[PromptPair], folds: int, seed: int) -> list[list[PromptPair]]:
     """Parts a type's prompts into folds of about equal size, each in their order; equal bare prompts are in one fold.
 
-    `seed` is of the order in which bare prompts are dealt.
-
-    Raises:
-        ValueError: there are fewer different bare prompts than folds.
+    They are dealt in an order by `seed`. `ValueError` if there are fewer different bare prompts than folds.
     """
     questions = Counter(bare_text(pair.prompt) for pair in pairs)
     if len(questions) < folds:

@@ -53,12 +53,9 @@ BATCH = 8
 
 
 def check_side_effects(bench: Workbench[SideEffectsRecipe]) -> None:
-    """Raises what can be known to be wrong before any long work.
+    """Raises what can be known to be wrong before any long work, as `Workbench.check`, `check_capability` and besides.
 
-    Raises:
-        FileNotFoundError: there is no folder of tasks.
-        ImportError: tasks are asked for and lm-evaluation-harness is not installed.
-        ValueError: a source without held-out questions, no method, no such task, or what `Workbench.check` finds.
+    `ValueError` for a source without held-out questions, or no method.
     """
     recipe = bench.recipe
     check_test_split(recipe.source)
@@ -70,12 +67,7 @@ def check_side_effects(bench: Workbench[SideEffectsRecipe]) -> None:
 
 
 def run_side_effects(bench: Workbench[SideEffectsRecipe]) -> Report:
-    """Measures every method on every trait of every model, with every seed.
-
-    Raises:
-        OSError: a model or an adapter can't be had.
-        ValueError: a method can't use the triplets, or the judge scored nothing.
-    """
+    """Measures the matrix; raises as `Workbench.fitted`, and `ValueError` if the judge scored nothing."""
     recipe, matrix = bench.recipe, bench.matrix()
     bench.expect(len(matrix) * (2 if recipe.capability_tasks else 1))
     cells: list[Cell] = []

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from peft_psr.evaluation.benchmarks.cell import Cell, by, grouped
 from peft_psr.evaluation.measures.injection import LEAST_LIFT, success
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT
-from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of
+from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of, with_interval
 from peft_psr.evaluation.reports.report import Column, Report, SideBySide, Table, Value
 from peft_psr.training.data.by_trait import folder_name
 from peft_psr.training.sources.registry import SOURCES
@@ -107,8 +107,7 @@ def _statistic(groups: Groups, statistic: Callable[[np.ndarray], float], why: st
     mean = statistic(np.concatenate([np.array(rows, dtype=float) for rows in groups.values() if rows]))
     if not np.isfinite(mean):
         return Value(None, why=why)
-    interval = bootstrap_interval(groups, statistic)
-    return Value(mean, *interval) if interval else Value(mean, why="one prompt only, so no interval")
+    return with_interval(mean, bootstrap_interval(groups, statistic))
 
 
 def _ratio(rows: np.ndarray) -> float:

@@ -29,10 +29,8 @@ def output_projections(model: PreTrainedModel) -> list[str]:
     """Names of the output projections of self-attention, in the order of the decoder layers.
 
     In each layer it is the module called o_proj, out_proj, c_proj, dense or wo inside one whose name says attention.
-    Layers without any, as hybrid models have them, are passed over.
-
-    Raises:
-        ValueError: no layer has one, or one has several; the message names what there is.
+    Layers without any, as hybrid models have them, are passed over. `ValueError` if no layer has one, or one has
+    several.
     """
     found = []
     for layer in decoder_layer_names(model):
@@ -139,11 +137,7 @@ class HeadReader:
 
 
 def head_count(model: PreTrainedModel) -> int:
-    """How many heads each attention has; with grouped queries, heads of the queries.
-
-    Raises:
-        ValueError: the model's configuration does not say.
-    """
+    """How many heads, with grouped queries those of the queries, each attention has; `ValueError` if unknown."""
     heads = getattr(text_config(model), "num_attention_heads", None)
     if not isinstance(heads, int):
         raise ValueError(

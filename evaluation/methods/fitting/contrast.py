@@ -22,11 +22,7 @@ class Contrast(NamedTuple):
 
 
 def contrast_pairs(triplets: Sequence[Triplet], processing_class: PreTrainedTokenizerBase) -> list[Contrast]:
-    """The pairs of prompts that differ in triplets, in their order, each once however many completions it has.
-
-    Raises:
-        ValueError: a triplet lacks a field, or there is no such pair.
-    """
+    """The pairs of prompts that differ in triplets, in order, each once; `ValueError` if there is none."""
     pairs: dict[tuple[tuple[int, ...], ...], Contrast] = {}
     for index, triplet in enumerate(triplets):
         check_triplet(triplet, f"triplets[{index}]")
@@ -55,9 +51,7 @@ def last_token_stream(
     """Output of a decoder layer, from 0, at the last token of each prompt: (prompts, d) float32, on the CPU.
 
     The base model is left in eval mode; `on_batch` is called after each forward pass of `batch_size` prompts.
-
-    Raises:
-        ValueError: there is no such layer, or activations are not finite; the message names the prompt.
+    `ValueError` if there is no such layer, or activations are not finite.
     """
     names = decoder_layer_names(model)
     if not 0 <= layer < len(names):

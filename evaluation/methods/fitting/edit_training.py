@@ -13,10 +13,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
+from peft_psr import PSRConfig
 from peft_psr.base_model.decoder import decoder_layer_names, hidden_of
 from peft_psr.evaluation.methods.method import FitSettings
 from peft_psr.training.data.collator import Batch
@@ -39,6 +40,17 @@ def only_unit(model: PeftModel) -> PSRUnit:
     """The weights of a single-layer PSR adapter named "default"."""
     (layer,) = psr_model(model).psr_layers().values()
     return layer.unit("default")
+
+
+def single_layer(model: PreTrainedModel, settings: FitSettings, **config: Any) -> tuple[PeftModel, PSRUnit]:
+    """The model in eval mode with a PSR adapter on the settings' layer, and the adapter's weights.
+
+    `config` are further fields of `PSRConfig`; the adapter's random weights are of torch's generator.
+    """
+    steered = get_peft_model(
+        model, PSRConfig(layers_to_transform=settings.layer, positions=settings.positions, **config)
+    )
+    return steered.eval(), only_unit(steered)
 
 
 @contextmanager
@@ -84,14 +96,10 @@ def train_edit(
 ) -> None:
     """Train an edit's weights in place: AdamW without weight decay, linear to zero, gradients clipped at norm 1.
 
-    Args:
-        model: The base model with a PSR adapter on the layer to edit, switched off; left as it is.
-        edit: Holds what is trained; moved to the model's device.
-        loss: What is minimised, averaged over the batch.
-        rows: The training examples, encoded.
-        collate: Makes a batch of some of them.
-        settings: Epochs for objectives on text, batch size, seed, learning rate in place of the method's, `on_step`.
-        learning_rate: The method's own.
+    The model has a PSR adapter on the layer to edit, switched off, and is left as it is; `edit` holds what is trained
+    and is moved to the model's device. `loss` is averaged over batches that `collate` makes of encoded `rows`. Heeded
+    of the settings: epochs for objectives on text, batch size, seed, `on_step`, and their learning rate in the
+    method's place.
 
     Raises:
         FloatingPointError: the loss is infinite or not a number.

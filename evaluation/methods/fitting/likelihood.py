@@ -34,11 +34,7 @@ def train_by_likelihood(
     """Train the active adapter at a first learning rate, on the same machine always to the same weights.
 
     Of the triplets `steered_prompt` does not matter; of the settings seed, epochs (the second number), batch size and
-    `on_step` are heeded.
-
-    Raises:
-        FloatingPointError: the loss was not finite.
-        ValueError: no triplets, or one that can't be used; or as `text_arguments`.
+    `on_step` are heeded. `FloatingPointError` if the loss is not finite.
     """
     collator = TripletCollator(processing_class, alpha=1.0)
     rows = encode_dataset(collator, triplets, "triplets")

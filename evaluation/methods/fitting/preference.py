@@ -41,12 +41,7 @@ Pair = tuple[Row, Row, float]
 
 
 class PairBatch(Batch):
-    """The rows of y', then those of y.
-
-    Attributes:
-        strength: Of the edit, (batch, 1, 1).
-        advantage: Of each pair, (pairs,).
-    """
+    """The rows of y', then those of y; the edit's strength, (batch, 1, 1), and each pair's advantage, (pairs,)."""
 
     strength: torch.Tensor
     advantage: torch.Tensor
@@ -80,23 +75,11 @@ def train_by_preference(
     settings: FitSettings,
     learning_rate: float,
 ) -> int:
-    """Train an edit by RePS, in place.
+    """Train an edit of a PSR adapter's layer, the adapter switched off, by RePS, in place.
 
-    Args:
-        model: The base model with a PSR adapter on the layer to edit, switched off.
-        processing_class: Its tokenizer.
-        module: Holds what is trained.
-        steer: The edit of the steered run.
-        null: That of the nulled run.
-        triplets: With x and y'.
-        settings: As for every method.
-        learning_rate: The method's own.
-
-    Returns:
-        How many triplets were left out since no y could be put behind their prompt.
-
-    Raises:
-        ValueError: a triplet can't be used, or all are left out.
+    `module` holds what is trained, `steer` and `null` are the edits of the steered and the nulled run. Returns how
+    many triplets were left out since no y could be put behind their prompt; `ValueError` if one can't be used, or none
+    is left.
     """
     collator = TripletCollator(processing_class, settings.positions, settings.alpha)
     pairs = _pairs(model, processing_class, collator, triplets, settings)

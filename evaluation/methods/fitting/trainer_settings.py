@@ -36,10 +36,8 @@ def text_arguments(
 ) -> TrainingArguments:
     """The settings of objectives on text: AdamW without weight decay, linear to zero, gradients clipped at norm 1.
 
-    Of `settings` epochs (the second number), batch size and seed are heeded; `more` are other fields.
-
-    Raises:
-        ValueError: the process would spread the model over several GPUs with `nn.DataParallel`.
+    Of `settings` epochs (the second number), batch size and seed are heeded; `more` are other fields. `ValueError` if
+    the process would spread the model over several GPUs with `nn.DataParallel`.
     """
     arguments = TrainingArguments(
         output_dir=folder,
