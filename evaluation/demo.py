@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peft_psr.base_model.loading import EMBEDDED, load_tokenizer, model_path
 from peft_psr.evaluation.benchmarks.cell import Cell, Result
+from peft_psr.evaluation.benchmarks.faithfulness.benchmark import reworded_prompts
 from peft_psr.evaluation.benchmarks.persona.benchmark import check_persona, persona_cells
 from peft_psr.evaluation.benchmarks.persona.recipe import PersonaRecipe, demo_recipe
 from peft_psr.evaluation.benchmarks.workbench import Workbench
@@ -32,7 +33,7 @@ from peft_psr.files import as_png, check_new_folder, write_json, write_whole
 from peft_psr.hub.facts import AdapterFacts, package_versions
 from peft_psr.hub.model_card import write_model_card
 from peft_psr.positions import encode_chat
-from peft_psr.prompts.conversations import Prompt, last_text
+from peft_psr.prompts.conversations import last_text
 from peft_psr.prompts.messages import Message
 from peft_psr.tiny_chat import questions, tiny_chat_path
 from peft_psr.training import PromptPair, sample_completions
@@ -54,18 +55,9 @@ def run_demo(
     """Train, save, reload and measure every method on every trait.
 
     Writes, for each trait, `<output>/<trait>/` (or `<output>/` for a single one) with `adapter/` (the best adapter),
-    `results.json` and three figures.
-
-    Args:
-        traits: Names of traits of the embedded model.
-        model: Folder of the embedded model, or of one rebuilt by `scripts/build_tiny_chat.py`.
-        output: An empty folder, or one to be made.
-        seed: Makes the run repeatable on the same machine.
-        quick: Fewer samples, rougher numbers.
-        console: Where to print.
-
-    Returns:
-        {trait: what its `results.json` holds}.
+    `results.json`, which is returned by trait, and three figures. `model` is a folder of the embedded model, or of one
+    rebuilt by `scripts/build_tiny_chat.py`; `quick` is for fewer samples and rougher numbers. A seed makes the run
+    repeatable on the same machine.
 
     Raises:
         FileExistsError, NotADirectoryError: `output` is not empty, or a file.
@@ -228,6 +220,20 @@ def _facts(bench: Bench, cells: Sequence[Cell], best: Cell, alpha: float, calibr
     )
 
 
+_COLUMNS = {
+    "trait": ("alpha1", "trait", 1),
+    "coh.": ("alpha1", "coherence", 1),
+    "TA@C80": ("c80", "trait", 1),
+    "TA@Cp": ("cp", "trait", 1),
+    "α@C80": ("c80", "alpha", 2),
+    "α@Cp": ("cp", "alpha", 2),
+    "recov.": ("", "prompt_recovery", 2),
+    "sec.": ("", "train_seconds", 1),
+    "bytes": ("", "adapter_bytes", 0),
+}
+"""{column: where in a cell's result its number is, and digits}."""
+
+
 def _table(trait: str, cells: Sequence[Cell]) -> Table:
     table = Table(
         title=f"{trait}: held-out questions, topics and instructions",
@@ -239,28 +245,16 @@ def _table(trait: str, cells: Sequence[Cell]) -> Table:
         pad_edge=False,
     )
     table.add_column("method", no_wrap=True)
-    for column in ("trait", "coh.", "TA@C80", "TA@Cp", "α@C80", "α@Cp", "recov.", "sec.", "bytes"):
+    for column in _COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
 
     def number(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"
 
     for cell in cells:
-        found = cell.result
-        c80, cp = found.get("c80", {}), found.get("cp", {})
-        table.add_row(
-            cell.method,
-            number(found["alpha1"]["trait"], 1),
-            number(found["alpha1"]["coherence"], 1),
-            number(c80.get("trait"), 1),
-            number(cp.get("trait"), 1),
-            number(c80.get("alpha"), 2),
-            number(cp.get("alpha"), 2),
-            number(found.get("prompt_recovery"), 2),
-            number(found.get("train_seconds"), 1),
-            number(found.get("adapter_bytes"), 0),
-            end_section=cell.method == PROMPT,
-        )
+        found = {"": cell.result, **cell.result}
+        numbers = [number(found.get(at, {}).get(name), digits) for at, name, digits in _COLUMNS.values()]
+        table.add_row(cell.method, *numbers, end_section=cell.method == PROMPT)
     table.caption = (
         "trait, coh. (coherence): 0-100, at strength α = 1; TA@C80, TA@Cp: trait where coherence is 80 or the "
         "prompt's, α@ the strength there; recov.: prompt recovery, 1 = prompt replaced; sec.: to train; '-': see "
@@ -306,13 +300,7 @@ def _draw(
     curves = {cell.method: [SteeringScore(**point) for point in _curve(cell)] for cell in methods}
     figures = {"trait_coherence.png": trait_against_coherence(curves, plain, prompted, trait)}
     held_out = bench.held_out(best.model, trait)
-    wordings: dict[str, list[Prompt]] = {}
-    for pair in bench.pairs("test")[trait]:
-        wordings.setdefault(str(pair.prompt), []).append(pair.steered_prompt)
-    reworded = []
-    for triplet in held_out:
-        others = wordings[str(triplet["prompt"])]
-        reworded.append(others[(others.index(triplet["steered_prompt"]) + 1) % len(others)])
+    reworded = reworded_prompts(held_out, bench.pairs("test")[trait])
     rmse = {cell.method: cell.result["relative_rmse"] for cell in methods}
     rmse["reworded prompt"] = relative_rmse(steered, held_out, processing_class, reworded_prompts=reworded)
     figures["rmse_by_layer.png"] = rmse_by_layer(rmse, trait)

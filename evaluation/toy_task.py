@@ -22,14 +22,8 @@ MAX_NEW_TOKENS = 96
 class ToyTask:
     """What to steer towards, with data and judge.
 
-    Args:
-        model: The embedded model, which answers.
-        processing_class: Its tokenizer.
-        name: The trait.
-        train_prompts: Prompts drawn from the training split, for each instruction.
-        train_draws: Completions for each of them.
-        held_out_draws: Completions for each pair of held-out instruction and question.
-        seed: Same seed, same machine: same data.
+    `train_prompts` prompts drawn from the training split have `train_draws` completions for each instruction, each
+    pair of held-out instruction and question `held_out_draws`. Same seed, same machine: same data.
 
     Attributes:
         name: The trait.

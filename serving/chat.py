@@ -59,25 +59,14 @@ def check_transcript(path: Path | None) -> None:
 
 
 def load_chat_model(base: ModelName | str, adapters: Mapping[str, str], **settings: Any) -> tuple[PeftModel, Any]:
-    """As `load_with_adapters`, for a base model with a chat template.
-
-    Raises:
-        OSError: the model can't be found.
-        ValueError: it has no chat template, or an adapter can't be found or does not fit.
-    """
+    """As `load_with_adapters`, also in what it raises, and `ValueError` for a base model without a chat template."""
     name, revision = (base, None) if isinstance(base, str) else base
     render_prompt(load_tokenizer(name, revision, **settings), [{"role": "user", "content": "hello"}])
     return load_with_adapters(base, adapters, **settings)
 
 
 class Chat:
-    """The terminal's side of a conversation: commands, answers as they come, a transcript.
-
-    Args:
-        session: The conversation.
-        console: Where to print.
-        transcript: A JSON file, rewritten after each answer, or `None`.
-    """
+    """The terminal's side of a conversation: commands, answers, a transcript in JSON, rewritten after each answer."""
 
     def __init__(self, session: ChatSession, console: Console, transcript: Path | None = None) -> None:
         self.session, self.console, self.transcript = session, console, transcript
@@ -110,11 +99,7 @@ class Chat:
                 self.console.print()
 
     def handle(self, line: str) -> None:
-        """Obey a command or answer a question; a mistake is printed and changes nothing.
-
-        Raises:
-            EOFError: the command was `/quit`.
-        """
+        """Obey a command, `EOFError` for `/quit`, or answer a question; a mistake is printed and changes nothing."""
         command, _, rest = line.strip().partition(" ")
         try:
             if command.startswith("/"):
@@ -236,8 +221,7 @@ def _ranges(layers: Sequence[int | str]) -> str:
     """Layer numbers for reading, "0-5, 8"; layers without numbers by name."""
     parts: list[list[int | str]] = []
     for layer in layers:
-        follows = parts and isinstance(layer, int) and isinstance(parts[-1][-1], int) and layer == parts[-1][-1] + 1
-        if follows:
+        if parts and isinstance(layer, int) and layer - 1 == parts[-1][-1]:
             parts[-1].append(layer)
         else:
             parts.append([layer])

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from rich.text import Text
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from peft_psr import PSRConfig, PSRModel
 from peft_psr.config import check_strength
@@ -72,7 +72,7 @@ class ChatSession:
     def __init__(
         self,
         model: PeftModel,
-        processing_class,
+        processing_class: PreTrainedTokenizerBase,
         system: str = "",
         max_new_tokens: int = 512,
         temperature: float | None = None,
@@ -129,11 +129,7 @@ class ChatSession:
                 raise ValueError(f"No adapter {name!r}; there are: {', '.join(self.names)}, or {BASE}.")
 
     def set_alpha(self, alpha: float, name: str | None = None) -> None:
-        """Set the strength of one adapter, or of all active ones.
-
-        Raises:
-            ValueError: not a finite number, an unknown name, or no name while no adapter is active.
-        """
+        """Set the strength of one adapter, or of all active ones; `ValueError` if not finite or there is none."""
         alpha = check_strength(alpha, "alpha")
         if name is None and not self.active:
             raise ValueError(f"No adapter is active. Name one: /alpha {self.names[0]} {alpha:g}")
@@ -143,11 +139,7 @@ class ChatSession:
             self.model.set_alpha(alpha, adapter_name=each)
 
     def set_system(self, text: str) -> None:
-        """Set the system turn; empty text takes it away. The conversation goes on.
-
-        Raises:
-            ValueError: the chat template has no place for it. Nothing changes then.
-        """
+        """Set or, with empty text, remove the system turn; `ValueError` and no change if the template has no place."""
         turn = [{"role": "system", "content": text}] if text else []
         self._render([*turn, {"role": "user", "content": "hello"}])
         self._system: list[Message] = turn
@@ -162,15 +154,10 @@ class ChatSession:
         self.messages, self.last = [], None
 
     def ask(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> ChatAnswer:
-        """Answer a question as the conversation's next turn. Ctrl-C ends the answer there.
+        """Answer a question as the conversation's next turn, and call `on_text` with each piece as it comes.
 
-        Args:
-            question: The user's turn.
-            on_text: Called with each piece of the answer as it comes.
-
-        Raises:
-            ValueError: the conversation is too long for the model, or the chat template won't have it. It is as it
-                was before then.
+        Ctrl-C ends the answer there. `ValueError` if the conversation is too long for the model, or the chat template
+        won't have it; it is as it was before then.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         conversation = [*self._system, *messages]
@@ -191,7 +178,7 @@ class ChatSession:
             cut = "interrupted"
         elif not ended and len(ids) >= limit:  # else a text of the model's settings has ended it
             cut = "max_new_tokens" if limit == self.max_new_tokens else "context"
-        text = self.processing_class.decode(ids, skip_special_tokens=False)
+        text = str(self.processing_class.decode(ids, skip_special_tokens=False))
         said = split_reasoning(text, opens_reasoning(render_prompt(self.processing_class, conversation))).answer
         alphas = {name: self.config(name).alpha for name in self.active}
         turn = None if said is None else said.strip()
@@ -290,7 +277,9 @@ class ChatSession:
 class _Streamer(TextStreamer):
     """Hands on text as it comes, and keeps the tokens."""
 
-    def __init__(self, processing_class, on_text: Callable[[str], None], stops: Collection[int]) -> None:
+    def __init__(
+        self, processing_class: PreTrainedTokenizerBase, on_text: Callable[[str], None], stops: Collection[int]
+    ) -> None:
         super().__init__(processing_class, skip_prompt=True, skip_special_tokens=False)
         self.on_text, self.stops = on_text, stops
         self.ids: list[int] = []

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT
 
 
 Result = dict[str, Any]
 """What was measured of a cell, as JSON."""
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
+
+
+def grouped(pairs: Iterable[tuple[Key, Iterable[Item]]]) -> dict[Key, list[Item]]:
+    """{key: the items of all its pairs}, in the order of the pairs."""
+    groups: dict[Key, list[Item]] = {}
+    for key, items in pairs:
+        groups.setdefault(key, []).extend(items)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -48,3 +58,8 @@ class Cell:
         """For `results.json`: what it is of, with some of `more` by name, and its result in one mapping."""
         named = {"model": self.model, "trait": self.trait, "method": self.method, "seed": self.seed}
         return {**named, **{name: self.more[name] for name in more}, **self.result}
+
+
+def by(cells: Iterable[Cell], name: str) -> dict[Any, list[Cell]]:
+    """{value of a cell's field, such as "method": its cells}, in order."""
+    return grouped((getattr(cell, name), [cell]) for cell in cells)

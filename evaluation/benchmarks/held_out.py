@@ -17,14 +17,7 @@ from .recipe import EvaluateRecipe
 def draw_held_out(
     model: PreTrainedModel, processing_class: Any, recipe: EvaluateRecipe, pairs: Sequence[PromptPair]
 ) -> list[Triplet]:
-    """The recipe's number of answers to each prompt, without those that are empty or can't be measured on.
-
-    Args:
-        model: The base model.
-        processing_class: Its tokenizer.
-        recipe: What is evaluated.
-        pairs: A trait's prompts of the test split.
-    """
+    """The recipe's number of answers to each prompt of a trait, without those that can't be measured on."""
     asked = [pair for pair in pairs for _ in range(recipe.held_out_draws)]
     completions = sample_completions(
         model,

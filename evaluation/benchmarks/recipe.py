@@ -127,11 +127,7 @@ class EvaluateRecipe(DrawFields):
         return self
 
     def triplet_recipe(self, model: str, traits: tuple[str, ...], split: Literal["train", "test"] = "train") -> Recipe:
-        """The recipe of `psr triplets` for one of the models: what it draws, and who judges.
-
-        Raises:
-            ValueError: as a recipe of `psr triplets`.
-        """
+        """The recipe of `psr triplets` for one of the models: what it draws, and who judges; raises as one."""
         shared: dict[str, Any] = {name: getattr(self, name) for name in DrawFields.model_fields}
         one_split = {"split": split} if SOURCES[self.source].has_test_split else {}
         try:
@@ -139,12 +135,13 @@ class EvaluateRecipe(DrawFields):
         except ValidationError as error:
             raise ValueError(str(error.errors()[0]["msg"]).removeprefix("Value error, ")) from None
 
-    def fit_settings(self, num_layers: int, seed: int) -> FitSettings:
-        """What methods are given to make an adapter of a model with so many decoder layers.
+    def sampling(self, seed: int | None) -> dict[str, Any]:
+        """How scored answers are drawn, as `sample_completions` takes it."""
+        shared = {name: getattr(self, name) for name in ("max_new_tokens", "temperature", "batch_size")}
+        return {**shared, "seed": seed or 0}
 
-        Raises:
-            ValueError: the model has no such layer.
-        """
+    def fit_settings(self, num_layers: int, seed: int) -> FitSettings:
+        """What methods are given for a model of so many decoder layers; `ValueError` if it lacks the layer."""
         layer = (num_layers - 1) // 2 if self.layer is None else self.layer
         if layer >= num_layers:
             raise ValueError(f"layer: {layer} is not there; the model's {num_layers} decoder layers count from 0.")

@@ -19,16 +19,9 @@ from .workbench import Workbench
 def run_benchmark(
     benchmark: Benchmark[Recipe], recipe: Recipe, output: str | Path, console: Console | None = None
 ) -> tuple[Report, list[Path]]:
-    """Measures what is not measured yet, and writes the report into the folder.
+    """Measures what is not measured yet, and writes the report into the folder; returns the report and its files.
 
-    Args:
-        benchmark: Which.
-        recipe: Its recipe.
-        output: A new folder, or one that a run of the same recipe has left.
-        console: Where progress is shown.
-
-    Returns:
-        The report, and the files it was written to.
+    The folder is a new one, or one that a run of the same recipe has left; progress is shown at the console.
 
     Raises:
         BlockingIOError: another process is at work in the folder.

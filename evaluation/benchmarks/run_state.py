@@ -19,9 +19,7 @@ STATE = "run.json"
 def check_folder(folder: Path, benchmark: str, recipe: EvaluateRecipe) -> None:
     """Checks that a folder is new, or one that a run of the same recipe has left.
 
-    Raises:
-        FileExistsError: it holds something else.
-        ValueError: the run in it was begun with another recipe.
+    `FileExistsError` if it holds something else, `ValueError` if the run in it was begun with another recipe.
     """
     if begun := begun_run(folder, STATE, "run of psr evaluate"):
         now = {"benchmark": benchmark, **_filter_of(recipe.model_dump()), **recipe.fixed()}

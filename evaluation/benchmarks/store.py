@@ -27,15 +27,9 @@ def kept_result(path: Path) -> Result | None:
 
 
 def keep_result(path: Path, key: Mapping[str, Any], result: Result) -> Result:
-    """Keep what was measured.
+    """Keep what was measured, with the `key` that decides it and whose hash names the file.
 
-    Args:
-        path: Named by the hash of `key`.
-        key: What decides the result; kept beside it.
-        result: As JSON.
-
-    Returns:
-        The result as JSON gives it back, so that a first run and a rerun see the same.
+    Returns it as JSON gives it back, so that a first run and a rerun see the same.
     """
     path.parent.mkdir(exist_ok=True)
     write_json(path, {**key, "result": result}, allow_nan=False)
@@ -51,13 +45,7 @@ def kept_adapter(folder: Path, base: PreTrainedModel) -> Fitted | None:
 
 
 def keep_adapter(folder: Path, fitted: Fitted, parameters: Mapping[str, Any]) -> None:
-    """Save an adapter with what is known of it, and set its `bytes`.
-
-    Args:
-        folder: Named by the hash of `parameters`; not there yet.
-        fitted: The adapter.
-        parameters: What decided it.
-    """
+    """Save an adapter, with what is known of it and what decided it, in a new folder, and set its `bytes`."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     fitted.model.save_pretrained(str(partial))

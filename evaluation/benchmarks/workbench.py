@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from peft import PeftModel
 from rich.console import Console
@@ -36,35 +36,20 @@ from peft_psr.training.runs.triplets.assembly import check_template, judge_maker
 from peft_psr.training.runs.triplets.run import TripletRun
 from peft_psr.training.sources.registry import SOURCES, check_test_split
 
-from .cell import Cell, Result
-from .given_adapters import check_adapter
-from .given_triplets import read_given
+from .cell import Cell, Result, grouped
+from .given import check_adapter, read_given
 from .held_out import draw_held_out
 from .recipe import EvaluateRecipe
 from .run_state import check_folder, write_state
 from .store import keep_adapter, keep_result, kept_adapter, kept_result
 
 
-TRIPLETS, HELD_OUT, ADAPTERS, CELLS = "triplets", "held_out", "adapters", "cells"
 Split = Literal["train", "test"]
-SPLITS: tuple[Split, Split] = ("train", "test")
 Recipe = TypeVar("Recipe", bound=EvaluateRecipe)
 
 
 class Workbench(Generic[Recipe]):
-    """What a benchmark works with; use it in `with bench.open():`, which holds the folder's lock.
-
-    Args:
-        recipe: The benchmark's.
-        folder: A new one, or one that a run of the same recipe has left.
-        benchmark: The benchmark's name.
-        console: Where progress is shown.
-
-    Attributes:
-        recipe: As given.
-        folder: As given.
-        console: As given.
-    """
+    """What a benchmark works with, in a new folder or one of the same recipe; use it in `with bench.open():`."""
 
     def __init__(self, recipe: Recipe, folder: Path, benchmark: str, console: Console | None = None) -> None:
         self.recipe, self.folder, self.benchmark = recipe, Path(folder), benchmark
@@ -100,12 +85,7 @@ class Workbench(Generic[Recipe]):
 
     @contextmanager
     def open(self) -> Iterator[None]:
-        """Hold the folder while the benchmark runs, and show how far it is.
-
-        Raises:
-            BlockingIOError: another process is at work in the folder.
-            OSError, ValueError: as `check`.
-        """
+        """Hold the folder, or raise `BlockingIOError` if another process does; show how far the benchmark is."""
         self.check()
         with locked(self.folder):
             check_folder(self.folder, self.benchmark, self.recipe)
@@ -126,17 +106,10 @@ class Workbench(Generic[Recipe]):
         return [*self.recipe.methods, *self.recipe.adapters]
 
     def pairs(self, split: Split) -> dict[str, list[PromptPair]]:
-        """{trait: its prompt pairs} of a split.
-
-        Raises:
-            FileNotFoundError: the source's data are not there.
-            ValueError: a file of it is malformed, or a trait is unknown.
-        """
+        """{trait: its prompt pairs} of a split."""
         if split not in self._pairs:
-            by_trait: dict[str, list[PromptPair]] = {}
-            for pair in prompt_pairs(self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, split)):
-                by_trait.setdefault(pair.trait, []).append(pair)
-            self._pairs[split] = by_trait
+            pairs = prompt_pairs(self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, split))
+            self._pairs[split] = grouped((pair.trait, [pair]) for pair in pairs)
         return self._pairs[split]
 
     def judge(self, trait: str) -> Judge:
@@ -151,11 +124,7 @@ class Workbench(Generic[Recipe]):
         return self._judge_makers[split]
 
     def load(self, model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """A base model in eval mode and its tokenizer; one model is in memory at a time.
-
-        Raises:
-            OSError: it can't be had.
-        """
+        """A base model in eval mode and its tokenizer; one model is in memory at a time."""
         if model not in self._loaded:
             self._loaded.clear()
             recipe = self.recipe
@@ -163,12 +132,7 @@ class Workbench(Generic[Recipe]):
         return self._loaded[model]
 
     def beside(self, name: str, **changes: Any) -> Workbench[Recipe]:
-        """A workbench for other data in a folder within this one's, with the same model in memory.
-
-        Args:
-            name: The folder's.
-            **changes: Fields of the recipe.
-        """
+        """A workbench with other fields of the recipe in a folder within this one's, with the same model in memory."""
         other = Workbench(self.recipe.model_copy(update=changes), self.folder / name, self.benchmark)
         other._loaded, other._progress = self._loaded, self._progress
         return other
@@ -191,7 +155,7 @@ class Workbench(Generic[Recipe]):
 
     def _draw(self, model: str, pairs: Sequence[PromptPair]) -> list[Triplet]:
         name = SOURCES[self.recipe.source].trait_name(pairs[0])
-        folder = self.folder / TRIPLETS / folder_name(model) / folder_name(name)
+        folder = self.folder / "triplets" / folder_name(model) / folder_name(name)
         recipe = self.recipe.triplet_recipe(model, (name,))
         self._say(f"triplets: {name}")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -203,16 +167,12 @@ class Workbench(Generic[Recipe]):
         return [row for rows in read_traits(folder).values() for row in rows]
 
     def held_out(self, model: str, trait: str) -> list[Triplet]:
-        """A trait's triplets of the test split, which no adapter is trained on; they are not judged.
-
-        Raises:
-            ValueError: the source has no test split, or the model answered with nothing.
-        """
+        """A trait's triplets of the test split, not judged; `ValueError` if there are none, or all are empty."""
         check_test_split(self.recipe.source)
         if (model, trait) not in self._held_out:
             pairs = self.pairs("test")[trait]
             drawn_on = digest([[pair.prompt, pair.steered_prompt] for pair in pairs], 16)
-            path = self.folder / HELD_OUT / folder_name(model) / f"{folder_name(trait)}-{drawn_on}.jsonl"
+            path = self.folder / "held_out" / folder_name(model) / f"{folder_name(trait)}-{drawn_on}.jsonl"
             self._held_out[model, trait] = self._draw_held_out(model, pairs, path)
         return self._held_out[model, trait]
 
@@ -232,12 +192,9 @@ class Workbench(Generic[Recipe]):
 
     @contextmanager
     def fitted(self, cell: Cell, triplets: Sequence[Triplet] | None = None, part: str = "") -> Iterator[Fitted]:
-        """A cell's adapter on its base model, made now or found; it is taken off the model at the end.
+        """A cell's adapter on its base model, given, made now or found; it is taken off the model at the end.
 
-        Args:
-            cell: Its method is a method's name, or that of one of the recipe's adapters.
-            triplets: To train on; the trait's own by default.
-            part: What they are called, if they are not the trait's own: a fold, say.
+        It is trained on the trait's own triplets, or on others, which `part` names: a fold, say.
 
         Raises:
             OSError: a given adapter can't be had.
@@ -269,7 +226,7 @@ class Workbench(Generic[Recipe]):
             "method": cell.method, "part": part, "settings": described, "triplets": digest(triplets, 16),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
-        folder = self.folder / ADAPTERS / digest(parameters, 16)
+        folder = self.folder / "adapters" / digest(parameters, 16)
         known = kept_adapter(folder, base)
         if known is not None:
             return known
@@ -304,22 +261,14 @@ class Workbench(Generic[Recipe]):
     def cells(self, cells: Iterable[Cell], measure: Callable[[Cell], Result]) -> list[Cell]:
         """The cells with their results, in order: each is measured once, kept as a file, and found again.
 
-        Args:
-            cells: What to measure.
-            measure: Returns JSON; a kill while it works loses no other cell. It may ask for what was measured of an
-                earlier cell by `kept`.
+        `measure` returns JSON; a kill while it works loses no other cell. It may ask for an earlier cell's by `kept`.
         """
         return self.cells_together(([cell] for cell in cells), lambda group: [measure(group[0])])
 
     def cells_together(
         self, groups: Iterable[Sequence[Cell]], measure: Callable[[Sequence[Cell]], Sequence[Result]]
     ) -> list[Cell]:
-        """As `cells`, for cells that are measured together.
-
-        Args:
-            groups: Cells that can be.
-            measure: Returns the results, in order, of those of a group that are not kept yet.
-        """
+        """As `cells`, for groups measured together: `measure` returns the results of those of a group not kept yet."""
         return [cell for group in groups for cell in self._group(group, measure)]
 
     def _group(self, group: Sequence[Cell], measure: Callable[[Sequence[Cell]], Sequence[Result]]) -> list[Cell]:
@@ -328,23 +277,14 @@ class Workbench(Generic[Recipe]):
         return [replace(cell, result=result) for cell, result in zip(group, results, strict=True)]
 
     def kept(self, cell: Cell) -> Result:
-        """What was measured of a cell before.
-
-        Raises:
-            KeyError: nothing was.
-        """
+        """What was measured of a cell before; `KeyError` if nothing was."""
         result = kept_result(self._place(cell.parameters)[0])
         if result is None:
             raise KeyError(f"Nothing is measured yet of {cell.parameters}.")
         return result
 
     def cell(self, parameters: dict[str, Any], compute: Callable[[], Result]) -> Result:
-        """What `compute` returns, computed once for these parameters and the recipe: a result beside the matrix's.
-
-        Args:
-            parameters: What this is of, as JSON.
-            compute: Returns JSON; a kill while it works loses nothing else.
-        """
+        """What `compute` returns, computed once for these parameters and the recipe: a result beside the matrix's."""
         return self._results([parameters], lambda missing: [compute()])[0]
 
     def _results(
@@ -372,7 +312,7 @@ class Workbench(Generic[Recipe]):
             "filter": asdict(self.recipe.filter), "asked": self._asked(trait),
             "version": package_versions()["peft-psr"],
         }  # fmt: skip
-        return self.folder / CELLS / f"{digest(key, 16)}.json", key
+        return self.folder / "cells" / f"{digest(key, 16)}.json", key
 
     def _adapter(self, method: str, trait: str) -> Any:
         """Where a given adapter comes from, and what a folder of it holds; `None` for what is made here."""
@@ -385,7 +325,7 @@ class Workbench(Generic[Recipe]):
     def _asked(self, trait: str) -> str:
         """What a trait's prompts and its judge's hash to: the files that they come from may change."""
         recipe = self.recipe.triplet_recipe(self.recipe.models[0], self.recipe.traits, "test")
-        pairs = [asdict(pair) for split in SPLITS for pair in self.pairs(split).get(trait, ())]
+        pairs = [asdict(pair) for split in get_args(Split) for pair in self.pairs(split).get(trait, ())]
         own, coherence = judge_prompts(recipe, self.pairs("test").get(trait, ())) if recipe.model_judge else ({}, "")
         return digest([pairs, own.get(trait), coherence], 16)
 

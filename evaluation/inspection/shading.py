@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from peft import PeftModel
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 
 DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
@@ -23,15 +24,11 @@ def token_gates(
     adapter_name: str | None = None,
     at: Literal["edited", "chosen"] = "edited",
 ) -> dict[int | str, torch.Tensor]:
-    """An active adapter's gate values for some tokens of one text.
+    """An active adapter's gate values for some `tokens`, (seq,) bool, of one text.
 
-    Args:
-        model: A model with PSR adapters.
-        input_ids: (1, seq) int64, on the model's device.
-        steering_mask: (1, seq), which tokens are edited.
-        tokens: (seq,) bool, of which to tell; the first one never, if `at` is "chosen".
-        adapter_name: The adapter; may be left out while just one is active.
-        at: "edited": the gates at the token itself; "chosen": where the model chose it, at the token before.
+    The adapter may be unnamed while just one is active. `input_ids` are (1, seq) int64, on the model's device;
+    `steering_mask`, (1, seq), tells which are edited. `at`: "edited" for the gates at the token itself; "chosen" where
+    the model chose it, at the token before (never the first).
 
     Returns:
         {layer: gate values summed over ranks, (tokens,) float32, 0 or more, on the CPU}, in model order.
@@ -57,23 +54,17 @@ def relative(values: torch.Tensor) -> torch.Tensor:
 
 def shaded_answer(
     model: PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     prompt: Mapping[str, torch.Tensor],
     answer_ids: torch.Tensor,
     adapter_name: str | None = None,
     digits: bool = False,
     encoding: str = "utf-8",
 ) -> Text:
-    """The answer, darker where the gates were open wider when the token was chosen.
+    """The answer, (1, answer) int64, darker where the gates were open wider when the token was chosen.
 
-    Args:
-        model: A model with PSR adapters.
-        processing_class: Its tokenizer.
-        prompt: One conversation as `peft_psr.positions.encode_chat` gives it, on the model's device.
-        answer_ids: (1, answer) int64, at least one token.
-        adapter_name: The adapter; may be left out while just one is active.
-        digits: As in `shade`.
-        encoding: As in `shade`.
+    `prompt` is one conversation as `peft_psr.positions.encode_chat` gives it, on the model's device. The adapter may
+    be left out while just one is active; `digits` and `encoding` as in `shade`.
     """
     ids = torch.cat([prompt["input_ids"], answer_ids], dim=1)
     mask = torch.cat([prompt["steering_mask"], torch.ones_like(answer_ids)], dim=1)
@@ -82,11 +73,12 @@ def shaded_answer(
     return shade(token_texts(processing_class, answer_ids[0].tolist()), openness(gates).tolist(), digits, encoding)
 
 
-def token_texts(processing_class, ids: Sequence[int]) -> list[str]:
+def token_texts(processing_class: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """What each token adds to the text of those before it; a token that ends inside a letter adds nothing yet."""
-    texts, before = [], ""
+    texts: list[str] = []
+    before = ""
     for end in range(1, len(ids) + 1):
-        so_far = processing_class.decode(ids[:end], skip_special_tokens=False)
+        so_far = str(processing_class.decode(list(ids[:end]), skip_special_tokens=False))
         whole = end == len(ids) or not so_far.endswith("\ufffd")
         texts.append(so_far[len(before) :] if whole else "")
         before = so_far if whole else before
@@ -101,13 +93,10 @@ def visible(text: str) -> tuple[str, str]:
 
 
 def shade(texts: Sequence[str], strengths: Sequence[float], digits: bool = False, encoding: str = "utf-8") -> Text:
-    """Text for a terminal, each token darker the stronger it is.
+    """Text for a terminal, each token, what it adds to the text, darker the stronger it is, 0-1.
 
-    Args:
-        texts: What each token adds to the text.
-        strengths: One each, 0-1.
-        digits: For output without colours: a raised digit after each token, from 0 to 9 for the strongest.
-        encoding: The output's. Without raised digits in it, plain ones in brackets; without `NEWLINE`, an escape.
+    For output without colours `digits` puts a raised digit after each token, from 0 to 9 for the strongest; plain ones
+    in brackets if the output's `encoding` has none raised. Without `NEWLINE` in it, there is an escape.
     """
     raised = list(DIGITS) if _has(encoding, DIGITS) else [f"[{digit}]" for digit in range(10)]
     newline = NEWLINE if _has(encoding, NEWLINE) else "\\n"

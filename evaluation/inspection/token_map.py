@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr import PSRConfig
 from peft_psr.base_model.decoder import layer_index
@@ -54,10 +55,8 @@ class TokenMap:
     def prompt_strength(self) -> torch.Tensor:
         """How strongly the instruction moves each token, mean over layers, on a log scale; (tokens,) between 0 and 1.
 
-        1 is the token that is moved most, 0 one that is moved a hundredth as much or less.
-
-        Raises:
-            ValueError: there was no instruction.
+        1 is the token that is moved most, 0 one that is moved a hundredth as much or less. `ValueError` without
+        instruction.
         """
         if self.prompt is None:
             raise ValueError("There was no instruction whose strength could be told; give one.")
@@ -72,7 +71,7 @@ def _log_scale(values: torch.Tensor, top: float | None = None) -> torch.Tensor:
 
 def map_adapters(
     model: PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     question: str,
     answer: str = "",
     instruction: str = "",
@@ -82,18 +81,10 @@ def map_adapters(
 ) -> list[TokenMap]:
     """Look at one text through each of a model's adapters, one at a time.
 
-    Args:
-        model: With PSR adapters, in eval mode.
-        processing_class: Its tokenizer.
-        question: The user's turn; plain text that the model goes on from, where it has no chat template.
-        answer: The answer; by default the model's own, steered by the adapter that is looked through.
-        instruction: What it moves is told too.
-        placement: Where the instruction stands, see `peft_psr.training.add_instruction`.
-        max_new_tokens: Longest answer of the model's own, in tokens.
-        seed: Of the model's own answer.
-
-    Raises:
-        ValueError: the text can't be encoded, or the instruction has no place in the prompt.
+    The question is the user's turn, or plain text that the model goes on from, where it has no chat template. The
+    answer is by default the model's own, at most `max_new_tokens` long, steered by the adapter that is looked through.
+    What an instruction, placed as `peft_psr.training.add_instruction` has it, moves is told too. `ValueError` if it
+    has no place in the prompt, or the text can't be encoded.
     """
     prompt: Prompt = [{"role": "user", "content": question}] if processing_class.chat_template else question
     steered_prompt: Prompt = add_instruction(prompt, instruction, placement)  # type: ignore[arg-type]
@@ -110,17 +101,12 @@ def map_adapters(
 
 
 @torch.no_grad()
-def map_tokens(model: PeftModel, processing_class, adapter_name: str, triplet: Triplet) -> TokenMap:
-    """Look at one text through one adapter, which is the only active one afterwards.
+def map_tokens(
+    model: PeftModel, processing_class: PreTrainedTokenizerBase, adapter_name: str, triplet: Triplet
+) -> TokenMap:
+    """Look at a triplet's prompt and completion through one adapter, which is the only active one afterwards.
 
-    Args:
-        model: With PSR adapters, in eval mode.
-        processing_class: Its tokenizer.
-        adapter_name: The adapter.
-        triplet: The text is its prompt and completion; if its steered prompt is another, what that moves is told too.
-
-    Raises:
-        ValueError: the triplet can't be encoded; the message says why.
+    If its steered prompt is another, what that moves is told too. `ValueError` if the triplet can't be encoded.
     """
     model.set_adapter(adapter_name, inference_mode=True)
     config = cast(PSRConfig, model.peft_config[adapter_name])
@@ -139,14 +125,7 @@ def map_tokens(model: PeftModel, processing_class, adapter_name: str, triplet: T
 
 
 def token_page(maps: Sequence[TokenMap], question: str, instruction: str = "", model: str = "") -> str:
-    """A page of its own for some adapters: the text shaded, and every number by layer and token.
-
-    Args:
-        maps: One an adapter.
-        question: The user's turn.
-        instruction: What the maps' prompts hold besides; empty for none.
-        model: The base model's name.
-    """
+    """A page of its own for some adapters: the user's question shaded, and every number by layer and token."""
     return render_page(
         "token_page",
         title=f"Tokens: {', '.join(each.name for each in maps)}",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.positions import pad_rows, pad_tokens
 from peft_psr.training.progress import Progress
@@ -23,16 +24,10 @@ from .faithfulness import log_probs_at
 
 
 def check_capability(tasks: Sequence[str], include_path: str | None = None) -> None:
-    """Raises what can be known to be wrong before any long work.
+    """Raises what can be known to be wrong before any long work; arguments as `evaluate_capability`.
 
-    Args:
-        tasks: Names of tasks or groups of tasks.
-        include_path: Folder with tasks of one's own, one YAML file each.
-
-    Raises:
-        ImportError: lm-evaluation-harness is not installed.
-        FileNotFoundError: there is no such folder.
-        ValueError: there is no task of a name.
+    `ImportError` without lm-evaluation-harness, `FileNotFoundError` without the folder, `ValueError` without such a
+    task.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise FileNotFoundError(f"capability_include_path: no folder {include_path!r}.")
@@ -47,7 +42,7 @@ def check_capability(tasks: Sequence[str], include_path: str | None = None) -> N
 
 def evaluate_capability(
     model: torch.nn.Module,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     limit: int | None = None,
     include_path: str | None = None,
@@ -56,14 +51,9 @@ def evaluate_capability(
 ) -> dict[str, dict[str, dict[str, float | None]]]:
     """Scores of a model on the harness's tasks; questions are put through the chat template where there is one.
 
-    Args:
-        model: A causal language model, or a PEFT model with a PSR or LoRA adapter at the strength that is wanted.
-        processing_class: Its tokenizer.
-        tasks: Names of tasks or groups of tasks.
-        limit: At most so many questions a task.
-        include_path: Folder with tasks of one's own.
-        batch_size: Questions a forward pass.
-        system_instruction: In the system turn of every question.
+    A PSR or LoRA adapter is at the strength that is wanted. `tasks` are names of tasks or groups, also of those in the
+    folder `include_path`; at most `limit` questions a task, `batch_size` a forward pass, each with the
+    `system_instruction` in its system turn.
 
     Returns:
         {task: {metric: {"value", "stderr"}}}, in the metric's own unit; `None` for a standard error that there is not.
@@ -123,7 +113,9 @@ def _model_class() -> type:
         """The harness's own class with continuations scored as they would be generated."""
 
         @torch.no_grad()
-        def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):  # noqa: ANN001, ANN202
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
             """[(log-likelihood, whether it is the likeliest)] of (strings, context ids, continuation ids)."""
             order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
             size = override_bs or self.batch_size
@@ -145,15 +137,15 @@ def _model_class() -> type:
 
 @torch.no_grad()
 def score_continuations(
-    model, processing_class, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int
+    model: Any,
+    processing_class: PreTrainedTokenizerBase,
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+    max_length: int,
 ) -> list[tuple[float, bool]]:
     """Log-likelihood of continuations, with the tokens edited that are edited when they are generated.
 
-    Args:
-        model: A causal language model, with or without an adapter.
-        processing_class: Its tokenizer.
-        pairs: Token ids of each context and continuation, neither of them empty.
-        max_length: Longest input; longer contexts are cut on the left.
+    `pairs` are token ids of each context and continuation, neither of them empty; contexts are cut on the left to
+    `max_length`.
 
     Returns:
         For each the sum of its tokens' log-probabilities, in nats, and whether each of them is the likeliest token.
@@ -163,16 +155,15 @@ def score_continuations(
         [-100] * (len(row) - len(continuation)) + list(continuation)[-len(row) :]
         for row, (_, continuation) in zip(rows, pairs, strict=True)
     ]
-    device = model.device
-    batch = pad_tokens(processing_class, [row[:-1] for row in rows], device, side="right")
-    targets = pad_rows([row[1:] for row in labels], -100, device, side="right")
+    batch = pad_tokens(processing_class, [row[:-1] for row in rows], model.device, side="right")
+    targets = pad_rows([row[1:] for row in labels], -100, model.device, side="right")
     wanted = targets != -100
     inputs: dict[str, Any] = dict(batch)
     if kind := find_kind(model):
         inputs |= kind.scoring_inputs(model, wanted, batch["attention_mask"])
     log_probs = log_probs_at(model(**inputs, use_cache=False).logits, wanted)  # (continuation tokens, vocabulary)
     expected = targets[wanted]
-    found, likeliest = torch.zeros(wanted.shape, device=device), torch.ones_like(wanted)
+    found, likeliest = torch.zeros(wanted.shape, device=model.device), torch.ones_like(wanted)
     found[wanted] = log_probs.gather(-1, expected[:, None])[:, 0]
     likeliest[wanted] = log_probs.argmax(dim=-1) == expected
     return list(zip(found.sum(dim=1).tolist(), likeliest.all(dim=1).tolist(), strict=True))

@@ -31,13 +31,15 @@ from .strength import at_strength, run_adapter_branch
 
 
 def triplet_batches(
-    model: PeftModel, triplets: Sequence[Triplet], processing_class, batch_size: int, alpha: float
+    model: PeftModel,
+    triplets: Sequence[Triplet],
+    processing_class: PreTrainedTokenizerBase,
+    batch_size: int,
+    alpha: float,
 ) -> Iterator[Batch]:
     """Batches of triplets at one strength, on the model's device.
 
-    Raises:
-        TypeError: the model has no PSR or LoRA adapter.
-        ValueError: no triplets, or one can't be used.
+    `TypeError` without a PSR or LoRA adapter, `ValueError` without triplets, or if one can't be used.
     """
     collator = TripletCollator(processing_class, kind_of(model).positions(model), alpha)
     rows = encode_dataset(collator, triplets, "triplets")
@@ -54,28 +56,15 @@ def measured_layers(model: PeftModel) -> list[str]:
 
 
 def log_probs_at(logits: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of the next token at some places; no other place's logits are copied or made float32.
-
-    Args:
-        logits: (batch, seq, vocabulary).
-        places: (batch, seq), 0/1.
-
-    Returns:
-        (places, vocabulary) float32, row after row.
-    """
+    """Log-probabilities at places, (batch, seq) 0/1, of (batch, seq, vocabulary): (places, vocabulary) float32."""
     return F.log_softmax(logits[places.bool()].float(), dim=-1)
 
 
 def response_log_probs(logits: torch.Tensor, batch: Batch, branch: str) -> torch.Tensor:
     """Log-probabilities at the places that predict the response, which ends each right-padded row.
 
-    Args:
-        logits: (batch, seq, vocabulary), of that branch.
-        batch: From `TripletCollator`.
-        branch: "teacher", "base" or "student".
-
-    Returns:
-        (response tokens of all rows, vocabulary) float32.
+    `logits` are (batch, seq, vocabulary), of `branch`: "teacher", "base" or "student". Returns (response tokens of all
+    rows, vocabulary) float32.
     """
     attention_mask = batch["teacher_attention_mask" if branch == "teacher" else "attention_mask"]
     lengths = (batch["labels"] != -100).sum(dim=1, keepdim=True)
@@ -86,15 +75,16 @@ def response_log_probs(logits: torch.Tensor, batch: Batch, branch: str) -> torch
 
 @torch.no_grad()
 def log_probs_by_branch(
-    model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float, batch_size: int
+    model: PeftModel,
+    triplets: Sequence[Triplet],
+    processing_class: PreTrainedTokenizerBase,
+    alpha: float,
+    batch_size: int,
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor, list[int]]]:
     """Yields for each batch {branch: (response tokens, vocabulary)}, the response tokens, and how many each row has.
 
-    The branches are "teacher", "base" and "student". Logits of one branch at a time are in memory, and the
-    log-probabilities of all three.
-
-    Raises:
-        ValueError: no triplets, or one that can't be used.
+    The branches are "teacher", "base" and "student"; logits of one branch at a time are in memory. Raises as
+    `triplet_batches`.
     """
     for batch in triplet_batches(model, triplets, processing_class, batch_size, alpha):
         log_probs = {}
@@ -108,7 +98,11 @@ def log_probs_by_branch(
 
 @torch.no_grad()
 def prompt_recovery(
-    model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float = 1.0, batch_size: int = 8
+    model: PeftModel,
+    triplets: Sequence[Triplet],
+    processing_class: PreTrainedTokenizerBase,
+    alpha: float = 1.0,
+    batch_size: int = 8,
 ) -> float:
     """Share of the prompt's effect on the next-token distribution that the adapter brings about.
 
@@ -151,18 +145,7 @@ def recovery_and_rmse(
     alpha: float = 1.0,
     batch_size: int = 8,
 ) -> tuple[float, dict[int | str, float]]:
-    """`prompt_recovery` and `relative_rmse` of an adapter, from the same forward passes.
-
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
-        triplets: Held-out triplets.
-        processing_class: The tokenizer.
-        alpha: Strength.
-        batch_size: Triplets a forward pass.
-
-    Raises:
-        ValueError: as these two.
-    """
+    """`prompt_recovery` and `relative_rmse` of an adapter, with their arguments, from the same forward passes."""
     names = measured_layers(model)
     error, effect = Counter[str](), Counter[str]()
     steered = base = 0.0
@@ -183,21 +166,15 @@ def recovery_and_rmse(
 def relative_rmse(
     model: PeftModel,
     triplets: Sequence[Triplet],
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     alpha: float = 1.0,
     reworded_prompts: Sequence[Prompt] | None = None,
     batch_size: int = 32,
 ) -> dict[int | str, float]:
     """How far the steered stream is from the prompted one at each decoder layer, in units of the prompt's own effect.
 
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
-        triplets: Held-out triplets.
-        processing_class: The tokenizer.
-        alpha: Strength.
-        reworded_prompts: Measure the model under these prompts, one a triplet, in place of the adapter: the yardstick,
-            how far two wordings of one instruction are apart.
-        batch_size: Triplets a forward pass.
+    With `reworded_prompts`, one a triplet, the model under these is measured in place of the adapter: the yardstick,
+    how far two wordings of one instruction are apart. Other arguments as `prompt_recovery`.
 
     Returns:
         {layer: RMSE >= 0}, over the tokens that a PSR adapter edits; for a LoRA, over the response.
@@ -232,15 +209,9 @@ def _by_layer(error: Mapping[str, float], effect: Mapping[str, float]) -> dict[i
 
 @torch.no_grad()
 def intervention_strength(
-    model: PeftModel, triplet: Triplet, processing_class, alpha: float = 1.0
+    model: PeftModel, triplet: Triplet, processing_class: PreTrainedTokenizerBase, alpha: float = 1.0
 ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """How strongly the prompt, and the adapter, move each token's residual stream.
-
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
-        triplet: One triplet.
-        processing_class: The tokenizer.
-        alpha: Strength.
+    """How strongly the prompt, and the adapter, move each token's residual stream; arguments as `prompt_recovery`.
 
     Returns:
         The edited tokens as text, and for the prompt and for the adapter |difference to the plain run| / |plain run|,
@@ -255,20 +226,14 @@ def intervention_strength(
         norms = [(hidden[n].float() - base[n].float()).norm(dim=-1) / base[n].float().norm(dim=-1) for n in names]
         moved.append(torch.stack(norms).cpu())
     ids = batch["input_ids"][batch["steering_mask"].bool()].tolist()
-    return [processing_class.decode([token]) for token in ids], moved[0], moved[1]
+    return [str(processing_class.decode([token])) for token in ids], moved[0], moved[1]
 
 
 @torch.no_grad()
 def edited_gates(
-    model: PeftModel, triplet: Triplet, processing_class, alpha: float = 1.0
+    model: PeftModel, triplet: Triplet, processing_class: PreTrainedTokenizerBase, alpha: float = 1.0
 ) -> dict[int | str, torch.Tensor]:
-    """An adapter's gate values at the edited tokens of a triplet, summed over ranks.
-
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
-        triplet: One triplet.
-        processing_class: The tokenizer.
-        alpha: Strength.
+    """An adapter's gate values at the edited tokens of a triplet, summed over ranks; arguments as `prompt_recovery`.
 
     Returns:
         {layer: (tokens,) float32, 0 or more}, in model order; empty for a kind of adapter without gates.

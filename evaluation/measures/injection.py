@@ -25,11 +25,7 @@ LEAST_LIFT = 10.0
 
 
 def inject(prompt: Prompt, text: str, separator: str = "\n\n") -> Prompt:
-    """A prompt with a text after the last user turn's own.
-
-    Raises:
-        ValueError: there is no user turn.
-    """
+    """A prompt with a text after the last user turn's own; `ValueError` if there is no user turn."""
     if isinstance(prompt, str):
         return f"{prompt}{separator}{text}"
     users = [place for place, turn in enumerate(prompt) if turn["role"] == "user"]
@@ -42,14 +38,7 @@ def inject(prompt: Prompt, text: str, separator: str = "\n\n") -> Prompt:
 
 
 def success(rows: np.ndarray) -> float:
-    """Success of the texts, from mean trait scores by question.
-
-    Args:
-        rows: (questions, 4): T, T', T_0, T'_0.
-
-    Returns:
-        NaN where the trait is not lifted by `LEAST_LIFT`.
-    """
+    """Success of the texts, from mean scores T, T', T_0, T'_0 by question, (questions, 4); NaN below `LEAST_LIFT`."""
     with_trait, injected, plain, plain_injected = rows.mean(axis=0)
     lift = with_trait - plain
     return float(1 - (injected - plain_injected) / lift) if lift >= LEAST_LIFT else float("nan")

@@ -19,12 +19,7 @@ from .adapters.registry import find_kind
 
 @dataclass(frozen=True)
 class AdapterCopy:
-    """A PSR adapter off its model.
-
-    Attributes:
-        config: Its configuration.
-        weights: {key as in `adapter_model.safetensors`: float32, on the CPU}.
-    """
+    """A PSR adapter off its model: its weights are {key as in `adapter_model.safetensors`: float32, on the CPU}."""
 
     config: PSRConfig
     weights: dict[str, torch.Tensor]
@@ -45,14 +40,9 @@ def copy_adapter(model: PeftModel) -> AdapterCopy | None:
 
 @contextmanager
 def together(model: PreTrainedModel, adapters: Mapping[str, AdapterCopy]) -> Iterator[PeftModel]:
-    """The base model with all of these adapters, in eval mode; they are taken off it at the end.
+    """The base model with all of these adapters, {name without a dot: adapter}, in eval mode; taken off it at the end.
 
-    Args:
-        model: The base model, without adapters.
-        adapters: {name without a dot: adapter}; at least one.
-
-    Raises:
-        ValueError: an adapter does not fit the model.
+    `ValueError` if one does not fit the model.
     """
     steered: PeftModel | None = None
     try:

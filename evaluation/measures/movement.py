@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.training import Triplet
@@ -71,26 +72,17 @@ class Movement:
 def movements(
     model: PeftModel,
     triplets: Sequence[Triplet],
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     neutral_prompts: Sequence[Prompt],
     reworded_prompts: Sequence[Prompt] | None = None,
     alpha: float = 1.0,
     batch_size: int = 8,
 ) -> Iterator[Movement]:
-    """Yields what moved on each triplet, in order.
+    """Yields what moved on each triplet, in order; arguments that are not told of here are those of `prompt_recovery`.
 
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
-        triplets: Held-out triplets.
-        processing_class: The tokenizer.
-        neutral_prompts: One a triplet: its prompt with the neutral instruction.
-        reworded_prompts: One a triplet: its prompt with the trait's instruction in other words; `None` if there is
-            none.
-        alpha: Strength of the adapter.
-        batch_size: Triplets a forward pass.
-
-    Raises:
-        ValueError: no triplets, one that can't be used, or not one prompt for each.
+    `neutral_prompts` are each triplet's prompt with the neutral instruction, `reworded_prompts` with the trait's in
+    other words, if there is one. `ValueError` if there are no triplets, one that can't be used, or not one prompt for
+    each.
     """
     names = measured_layers(model)
     versions = {"prompt": list(triplets), NEUTRAL: _with_prompts(triplets, neutral_prompts)}
@@ -206,11 +198,7 @@ def token_correlations(movement: Movement) -> dict[str, float | None]:
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks within each row, equal values sharing the mean of theirs; a row that is constant is all NaN.
-
-    Args:
-        values: (layers, tokens), at least 0.
-    """
+    """Ranks within each row of (layers, tokens), from 0; equal values share their mean rank, a constant row is NaN."""
     tokens = values.shape[-1]
     # sorted by value, the mean of first and last place of each value's equals
     ordered = values.sort(dim=-1).values.contiguous()

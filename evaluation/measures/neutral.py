@@ -60,11 +60,7 @@ def shipped_data() -> NeutralData:
 
 
 def embedded_data(text_start: str) -> NeutralData:
-    """What the embedded model's grammar has: held-out topics, forms and plain answers.
-
-    Args:
-        text_start: The tokenizer's opening token.
-    """
+    """What the embedded model's grammar has: held-out topics, forms and plain answers, begun with `text_start`."""
     rng = random.Random(0)
     asked = questions("test")
     return NeutralData(
@@ -89,11 +85,7 @@ def text_rows(data: NeutralData, instructions: Sequence[str]) -> list[Triplet]:
 
 
 def instruction_of(pair: PromptPair, placement: Placement) -> str:
-    """The instruction that makes a pair's steered prompt of its prompt.
-
-    Raises:
-        ValueError: no instruction at that place does.
-    """
+    """The instruction that makes a pair's steered prompt of its prompt; `ValueError` if none at that place does."""
     mark = "\x00"
     marked: Prompt = add_instruction(pair.prompt, mark, placement)
     for place, turn in zip(turn_texts(marked), turn_texts(pair.steered_prompt), strict=False):

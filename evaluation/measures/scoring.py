@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from peft_psr.hub.facts import Score
 from peft_psr.prompts.conversations import Prompt
 from peft_psr.prompts.messages import Message
@@ -53,12 +56,12 @@ class Answers:
 
     @property
     def mean(self) -> SteeringScore:
-        """Means over the answers that have both scores.
-
-        Raises:
-            ValueError: none has.
-        """
-        return mean_score(self.alpha, self.scores)
+        """Means over the answers that have both scores; `ValueError` if none has."""
+        both = [(s.trait, s.coherence) for s in self.scores if s.trait is not None and s.coherence is not None]
+        if not both:
+            raise ValueError(f"The judge scored none of {len(self.scores)} completions.")
+        trait, coherence = (sum(column) / len(both) for column in zip(*both, strict=True))
+        return SteeringScore(self.alpha, trait, coherence, len(both))
 
     def by_question(self) -> list[list[list[float]]]:
         """For each question the [trait, coherence] of its answers that have both scores, 0-100."""
@@ -70,8 +73,8 @@ class Answers:
 
 
 def judged_answers(
-    model,
-    processing_class,
+    model: PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     bare_prompts: Sequence[Prompt],
     questions: Sequence[int],
@@ -81,15 +84,8 @@ def judged_answers(
 ) -> list[Answers]:
     """Sample an answer to every prompt at every strength, and have them judged.
 
-    Args:
-        model: A causal language model, with or without an adapter.
-        processing_class: Its tokenizer.
-        prompts: What the model is given; repeated for several draws.
-        bare_prompts: What the judge is shown of them.
-        questions: For each prompt, which question it asks, from 0.
-        judge: Scores the answers.
-        sampling: As `sample_completions` takes it.
-        alphas: Strengths of the adapter; `None` for a model without one.
+    `prompts` are repeated for several draws; the judge is shown `bare_prompts`; `questions` are which question each
+    asks, from 0; `sampling` is as `sample_completions` takes it. Other arguments as `score_model`.
 
     Returns:
         For each strength the answers in the order of the prompts; one in all without `alphas`.
@@ -120,8 +116,8 @@ def judged_answers(
 
 
 def score_model(
-    model,
-    processing_class,
+    model: PreTrainedModel | PeftModel,
+    processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[Message]],
     judge: Judging,
     max_new_tokens: int,
@@ -171,16 +167,3 @@ def score_model(
         model, processing_class, [prompts[i] for i in rows], [shown[i] for i in rows], rows, judge, sampling, alphas
     )
     return [one.mean for one in answers]
-
-
-def mean_score(alpha: float | None, scores: Sequence[Any]) -> SteeringScore:
-    """Means over the completions that have both scores.
-
-    Raises:
-        ValueError: none has.
-    """
-    both = [(s.trait, s.coherence) for s in scores if s.trait is not None and s.coherence is not None]
-    if not both:
-        raise ValueError(f"The judge scored none of {len(scores)} completions.")
-    trait, coherence = (sum(column) / len(both) for column in zip(*both, strict=True))
-    return SteeringScore(alpha, trait, coherence, len(both))

@@ -109,13 +109,13 @@ class SideEffects:
     usable: UsableRange
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as dictionaries, lists, numbers and text."""
+        """All of it as JSON."""
         return asdict(self)
 
 
 def neutral_triplets(
     model: PreTrainedModel | PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     instructions: Sequence[str] = ("",),
@@ -177,9 +177,7 @@ def neutral_triplets(
 def text_triplets(texts: Sequence[str], instruction: str = "") -> list[Triplet]:
     """Plain texts to measure perplexity on: the first half of the words is context, the rest is to be predicted.
 
-    Args:
-        texts: Each of at least two words.
-        instruction: Text that elicits the trait; stands before the context in `steered_prompt`.
+    An `instruction` that elicits the trait stands before the context in `steered_prompt`.
 
     Raises:
         ValueError: a text has fewer than two words.
@@ -197,20 +195,16 @@ def text_triplets(texts: Sequence[str], instruction: str = "") -> list[Triplet]:
 
 
 def neutral_kl(
-    model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float = 1.0, batch_size: int = 32
+    model: PeftModel,
+    triplets: Sequence[Triplet],
+    processing_class: PreTrainedTokenizerBase,
+    alpha: float = 1.0,
+    batch_size: int = 32,
 ) -> NeutralKL:
     """KL(base || steered) on answers that should not change, and KL(base || prompted) as the yardstick.
 
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
-        triplets: The base model's answers, from `neutral_triplets` with instructions; or texts that are no answers,
-            from `text_triplets`.
-        processing_class: The tokenizer.
-        alpha: Strength.
-        batch_size: Triplets a forward pass.
-
-    Raises:
-        ValueError: no triplets, or one that can't be used; the message names it.
+    The triplets are the base model's answers, from `neutral_triplets` with instructions, or texts that are no answers,
+    from `text_triplets`. Other arguments, and what is raised, as `prompt_recovery`.
     """
     kl, tokens = kl_by_row(model, triplets, processing_class, alpha, batch_size)
     total = sum(tokens)
@@ -224,20 +218,10 @@ def kl_by_row(
     alpha: float = 1.0,
     batch_size: int = 32,
 ) -> tuple[dict[str, list[float]], list[int]]:
-    """KL(base || steered), "student", and KL(base || prompted), "teacher", of each triplet; and its response tokens.
-
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
-        triplets: As `neutral_kl` has them.
-        processing_class: The tokenizer.
-        alpha: Strength.
-        batch_size: Triplets a forward pass.
+    """KL(base || steered), "student", and KL(base || prompted), "teacher", of each triplet; arguments as `neutral_kl`.
 
     Returns:
         {branch: nats, summed over a triplet's response tokens}, and how many these are.
-
-    Raises:
-        ValueError: no triplets, or one that can't be used; the message names it.
     """
 
     def kl(log_probs: Mapping[str, torch.Tensor], branch: str, targets: torch.Tensor) -> torch.Tensor:
@@ -282,20 +266,15 @@ def _by_row(
 
 
 def text_perplexity(
-    model: PeftModel, triplets: Sequence[Triplet], processing_class, alpha: float = 1.0, batch_size: int = 32
+    model: PeftModel,
+    triplets: Sequence[Triplet],
+    processing_class: PreTrainedTokenizerBase,
+    alpha: float = 1.0,
+    batch_size: int = 32,
 ) -> TextPerplexity:
-    """Perplexity of the completions of `triplets`, whoever wrote them.
+    """Perplexity of the completions of `triplets`, whoever wrote them; other arguments as `neutral_kl`.
 
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
-        triplets: Texts from `text_triplets`, or given answers: base and steered model read `prompt`, the prompted one
-            reads `steered_prompt`.
-        processing_class: The tokenizer.
-        alpha: Strength.
-        batch_size: Triplets a forward pass.
-
-    Raises:
-        ValueError: no triplets, or one that can't be used; the message names it.
+    Base and steered model read `prompt`, the prompted one reads `steered_prompt`.
     """
     losses, tokens = losses_by_row(model, triplets, processing_class, alpha, batch_size)
     total = sum(tokens)
@@ -311,20 +290,10 @@ def usable_alpha_range(
     max_alpha: float = 32.0,
     curve: Sequence[SteeringScore] = (),
 ) -> UsableRange:
-    """How far the strength can be turned up from 0 with mean coherence above a floor all the way.
+    """How far the strength can be turned up from 0 with mean coherence above a floor, 0-100, all the way.
 
-    Found by `calibrate_alpha`; where coherence dips below the floor and recovers, the range ends at the dip.
-
-    Args:
-        score: Measures the model at a strength.
-        min_coherence: The floor, 0-100.
-        tolerance: How far coherence may be from the floor at the end of the range, in points.
-        max_steps: Cap on calls of `score` for each search: one, and one more for each dip.
-        max_alpha: Largest strength tried.
-        curve: Measurements already made; they cost nothing more.
-
-    Raises:
-        ValueError: as `calibrate_alpha`.
+    Found by `calibrate_alpha`, which has the other arguments, with a search of `max_steps` for each dip more: where
+    coherence dips below the floor and recovers, the range ends at the dip. Raises as it does.
     """
     found = calibrate_alpha(score, min_coherence, tolerance, max_steps, max_alpha, curve)
     met = [point.coherence >= min_coherence - tolerance for point in found.curve]
@@ -347,7 +316,7 @@ def least_alpha(curve: Sequence[SteeringScore], trait: float) -> float | None:
 
 def measure_side_effects(
     model: PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     alpha: float,
     score: Callable[[float], SteeringScore],
     score_neutral: Callable[[float], SteeringScore],
@@ -370,14 +339,15 @@ def measure_side_effects(
         prompted: The prompted model's score.
         neutral_prompted: The prompted model's score on neutral prompts.
         held_out: Triplets held out from training, for the prompt recovery.
-        neutral: {name: triplets} to measure the neutral KL on: answers from `neutral_triplets`, or texts.
-        texts: {name: triplets} to measure perplexity on.
+        neutral: {name: triplets} for `neutral_kl`.
+        texts: {name: triplets} for `text_perplexity`.
         curve: What `score` gave before; it costs nothing more.
         batch_size: Triplets a forward pass.
 
     Raises:
         ValueError: no triplets, or one that can't be used.
     """
+    how = (processing_class, alpha, batch_size)
     seen = {point.alpha: point for point in curve}
     if alpha not in seen:
         seen[alpha] = score(alpha)
@@ -387,14 +357,8 @@ def measure_side_effects(
         prompted=prompted,
         neutral_steered=score_neutral(alpha),
         neutral_prompted=neutral_prompted,
-        neutral_kl={
-            name: neutral_kl(model, triplets, processing_class, alpha, batch_size)
-            for name, triplets in neutral.items()
-        },
-        perplexity={
-            name: text_perplexity(model, triplets, processing_class, alpha, batch_size)
-            for name, triplets in texts.items()
-        },
-        prompt_recovery=prompt_recovery(model, held_out, processing_class, alpha, batch_size),
+        neutral_kl={name: neutral_kl(model, rows, *how) for name, rows in neutral.items()},
+        perplexity={name: text_perplexity(model, rows, *how) for name, rows in texts.items()},
+        prompt_recovery=prompt_recovery(model, held_out, *how),
         usable=usable_alpha_range(score, curve=list(seen.values())),
     )

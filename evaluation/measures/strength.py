@@ -26,12 +26,10 @@ from .adapters.registry import kind_of
 def at_strength(model: PeftModel, alpha: float) -> AbstractContextManager[None]:
     """Sets the strength of the active adapters inside the context; it replaces theirs, nested or not.
 
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter.
-        alpha: A finite number; negative ones steer away.
+    Negative ones steer away.
 
     Raises:
-        TypeError: the model has neither adapter, or alpha is not a number.
+        TypeError: the model has no PSR or LoRA adapter, or alpha is not a number.
         ValueError: alpha is not finite; or a LoRA does more than to add to weights, or has been merged into them.
     """
     return kind_of(model).at_strength(model, check_strength(alpha, "alpha"))
@@ -42,16 +40,8 @@ def run_adapter_branch(
 ) -> Branch:
     """`peft_psr.training.passes.branches.run_branch` without gradient, for a model with an adapter of any kind.
 
-    Args:
-        model: A PEFT model with an active PSR or LoRA adapter.
-        batch: From `TripletCollator`, on the model's device; with a LoRA, of one strength.
-        layers: Names of the layers to look at.
-        branch: "teacher" (x' y', adapter off), "base" (x y', adapter off) or "student" (x y', adapter on).
-        logits: Whether the logits are wanted.
-
-    Raises:
-        TypeError: the model has neither adapter.
-        ValueError: several strengths in a batch for a LoRA.
+    `branch`: "teacher" (x' y', adapter off), "base" (x y', adapter off) or "student" (x y', adapter on). `TypeError`
+    without a PSR or LoRA adapter, `ValueError` for several strengths in a batch for a LoRA.
     """
     with torch.no_grad():
         if branch == "student":
@@ -68,20 +58,8 @@ def sample_steered(
 ) -> list[Completion]:
     """`sample_completions` for a model with an adapter of any kind: a LoRA's strengths are sampled one by one.
 
-    Args:
-        model: Any causal language model.
-        processing_class: Its tokenizer.
-        prompts: Conversations or plain texts.
-        alpha: One strength a prompt; `None` for the adapter as it is, or a model without one.
-        **settings: Of `sample_completions`.
-
-    Returns:
-        One completion for each prompt, in the order of the prompts. With a LoRA it depends on the seed and on the
-        prompt's place among those of its strength.
-
-    Raises:
-        TypeError: strengths for a model without a PSR or LoRA adapter.
-        ValueError: as `sample_completions` and `at_strength`.
+    `alpha` is one strength a prompt; `None` for the adapter as it is, or a model without one. With a LoRA a completion
+    depends on the seed and on the prompt's place among those of its strength. Raises as these two functions.
     """
     if alpha is None:
         return sample_completions(model, processing_class, prompts, **settings)

@@ -19,13 +19,11 @@ import random
 from collections.abc import Sequence
 
 import torch
-from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.contrast import contrast_pairs, last_token_stream
+from peft_psr.evaluation.methods.fitting.edit_training import single_layer
 from peft_psr.training import Triplet
-from peft_psr.training.passes.branches import psr_model
 
 from .method import FitSettings, Fitted
 
@@ -40,10 +38,8 @@ def fit(
     pairs = contrast_pairs(triplets, processing_class)
     pair = random.Random(settings.seed).choice(pairs)
     plain, prompted = last_token_stream(model, processing_class, pair, settings.layer, batch_size=2)
-    config = PSRConfig(gate="constant", layers_to_transform=settings.layer, positions=settings.positions)
-    steered = get_peft_model(model, config)
-    (layer,) = psr_model(steered).psr_layers().values()
+    steered, unit = single_layer(model, settings, gate="constant")
     with torch.no_grad():
-        layer.unit("default").direction.copy_(prompted - plain)
+        unit.direction.copy_(prompted - plain)
     notes = {"prompt": pair.plain, "steered_prompt": pair.prompted, "pairs_to_draw_from": len(pairs)}
-    return Fitted(steered.eval(), notes=notes)
+    return Fitted(steered, notes=notes)

@@ -45,13 +45,10 @@ SHARE_OF_HEADS = 48 / 1024
 
 @dataclass
 class Head:
-    """One attention head, as the probe sees it.
+    """One attention head, as the probe sees it: number `index`, from 0, of the output projection `module`.
 
-    Attributes:
-        module: Name of the output projection that it enters.
-        index: Its number there, from 0.
-        accuracy: Share of held-out tokens, of either class, that the probe tells right: 0-1, 0.5 by chance.
-        shift: sigma * theta, (head_dim,) float64.
+    `accuracy`: share of held-out tokens, of either class, that the probe tells right, 0-1, 0.5 by chance. `shift`:
+    sigma * theta, (head_dim,) float64.
     """
 
     module: str
@@ -61,11 +58,7 @@ class Head:
 
 
 def find_heads(reader: HeadReader) -> list[Head]:
-    """Every head with its probe's accuracy and its shift, in two passes over the triplets.
-
-    Raises:
-        ValueError: prompted and plain runs do not differ at any head.
-    """
+    """Every head with its probe's accuracy and its shift, in two passes; `ValueError` if the runs differ at none."""
     sums: dict[tuple[str, int, bool], Any] = {}  # (module, class, held out): sum over tokens (heads, head_dim)
     counts: dict[tuple[int, bool], int] = dict.fromkeys([(0, False), (0, True), (1, False), (1, True)], 0)
     for module, label, values, held_out in reader.read():
@@ -102,34 +95,22 @@ def find_heads(reader: HeadReader) -> list[Head]:
         squares[module] += ((values - middle) * theta).sum(dim=-1).square().sum(dim=0)
     tokens = sum(counts.values())
     tested = counts[0, True] + counts[1, True]
-    return [
-        Head(
-            module,
-            index,
-            accuracy=(right[module][index] / tested).item(),
-            shift=(squares[module][index] / tokens).sqrt() * shifts[module][0][index],
-        )
-        for module in reader.modules
-        for index in range(reader.heads)
-    ]
+    accuracy = {module: (right[module] / tested).tolist() for module in reader.modules}
+    shift = {module: (squares[module] / tokens).sqrt()[:, None] * shifts[module][0] for module in reader.modules}
+    return [Head(m, i, accuracy[m][i], shift[m][i]) for m in reader.modules for i in range(reader.heads)]
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:
     """Each of (heads, head_dim) divided by its length; 0 stays 0."""
-    return torch.nn.functional.normalize(vectors, dim=-1, eps=torch.finfo(vectors.dtype).tiny)
+    return nn.functional.normalize(vectors, dim=-1, eps=torch.finfo(vectors.dtype).tiny)
 
 
 @torch.no_grad()
 def added_constant(projection: nn.Module, heads: Sequence[Head], count: int, dtype: torch.dtype) -> torch.Tensor:
-    """What shifting heads changes in the output of their projection, (d,) float32.
+    """What shifting heads, all of one linear output projection, changes in its output, (d,) float32.
 
-    By the module itself, whatever the layout of its weight: W_o(shifts) - W_o(0).
-
-    Args:
-        projection: The attention's output projection, linear.
-        heads: Heads that enter it.
-        count: How many heads enter it in all.
-        dtype: What the module computes in.
+    By the module itself, whatever the layout of its weight: W_o(shifts) - W_o(0). `count` heads enter it in all; it
+    computes in `dtype`.
     """
     shift = torch.zeros(count, len(heads[0].shift), dtype=torch.float64)
     for head in heads:
@@ -174,11 +155,11 @@ def fit(
             layer.unit("default").direction.copy_(constants[layer.name])
     described = [
         {
-            "module": head.module,
-            "head": head.index,
-            "accuracy": round(head.accuracy, 4),
-            "sigma": round(head.shift.norm().item(), 6),
+            "module": h.module,
+            "head": h.index,
+            "accuracy": round(h.accuracy, 4),
+            "sigma": round(h.shift.norm().item(), 6),
         }
-        for head in best
+        for h in best
     ]
     return Fitted(steered.eval(), notes={"heads": described, "heads_in_all": len(heads)})

@@ -18,13 +18,12 @@ from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_psr import PSRConfig
-from peft_psr.evaluation.methods.fitting.edit_training import mean_log_likelihood, only_unit, train_edit
+from peft_psr.evaluation.methods.fitting.edit_training import mean_log_likelihood, single_layer, train_edit
 from peft_psr.evaluation.methods.fitting.preference import train_by_preference
 from peft_psr.training import Triplet, TripletCollator
 from peft_psr.training.data.collator import Batch
@@ -41,12 +40,7 @@ LEARNING_RATES = {"ll": 5e-3, "reps": 5e-3}
 
 
 class LoReFT(nn.Module):
-    """R (`rotation`), W and b (`source`), float32.
-
-    Args:
-        width: d.
-        rank: r.
-    """
+    """R (`rotation`), W and b (`source`), float32, for a stream of `width` d and the `rank` r."""
 
     def __init__(self, width: int, rank: int) -> None:
         super().__init__()
@@ -81,9 +75,7 @@ def fit(
 ) -> Fitted:
     """Makes a LoReFT, trained by an objective; see `Method`."""
     torch.manual_seed(settings.seed)
-    config = PSRConfig(r=2 * RANK, layers_to_transform=settings.layer, positions=settings.positions)
-    steered = get_peft_model(model, config).eval()
-    unit = only_unit(steered)
+    steered, unit = single_layer(model, settings, r=2 * RANK)
     edit = LoReFT(unit.direction.shape[1], RANK)
     notes = {}
     with unedited(steered):

@@ -34,26 +34,16 @@ def fit(
     r: int = 1,
     learning_rate: float = LEARNING_RATE,
 ) -> Fitted:
-    """Trains a PSR adapter; see `Method`.
+    """Trains a PSR adapter of rank `r`, of one layer or all, with `gate` "relu" or "constant"; see `Method`.
 
-    Args:
-        model: The base model.
-        processing_class: Its tokenizer.
-        triplets: To train on.
-        settings: As every method is given them.
-        gate: "relu" or "constant".
-        all_layers: Edit every layer rather than one.
-        objective: As `PSRTrainingArguments` takes it.
-        start: One of `STARTS`.
-        r: Rank.
-        learning_rate: Unless the settings have another.
+    The objective is one that `PSRTrainingArguments` takes, the start one of `STARTS`; `learning_rate` counts unless
+    the settings have another.
     """
     torch.manual_seed(settings.seed)
-    layers = None if all_layers else settings.layer
     config = PSRConfig(
         r=r,
         gate=gate,
-        layers_to_transform=layers,
+        layers_to_transform=None if all_layers else settings.layer,
         positions=settings.positions,
         init_weights=STARTS[start].init_weights,
     )

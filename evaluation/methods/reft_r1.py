@@ -22,12 +22,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_psr import PSRConfig
-from peft_psr.evaluation.methods.fitting.edit_training import mean_log_likelihood, only_unit, train_edit
+from peft_psr.evaluation.methods.fitting.edit_training import mean_log_likelihood, single_layer, train_edit
 from peft_psr.training import Triplet, TripletCollator
 from peft_psr.training.data.collator import Batch, to_device
 from peft_psr.training.data.dataset import Row, encode_dataset
@@ -42,15 +41,10 @@ PENALTY = 0.005
 
 
 def top_latents(latents: torch.Tensor, mask: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of each row's k largest latents, and the sum of the others over the number of tokens.
+    """Mean of each row's k largest latents, and the sum of the others over the number of tokens; (batch,) each.
 
-    Args:
-        latents: (batch, seq), >= 0.
-        mask: (batch, seq), the tokens that count; all of a row's, if these are fewer than k, are its largest.
-        k: How many.
-
-    Returns:
-        (batch,) and (batch,).
+    Latents are (batch, seq), >= 0. Tokens of `mask`, (batch, seq), count; if they are fewer than k, all are the
+    largest.
     """
     latents = latents * mask
     counts = mask.sum(dim=1)
@@ -98,9 +92,7 @@ def fit(
 ) -> Fitted:
     """Makes the adapter; see `Method`."""
     torch.manual_seed(settings.seed)
-    config = PSRConfig(gate="constant", layers_to_transform=settings.layer, positions=settings.positions)
-    steered = get_peft_model(model, config).eval()
-    unit = only_unit(steered)
+    steered, unit = single_layer(model, settings, gate="constant")
     edit = ReFTr1(unit.direction.shape[1]).to(steered.device)
     collator = TripletCollator(processing_class, settings.positions, settings.alpha)
     rows = encode_dataset(collator, triplets, "triplets")

@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_psr import PSRConfig
-from peft_psr.evaluation.methods.fitting.edit_training import only_unit
+from peft_psr.evaluation.methods.fitting.edit_training import single_layer
 from peft_psr.evaluation.methods.fitting.preference import train_by_preference
 from peft_psr.training import Triplet
 from peft_psr.training.passes.branches import unedited
@@ -51,9 +49,7 @@ def fit(
 ) -> Fitted:
     """Makes the adapter; see `Method`."""
     torch.manual_seed(settings.seed)
-    config = PSRConfig(gate="constant", layers_to_transform=settings.layer, positions=settings.positions)
-    steered = get_peft_model(model, config).eval()
-    unit = only_unit(steered)
+    steered, unit = single_layer(model, settings, gate="constant")
     vector = SteeringVector(unit.direction.shape[1])
     with unedited(steered):
         left_out = train_by_preference(

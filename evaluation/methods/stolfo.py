@@ -18,13 +18,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_psr import PSRConfig
 from peft_psr.evaluation.methods.fitting.contrast import contrast_pairs, last_token_stream
+from peft_psr.evaluation.methods.fitting.edit_training import single_layer
 from peft_psr.training import Triplet
-from peft_psr.training.passes.branches import psr_model
 from peft_psr.unit import PSRUnit
 
 from .method import FitSettings, Fitted
@@ -57,24 +55,16 @@ def fit(
             f"{len(pairs)} pairs of prompts, so there is no direction. Choose another layer."
         )
     u = difference / difference.norm()
-    config = PSRConfig(r=2, layers_to_transform=settings.layer, positions=settings.positions)
-    steered = get_peft_model(model, config)
-    (layer,) = psr_model(steered).psr_layers().values()
+    steered, unit = single_layer(model, settings, r=2)
     target = (prompted @ u).mean()
-    set_projection(layer.unit("default"), u, target)
+    set_projection(unit, u, target)
     notes = {"pairs": len(pairs), "projection_prompted": target.item(), "projection_plain": (plain @ u).mean().item()}
-    return Fitted(steered.eval(), notes=notes)
+    return Fitted(steered, notes=notes)
 
 
 @torch.no_grad()
 def set_projection(unit: PSRUnit, u: torch.Tensor, target: torch.Tensor) -> None:
-    """Weights of rank 2 that set the stream's projection on `u` to `target`.
-
-    Args:
-        unit: With ReLU gates and r = 2; written to.
-        u: A unit vector (d,).
-        target: c, ().
-    """
+    """Weights of rank 2, with ReLU gates, that set the projection on a unit vector, (d,), to `target`, ()."""
     assert unit.gate_weight is not None and unit.gate_bias is not None
     unit.gate_weight.copy_(torch.stack([-u, u]))
     unit.gate_bias.copy_(torch.stack([target, -target]))

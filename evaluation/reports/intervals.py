@@ -63,14 +63,9 @@ def bootstrap_interval(
 def value_of(values: Values, scale: float = 1.0, why: str | None = None, **settings: Any) -> Value:
     """The mean of some values with its interval, as a table's `Value`.
 
-    Args:
-        values: As `bootstrap_interval` takes them; may be empty.
-        scale: What to multiply by: 100 for shares shown as percentages.
-        why: What is to be said of the number.
-        **settings: `level`, `draws` and `seed` of `bootstrap_interval`.
-
-    Returns:
-        `Value(None, why=...)` without values, and without an interval, saying why, if there is but one question.
+    `values` are as `bootstrap_interval` takes them and may be empty: then it is `Value(None, why=...)`. `scale` is 100
+    for shares shown as percentages, `why` what is to be said of the number, `settings` those of `bootstrap_interval`.
+    With but one question there is no interval, and it says why.
     """
     groups = _groups(values)
     if not groups:
@@ -80,6 +75,11 @@ def value_of(values: Values, scale: float = 1.0, why: str | None = None, **setti
     if interval is None:
         return Value(mean, why=why or "one question only, so no interval")
     return Value(mean, interval[0] * scale, interval[1] * scale, why)
+
+
+def with_interval(mean: float, interval: tuple[float, float] | None) -> Value:
+    """A statistic with its interval; without one, it says why."""
+    return Value(mean, *interval) if interval else Value(mean, why="one prompt only, so no interval")
 
 
 def _groups(values: Values) -> list[np.ndarray]:

@@ -18,10 +18,5 @@ _TEMPLATES = Environment(
 
 
 def render_page(template: str, **content: Any) -> str:
-    """A page from one of the `<template>.html.jinja` beside this file.
-
-    Args:
-        template: Its name.
-        **content: What the template names.
-    """
+    """A page from one of the `<template>.html.jinja` beside this file, with what it names."""
     return _TEMPLATES.get_template(f"{template}.html.jinja").render(**content)

@@ -51,11 +51,7 @@ _MANY = 9
 
 
 def styles(names: Collection[str]) -> dict[str, dict[str, Any]]:
-    """A style for each method, no two alike; a name's own in any order of names.
-
-    Args:
-        names: Of methods, known or not. A name is given another style only where a second one has taken its own.
-    """
+    """A style for each method, no two alike; a name has its own, unless a second one has taken it."""
     found = {name: STYLES[name] for name in names if name in STYLES}
     free = dict(enumerate(_OTHERS))
     for name in sorted(set(names) - set(found)):
@@ -69,15 +65,9 @@ def styles(names: Collection[str]) -> dict[str, dict[str, Any]]:
 def trait_against_coherence(
     curves: Mapping[str, Sequence[SteeringScore]], plain: SteeringScore, prompted: SteeringScore, trait: str
 ) -> Figure:
-    """One line a method, from weak to strong; the upper right corner is best.
+    """One line a method, {method: scores by growing alpha}, from weak to strong; the upper right corner is best.
 
     More than nine methods get a panel each, with the others in grey behind the one that it is about.
-
-    Args:
-        curves: {method: scores by growing alpha}.
-        plain: The model without steering.
-        prompted: The model with the instruction in its prompt.
-        trait: For the title.
     """
     title = f"Trait and coherence as alpha grows: {trait}"
     lines = {method: [plain, *curve] for method, curve in curves.items()}
@@ -124,9 +114,7 @@ def _coordinates(points: Sequence[SteeringScore]) -> tuple[list[float], list[flo
 def rmse_by_layer(rmse: Mapping[str, Mapping[int | str, float]], trait: str) -> Figure:
     """Relative RMSE against the prompted stream, one line a method; 0 is the prompt itself, 1 no steering.
 
-    Args:
-        rmse: {method: {layer: RMSE}}; "reworded prompt" is drawn as the yardstick.
-        trait: For the title.
+    `rmse`: {method: {layer: RMSE}}; "reworded prompt" is drawn as the yardstick.
     """
     rmse = {method: values for method, values in rmse.items() if values}
     height = max(4.8, 0.2 * len(rmse) + 1)
@@ -187,12 +175,8 @@ def strength_by_token(
 ) -> Figure:
     """Heat maps, layers x tokens: how strongly the prompt and the adapter move each token, on one log scale.
 
-    Args:
-        tokens: The edited tokens as text; the first is the last prompt token.
-        prompt: (layers, tokens), size of the prompt's change relative to the stream.
-        adapter: The same for the adapter.
-        method: The adapter's method, for the title.
-        control: The same for an instruction that has nothing to do with the trait, if it was measured.
+    `tokens` are the edited ones as text, the first the last prompt token. `prompt`, `adapter` and `control`, an
+    instruction that has nothing to do with the trait: (layers, tokens), size of the change relative to the stream.
     """
     maps = {"the prompt": prompt, method: adapter}
     if control is not None:
@@ -217,12 +201,8 @@ def gates_by_token(tokens: Sequence[str], gates: Mapping[int | str, torch.Tensor
     """A heat map, layers x tokens: how far each layer's gate is open, relative to the layer's widest here.
 
     A layer's gate has a unit of its own, so colours compare tokens and not layers; the widest gate of each layer, as a
-    number, stands at the right.
-
-    Args:
-        tokens: The edited tokens as text; the first is the last prompt token.
-        gates: {layer: gate values summed over ranks, (tokens,), 0 or more}, in model order.
-        method: The adapter's method, for the title.
+    number, stands at the right. `gates`: {layer: gate values summed over ranks, (tokens,), 0 or more}, in model order;
+    `tokens` are the edited ones as text, the first the last prompt token.
     """
     figure, (axes,) = _token_axes(tokens, 1, height=max(3.0, 0.2 * len(gates) + 1.2))
     values = torch.stack([layer.float().cpu() for layer in gates.values()])

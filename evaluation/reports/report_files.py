@@ -34,16 +34,9 @@ BRACKETS = "In brackets: 95 % confidence intervals, unless it is said otherwise.
 
 
 def write_report(folder: str | Path, report: Report) -> list[Path]:
-    """Write a report's files; each is whole or as it was before.
+    """Write a report's files, the page last, into a run's folder; each is whole or as it was before.
 
     The page ends with the recipe and the versions that the folder's `run.json` holds.
-
-    Args:
-        folder: The run's folder; made if it is not there.
-        report: What was found.
-
-    Returns:
-        The files, the page last.
 
     Raises:
         OSError: a file can't be written.

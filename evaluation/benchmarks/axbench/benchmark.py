@@ -49,12 +49,12 @@ CONCEPTS_TOGETHER = 16
 
 
 def check_axbench(bench: Workbench[AxBenchRecipe]) -> None:
-    """Raises what can be known to be wrong before any long work.
+    """Raises what can be known to be wrong before any long work, as `Workbench.check` and besides.
 
     Raises:
         FileNotFoundError: the data set or the file of instructions is not there.
-        ValueError: a file is malformed, a concept is unknown or has too few instructions to be tried on, a model takes
-            no instruction where the recipe puts it, or whatever `Workbench.check` finds.
+        ValueError: a file is malformed, a concept is unknown or has too few instructions to be tried on, or a model
+            takes no instruction where the recipe puts it.
     """
     bench.check()
     names = [folder_name(trial.concept.description) for trial in trials(bench.recipe)]
@@ -65,11 +65,7 @@ def check_axbench(bench: Workbench[AxBenchRecipe]) -> None:
 
 
 def trials(recipe: AxBenchRecipe) -> list[Trial]:
-    """The concepts of a recipe, each with the instructions it is tried on.
-
-    Raises:
-        FileNotFoundError, ValueError: as `check_axbench`.
-    """
+    """The concepts of a recipe, each with the instructions it is tried on; raises as `check_axbench`."""
     folder = recipe.data or ""
     concepts = read_axbench(folder, [int(name) for name in recipe.traits] or None)
     questions = read_instructions(recipe.questions_data) if recipe.questions_data else read_negative_questions(folder)
@@ -77,11 +73,7 @@ def trials(recipe: AxBenchRecipe) -> list[Trial]:
 
 
 def run_axbench(bench: Workbench[AxBenchRecipe]) -> Report:
-    """Measures every method on every concept of every model, with every seed.
-
-    Raises:
-        ServerError, TooManyFailures: the judge's server refuses, or fails too often.
-    """
+    """Measures the matrix; `ServerError` or `TooManyFailures` if the judge's server refuses, or fails too often."""
     recipe = bench.recipe
     tried = trials(recipe)
     groups = [
@@ -104,13 +96,9 @@ def _cell(model: str, method: str, seed: int, trial: Trial) -> Cell:
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """An answer to be given.
+    """An answer to be given, to bring in a concept.
 
-    Attributes:
-        concept: To bring in.
-        place: Of the instruction among the concept's, from 0.
-        instruction: To answer.
-        factor: Strength of the adapter, or `None` without one.
+    `place` is the instruction's among the concept's, from 0; `factor` the strength of the adapter, `None` without one.
     """
 
     concept: Concept
@@ -196,16 +184,10 @@ def tried_out(
 ) -> dict[int, dict[str, Any]]:
     """Chooses each concept's factor on one half of its instructions, and scores the other half.
 
-    Args:
-        group: The concepts.
-        factors: To choose from, the smallest first; none for a model without an adapter.
-        answer: Gives the answers, of all concepts in one call.
-        judge: Rates them.
-
-    Returns:
-        {concept's id: `description`; `instructions`; `factor` (`None` without an adapter, or if none of the answers to
-        choose by has a score); `curve` ([factor, mean score or `None`, answers with a score]); and the answers with
-        their ratings, to choose by (`choosing`) and to score (`scoring`)}.
+    There are `factors`, the smallest first, but for a model without an adapter. Returns {concept's id: `description`;
+    `instructions`; `factor` (`None` without an adapter, or if none of the answers to choose by has a score); `curve`
+    ([factor, mean score or `None`, answers with a score]); and the answers with their ratings, to choose by
+    (`choosing`) and to score (`scoring`)}.
     """
     choosing = _rated(
         [

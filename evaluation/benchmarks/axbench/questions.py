@@ -18,13 +18,7 @@ from peft_psr.training.sources.axbench import Concept, Question
 
 @dataclass(frozen=True)
 class Trial:
-    """A concept and what it is tried on.
-
-    Attributes:
-        concept: As read.
-        choosing: Instructions on which the factor is chosen.
-        scoring: Others, on which the answers at that factor are scored.
-    """
+    """A concept, instructions on which its factor is chosen, and others to score the answers at that factor on."""
 
     concept: Concept
     choosing: tuple[str, ...]
@@ -37,11 +31,7 @@ class Trial:
 
 
 def read_instructions(path: str | Path) -> list[Question]:
-    """Reads a file of instructions, each once, in the file's order.
-
-    Args:
-        path: JSON, a list of texts or of objects with `instruction` as AlpacaEval's file is; JSONL of such objects or
-            texts; or plain text, an instruction a line.
+    """Reads instructions, each once, in order: JSON as AlpacaEval has it or a list of texts, JSONL, or lines.
 
     Raises:
         FileNotFoundError: no such file.
@@ -68,18 +58,10 @@ def read_instructions(path: str | Path) -> list[Question]:
 
 
 def make_trial(concept: Concept, questions: Sequence[Question], count: int, seed: int) -> Trial:
-    """Draws a concept's instructions, the same for the same questions, seed and concept's number.
+    """Draws a concept's `count` instructions, the same for the same questions, seed and concept's number.
 
-    Those that the concept's own examples answer are left out, and those of another genre where both sides name one.
-
-    Args:
-        concept: As read.
-        questions: To draw from.
-        count: How many; the first half, rounded down, is to choose the factor.
-        seed: Of the drawing.
-
-    Raises:
-        ValueError: there are not so many.
+    The first half, rounded down, is to choose the factor. Those that the concept's own examples answer are left out,
+    and those of another genre where both sides name one. `ValueError` if there are not so many.
     """
     trained = {text.strip() for text in concept.inputs}
     fitting = [

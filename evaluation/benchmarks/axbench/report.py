@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from peft_psr.evaluation.benchmarks.cell import Cell
+from peft_psr.evaluation.benchmarks.cell import Cell, by, grouped
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT
 from peft_psr.evaluation.reports.intervals import value_of
 from peft_psr.evaluation.reports.plots import legend_beside, styles, titled_axes
@@ -38,17 +38,11 @@ COLUMNS = (
 
 
 def axbench_report(recipe: AxBenchRecipe, cells: Sequence[Cell]) -> Report:
-    """Tables, figures and samples of what was measured.
-
-    Args:
-        recipe: The benchmark's.
-        cells: What was measured of each model, concept, method and seed.
-    """
+    """Tables, figures and samples of what was measured of each model, concept, method and seed."""
     tables, details, figures, samples = [], [], {}, []
     concepts = {cell.more["concept"]: cell.result["description"] for cell in cells}
-    for model in dict.fromkeys(cell.model for cell in cells):
-        of_model = [cell for cell in cells if cell.model == model]
-        methods = {name: [c for c in of_model if c.method == name] for name in _methods(of_model)}
+    for model, of_model in by(cells, "model").items():
+        methods = by(of_model, "method")
         about = "one concept" if len(concepts) == 1 else f"mean over {len(concepts)} concepts"
         rows = {name: _row(of_method) for name, of_method in methods.items()}
         tables.append(Table(f"{model}: {about}", COLUMNS, rows))
@@ -87,10 +81,6 @@ def axbench_report(recipe: AxBenchRecipe, cells: Sequence[Cell]) -> Report:
     )
 
 
-def _methods(cells: Iterable[Cell]) -> list[str]:
-    return list(dict.fromkeys(cell.method for cell in cells))
-
-
 def _halves(cells: Sequence[Cell]) -> str:
     instructions = cells[0].result["instructions"]
     choosing, scoring = len(instructions["choosing"]), len(instructions["scoring"])
@@ -102,14 +92,13 @@ def _row(cells: Sequence[Cell]) -> dict[str, Value]:
     scored = {key: [r for r in rows if r["score"] is not None] for key, rows in _grouped(cells).items()}
     without = sorted(str(key) for key, rows in scored.items() if not rows)
     why = f"without {len(without)} of {len(scored)} that have no score: {', '.join(without[:5])}" if without else None
-    row = {
-        name: value_of([statistics.fmean(map(read, rows)) for rows in scored.values() if rows], why=why)
-        for name, read in _READ.items()
-    }
-    factors: dict[int, list[float]] = {}
-    for cell in cells:
-        if cell.result["factor"] is not None:
-            factors.setdefault(cell.more["concept"], []).append(cell.result["factor"])
+    there = [rows for rows in scored.values() if rows]
+    row = {}
+    for name in ("score", *PROMPTS):
+        row[name] = value_of([statistics.fmean(_read(answer, name) for answer in rows) for rows in there], why=why)
+    factors = grouped(
+        (cell.more["concept"], [cell.result["factor"]]) for cell in cells if cell.result["factor"] is not None
+    )
     row["factor"] = value_of(
         factors, why=None if factors else "no adapter" if not cells[0].result["curve"] else "no score"
     )
@@ -118,23 +107,21 @@ def _row(cells: Sequence[Cell]) -> dict[str, Value]:
     return row
 
 
-_READ = {
-    "score": lambda answer: answer["score"],
-    "concept": lambda answer: answer["values"]["concept"],
-    "instruction": lambda answer: answer["values"]["instruction"],
-    "fluency": lambda answer: answer["values"]["fluency"],
-}
+def _read(answer: Mapping[str, Any], name: str) -> float:
+    return answer["score"] if name == "score" else answer["values"][name]
 
 
 def _grouped(cells: Sequence[Cell]) -> dict[Any, list[Mapping[str, Any]]]:
     """Scored answers of all seeds by concept, or by instruction if there is but one concept."""
     single = len({cell.more["concept"] for cell in cells}) == 1
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
-    for cell in cells:
-        for instruction in cell.result["instructions"]["scoring"]:
-            group = groups.setdefault(instruction if single else cell.more["concept"], [])
-            group += [answer for answer in cell.result["scoring"] if answer["instruction"] == instruction]
-    return groups
+    return grouped(
+        (
+            instruction if single else cell.more["concept"],
+            [answer for answer in cell.result["scoring"] if answer["instruction"] == instruction],
+        )
+        for cell in cells
+        for instruction in cell.result["instructions"]["scoring"]
+    )
 
 
 def _by_concept(model: str, methods: Mapping[str, Sequence[Cell]], concepts: Mapping[int, str]) -> Table:
@@ -151,12 +138,7 @@ def _by_concept(model: str, methods: Mapping[str, Sequence[Cell]], concepts: Map
 
 
 def score_by_factor(methods: Mapping[str, Sequence[Cell]], title: str) -> Figure:
-    """Mean score against the factor, one line a method, with the plain and the prompted model's as yardsticks.
-
-    Args:
-        methods: {method: its cells}.
-        title: Of the figure.
-    """
+    """Mean score of {method: its cells} against the factor, with the plain and the prompted model's as yardsticks."""
     steered = {name: cells for name, cells in methods.items() if any(cell.result["curve"] for cell in cells)}
     figure, axes = titled_axes(title, (8.2, max(4.8, 0.2 * len(methods) + 1)))
     style = styles(steered)
@@ -175,11 +157,8 @@ def score_by_factor(methods: Mapping[str, Sequence[Cell]], title: str) -> Figure
 
 def mean_curve(cells: Sequence[Cell]) -> dict[float, float]:
     """{factor: mean over the concepts' mean scores}, seeds pooled; without factors at which there is no score."""
-    found: dict[float, list[float]] = {}
-    for cell in cells:
-        for factor, mean, _ in cell.result["curve"]:
-            if mean is not None:
-                found.setdefault(factor, []).append(mean)
+    points = (point for cell in cells for point in cell.result["curve"])
+    found = grouped((factor, [mean]) for factor, mean, _ in points if mean is not None)
     return {factor: statistics.fmean(means) for factor, means in sorted(found.items())}
 
 

@@ -23,7 +23,6 @@ from peft_psr.evaluation.benchmarks.cell import Cell, Result
 from peft_psr.evaluation.benchmarks.workbench import Workbench
 from peft_psr.evaluation.measures.faithfulness import edited_gates, measured_layers
 from peft_psr.evaluation.measures.movement import (
-    Movement,
     movements,
     neutral_sums,
     squared_errors,
@@ -41,11 +40,10 @@ from .report import PLACES, faithfulness_report
 
 
 def check_faithfulness(bench: Workbench[FaithfulnessRecipe]) -> None:
-    """Raises what can be known to be wrong before any long work.
+    """Raises what can be known to be wrong before any long work, as `Workbench.check` and besides.
 
-    Raises:
-        ValueError: there is no method, no test split, or the neutral instruction is blank or says what a model of few
-            words does not know; or whatever `Workbench.check` finds.
+    `ValueError` if there is no method, no test split, or the neutral instruction is blank or says what a model of few
+    words does not know.
     """
     recipe = bench.recipe
     if not bench.method_names():
@@ -63,12 +61,7 @@ def check_faithfulness(bench: Workbench[FaithfulnessRecipe]) -> None:
 
 
 def run_faithfulness(bench: Workbench[FaithfulnessRecipe]) -> Report:
-    """Measures every model, trait, method, seed and strength of the recipe.
-
-    Raises:
-        OSError: a model or an adapter can't be had.
-        ValueError: a method can't use the triplets, or the model answered every held-out prompt with nothing.
-    """
+    """Measures every model, trait, method, seed and strength; raises as `Workbench.fitted` and `held_out`."""
     recipe = bench.recipe
     cells = [
         Cell(model, trait, method, seed, {"alpha": alpha})
@@ -144,7 +137,9 @@ def measure(
             places.setdefault(name, np.zeros(PLACES))[at] += values.mean(dim=0)[shown].numpy()
         if not example:
             in_response = movement.places >= 0
-            example = {"tokens": _texts(processing_class, movement), **_cut(by_token, in_response)}
+            ids = movement.tokens[in_response][:PLACES].tolist()
+            cut = {name: values[:, in_response][:, :PLACES].numpy() for name, values in by_token.items()}
+            example = {"tokens": [str(processing_class.decode([token])) for token in ids], **cut}
     if gates := edited_gates(model, triplets[0], processing_class, alpha):
         example["gates"] = {str(layer): values[in_response][:PLACES].tolist() for layer, values in gates.items()}
     there = counts > 0
@@ -160,14 +155,6 @@ def _add(sums: dict[str, Any], values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         value = np.asarray(value, dtype=np.float64)
         sums[name] = value if name not in sums else sums[name] + value
-
-
-def _texts(processing_class: PreTrainedTokenizerBase, movement: Movement) -> list[str]:
-    return [str(processing_class.decode([token])) for token in movement.tokens[movement.places >= 0][:PLACES].tolist()]
-
-
-def _cut(by_token: Mapping[str, torch.Tensor], in_response: torch.Tensor) -> dict[str, np.ndarray]:
-    return {name: values[:, in_response][:, :PLACES].numpy() for name, values in by_token.items()}
 
 
 def _rounded(data: Any) -> Any:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from peft_psr.evaluation.benchmarks.cell import Cell
+from peft_psr.evaluation.benchmarks.cell import Cell, by, grouped
 from peft_psr.evaluation.measures.movement import LATER, NEUTRAL, POSITION_GROUPS, REWORDED, STEERED
 from peft_psr.evaluation.methods.registry import METHODS
-from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of
-from peft_psr.evaluation.reports.plots import gates_by_token, rmse_by_layer, strength_by_token
+from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of, with_interval
+from peft_psr.evaluation.reports.plots import (
+    gates_by_token,
+    legend_beside,
+    rmse_by_layer,
+    strength_by_token,
+    styles,
+    titled_axes,
+)
 from peft_psr.evaluation.reports.report import Column, Report, Table, Value
 from peft_psr.training.data.by_trait import folder_name
 
-from .plots import strength_by_place
 from .recipe import FaithfulnessRecipe
 
 
@@ -27,6 +34,11 @@ PLACES = 48
 """Tokens of a response that the figures by place show."""
 DRAWN = 6
 """Methods whose lines can be told apart in one figure."""
+REFERENCES = {
+    "prompt": {"color": "black", "linestyle": "-", "marker": "", "linewidth": 2.2},
+    "neutral instruction": {"color": "#cc3311", "linestyle": "-.", "marker": "", "linewidth": 2.2},
+}
+"""How lines are drawn that are no method's."""
 
 
 RECOVERY, RMSE, LAST = "prompt recovery", "RMSE, mean of layers", "RMSE, last layer"
@@ -42,13 +54,8 @@ COLUMNS = (
     Column("as the prompt, given the neutral", "partial correlation: what agrees with the prompt beyond what any "
            "instruction moves", 2),
 )  # fmt: skip
-CORRELATIONS = dict(
-    zip(
-        [column.name for column in COLUMNS[3:]],
-        ("edit_prompt", "edit_neutral", "edit_prompt_given_neutral"),
-        strict=True,
-    )
-)
+_MEASURES = ("edit_prompt", "edit_neutral", "edit_prompt_given_neutral")
+CORRELATIONS = {column.name: measure for column, measure in zip(COLUMNS[3:], _MEASURES, strict=True)}
 CONTROL_COLUMNS = (
     Column("prompt", "|change of the stream| / |stream| under the trait's instruction, mean of layers and tokens", 3),
     Column("neutral", "the same under the neutral instruction", 3),
@@ -62,33 +69,22 @@ CONTROL_COLUMNS = (
 
 
 def faithfulness_report(recipe: FaithfulnessRecipe, cells: Sequence[Cell]) -> Report:
-    """Tables and figures from what was measured.
-
-    Args:
-        recipe: The benchmark's.
-        cells: Of all models, traits, methods, seeds and strengths, in the order of the tables.
-    """
+    """Tables and figures of all models, traits, methods, seeds and strengths, in the order of the tables."""
     alphas = recipe.alphas
     tables: list[Table] = []
     figures: dict[str, tuple[Figure, str]] = {}
-    models = dict.fromkeys(cell.model for cell in cells)
-    for model in models:
-        own = [cell for cell in cells if cell.model == model]
+    models = by(cells, "model")
+    for model, own in models.items():
         of_model, suffix = (f" of {model}", f"_{folder_name(model)}") if len(models) > 1 else ("", "")
         rows = list(_rows(own, alphas))
-        tables.append(
-            Table(
-                f"Faithfulness to the prompt{of_model}",
-                COLUMNS,
-                {name: _values(of_row, which) for name, of_row, which in rows},
-            )
-        )
-        tables.append(
-            Table(f"What a neutral instruction moves{of_model}", CONTROL_COLUMNS, control_rows(_one_a_trait(own)))
-        )
+        values = {name: _values(of_row, which) for name, of_row, which in rows}
+        tables += [
+            Table(f"Faithfulness to the prompt{of_model}", COLUMNS, values),
+            Table(f"What a neutral instruction moves{of_model}", CONTROL_COLUMNS, control_rows(_one_a_trait(own))),
+        ]
         # figures are of the first strength alone: more lines could not be told apart
         drawn = list(_rows([cell for cell in own if cell.more["alpha"] == alphas[0]], alphas[:1]))
-        traits = list(dict.fromkeys(cell.trait for cell in own))
+        traits = by(own, "trait")
         about = (", ".join(traits) if len(traits) < 4 else f"{len(traits)} traits") + of_model
         figures[f"rmse_by_layer{suffix}"] = (
             rmse_by_layer({name: layer_rmse(of_row, which) for name, of_row, which in drawn if of_row}, about),
@@ -100,15 +96,14 @@ def faithfulness_report(recipe: FaithfulnessRecipe, cells: Sequence[Cell]) -> Re
             f"How far each token of a response moves, by its place; mean over layers and completions; of the methods "
             f"the {DRAWN} with the highest prompt recovery. 0 is the last prompt token.",
         )
-        for trait in dict.fromkeys(cell.trait for cell in own):
-            best = max((cell for cell in own if cell.trait == trait), key=lambda cell: _recovery([cell], STEERED)[0])
+        for trait, of_trait in traits.items():
+            best = _best(of_trait)
             figures[f"strength_by_token{suffix}_{folder_name(trait)}"] = (
                 _heat_maps(best),
                 f"One completion with the trait {trait}: what the prompt, the adapter and a neutral instruction move.",
             )
-            gated = [cell for cell in own if cell.trait == trait and cell.result["example"].get("gates")]
-            if gated:
-                best = max(gated, key=lambda cell: _recovery([cell], STEERED)[0])
+            if gated := [cell for cell in of_trait if cell.result["example"].get("gates")]:
+                best = _best(gated)
                 figures[f"gates{suffix}_{folder_name(trait)}"] = (
                     gates_by_token(
                         best.result["example"]["tokens"],
@@ -132,15 +127,19 @@ def faithfulness_report(recipe: FaithfulnessRecipe, cells: Sequence[Cell]) -> Re
     )
 
 
+def _best(cells: Sequence[Cell]) -> Cell:
+    return max(cells, key=lambda cell: _recovery([cell], STEERED)[0])
+
+
 def _rows(cells: Sequence[Cell], alphas: Sequence[float]) -> Iterator[tuple[str, list[Cell], str]]:
     """Name of each row, the cells behind it, and which of the runs in them it is about."""
     references = _one_a_trait(cells)
     for which, name in ROW_NAMES.items():
         yield name, [cell for cell in references if which in cell.result["prompts"][0]["kl"]], which
-    for method in dict.fromkeys(cell.method for cell in cells):
+    for method, of_method in by(cells, "method").items():
         for alpha in alphas:
             name = method if len(alphas) == 1 else f"{method}, alpha {alpha:g}"
-            yield name, [cell for cell in cells if (cell.method, cell.more["alpha"]) == (method, alpha)], STEERED
+            yield name, [cell for cell in of_method if cell.more["alpha"] == alpha], STEERED
 
 
 def _one_a_trait(cells: Sequence[Cell]) -> list[Cell]:
@@ -159,9 +158,7 @@ def _by_prompt(cells: Sequence[Cell]) -> Iterator[tuple[tuple[str, int], dict[st
 
 
 def _recovery(cells: Sequence[Cell], which: str) -> tuple[float, Groups]:
-    groups: Groups = {}
-    for key, known in _by_prompt(cells):
-        groups.setdefault(key, []).append([known["kl"][which], known["kl"]["base"]])
+    groups = grouped((key, [[known["kl"][which], known["kl"]["base"]]]) for key, known in _by_prompt(cells))
     return _one_minus_ratio(np.concatenate([np.array(rows) for rows in groups.values()])), groups
 
 
@@ -170,10 +167,7 @@ def _one_minus_ratio(rows: np.ndarray) -> float:
 
 
 def _rmse_groups(cells: Sequence[Cell], which: str) -> Groups:
-    groups: Groups = {}
-    for key, known in _by_prompt(cells):
-        groups.setdefault(key, []).append([known["errors"][which], known["errors"]["prompt"]])
-    return groups
+    return grouped((key, [[known["errors"][which], known["errors"]["prompt"]]]) for key, known in _by_prompt(cells))
 
 
 def _rmse(rows: np.ndarray) -> np.ndarray:
@@ -197,39 +191,24 @@ def _values(cells: Sequence[Cell], which: str) -> dict[str, Value]:
     errors = _rmse_groups(cells, which)
     by_layer = list(layer_rmse(cells, which).values())
     values = {
-        RECOVERY: _with_interval(recovery, bootstrap_interval(groups, _one_minus_ratio)),
-        RMSE: _with_interval(float(np.mean(by_layer)), bootstrap_interval(errors, lambda r: float(_rmse(r).mean()))),
-        LAST: _with_interval(by_layer[-1], bootstrap_interval(errors, lambda r: float(_rmse(r)[-1]))),
+        RECOVERY: with_interval(recovery, bootstrap_interval(groups, _one_minus_ratio)),
+        RMSE: with_interval(float(np.mean(by_layer)), bootstrap_interval(errors, lambda r: float(_rmse(r).mean()))),
+        LAST: with_interval(by_layer[-1], bootstrap_interval(errors, lambda r: float(_rmse(r)[-1]))),
     }
     for column, name in CORRELATIONS.items():
-        found: Groups = {}
-        for key, known in _by_prompt(cells if which == STEERED else []):
-            found.setdefault(key, []).extend(known["correlations"][name])
-        why = None if any(found.values()) else _why_no_correlation(which)
-        values[column] = value_of(found, why=why)
+        measured = _by_prompt(cells if which == STEERED else [])
+        found = grouped((key, known["correlations"][name]) for key, known in measured)
+        why = "it moves every token alike" if which == STEERED else "measured of adapters"
+        values[column] = value_of(found, why=None if any(found.values()) else why)
     return values
-
-
-def _why_no_correlation(which: str) -> str:
-    return "it moves every token alike" if which == STEERED else "measured of adapters"
-
-
-def _with_interval(mean: float, interval: tuple[float, float] | None) -> Value:
-    if interval is None:
-        return Value(mean, why="one prompt only, so no interval")
-    return Value(mean, *interval)
 
 
 def control_rows(cells: Sequence[Cell]) -> dict[str, dict[str, Value]]:
     """{group of tokens: what the prompt and the neutral instruction move there}."""
     rows = {}
-    for group, (first, end) in {
-        **POSITION_GROUPS,
-        LATER: (max(end for _, end in POSITION_GROUPS.values()), PLACES),
-    }.items():
-        groups: Groups = {}
-        for key, known in _by_prompt(cells):
-            groups.setdefault(key, []).append(known["neutral"][group])
+    later = max(end for _, end in POSITION_GROUPS.values())
+    for group, (first, end) in {**POSITION_GROUPS, LATER: (later, PLACES)}.items():
+        groups = grouped((key, [known["neutral"][group]]) for key, known in _by_prompt(cells))
         pooled = np.concatenate([np.array(sums) for sums in groups.values()])
         if not pooled.any():
             rows[group] = {column.name: Value(None, why="no such tokens") for column in CONTROL_COLUMNS}
@@ -240,7 +219,7 @@ def control_rows(cells: Sequence[Cell]) -> dict[str, dict[str, Value]]:
         }
         rows[group] = {name: Value(float(np.mean(values))) for name, values in strengths.items()}
         for name, statistic in (("neutral size", _size), ("cosine", _cosine)):
-            rows[group][name] = _with_interval(statistic(pooled), bootstrap_interval(groups, statistic))
+            rows[group][name] = with_interval(statistic(pooled), bootstrap_interval(groups, statistic))
     return rows
 
 
@@ -267,6 +246,25 @@ def _places(rows: Sequence[tuple[str, list[Cell], str]]) -> dict[str, list[float
         longest = min(len(cell.result["places"][which]) for cell in cells)
         found[name] = np.mean([cell.result["places"][which][:longest] for cell in cells], axis=0).tolist()
     return found
+
+
+def strength_by_place(strengths: Mapping[str, Sequence[float]], trait: str) -> Figure:
+    """How far tokens move by their place in the response, on a log scale; one line a method or prompt.
+
+    `strengths`: {name: |change of the stream| / |stream| by place, from the last prompt token on}.
+    """
+    size = (8.2, max(4.8, 0.2 * len(strengths) + 1))
+    figure, axes = titled_axes(f"Change of the residual stream by place: {trait}", size)
+    others = styles([name for name in strengths if name not in REFERENCES])
+    for name, values in strengths.items():
+        # a method may leave a token alone, which a log scale can't show
+        points = [value if value > 0 else float("nan") for value in values]
+        axes.plot(range(len(points)), points, label=name, markersize=3, **(REFERENCES.get(name) or others[name]))
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set(xlabel="token of the response (0: the last prompt token)", ylabel="|change| / |stream|, mean of layers")
+    legend_beside(axes)
+    return figure
 
 
 def _heat_maps(cell: Cell) -> Figure:

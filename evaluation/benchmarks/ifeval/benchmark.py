@@ -44,12 +44,9 @@ TRAIN_DATA = "train_data"
 
 @dataclass(frozen=True)
 class Fold:
-    """Prompts that one adapter is tested on, and what it is made from.
+    """Prompts that one adapter is tested on, and triplets of other bare prompts that it is made from, if one is made.
 
-    Attributes:
-        name: Empty where a type is not parted.
-        tested: The prompts.
-        triplets: Of other bare prompts; none where no adapter is made.
+    The name is empty where a type is not parted.
     """
 
     name: str
@@ -58,13 +55,13 @@ class Fold:
 
 
 def check_ifeval(bench: Workbench[IFEvalRecipe]) -> None:
-    """Raises what can be known to be wrong before any long work.
+    """Raises what can be known to be wrong before any long work, as `Workbench.check` and besides.
 
     Raises:
         FileNotFoundError: `data` or `train_data` is not there, or NLTK's punkt_tab, which some checkers need.
         ImportError: the extra `ifeval` is not installed.
-        ValueError: no type can be tested on prompts apart from those it is trained on, an instruction has no checker
-            or not what its checker takes, or whatever `Workbench.check` finds.
+        ValueError: no type can be tested on prompts apart from those it is trained on, or an instruction has no
+            checker or not what its checker takes.
     """
     bench.check()
     recipe = bench.recipe
@@ -76,11 +73,7 @@ def check_ifeval(bench: Workbench[IFEvalRecipe]) -> None:
 
 
 def run_ifeval(bench: Workbench[IFEvalRecipe]) -> Report:
-    """Answers every prompt of every type with every model, method and seed.
-
-    Raises:
-        ValueError: none of the models' own answers to any type can be trained on, for one.
-    """
+    """Answers every prompt with every model, method and seed; `ValueError` if no type can be trained on, for one."""
     recipe = bench.recipe
     plans = {model: _plan(bench, model) for model in recipe.models}
     left_out = {model: reasons for model, (_, reasons) in plans.items()}

@@ -32,15 +32,11 @@ def ifeval_report(
     left_out: Mapping[str, Mapping[str, str]],
     unchanged: Sequence[str],
 ) -> Report:
-    """Tables, figures, samples and notes.
+    """Tables, figures, samples and notes of all answers.
 
-    Args:
-        recipe: The benchmark's.
-        answers: All of them.
-        adapters: What was made or given: model, trait, method, seed, alpha, fold, and what was found on the way.
-        pairs: {type: its prompts}.
-        left_out: {model: {type: why it is not tested}}.
-        unchanged: Prompts of the data that say the same without their instruction, and are not asked.
+    `adapters`: what was made or given: model, trait, method, seed, alpha, fold, and what was found on the way.
+    `pairs`: {type: its prompts}. `left_out`: {model: {type: why it is not tested}}. `unchanged`: prompts of the data
+    that say the same without their instruction, and are not asked.
     """
     why = None if recipe.coherence_judge else _NO_JUDGE
     tables: list[Table] = []
@@ -228,12 +224,7 @@ def _accuracy_table(
 
 
 def accuracy_by_type(answers: Sequence[ScoredAnswer], model: str) -> Figure:
-    """Strict accuracy with its interval, a panel for each type; hatched where the prompt is there too.
-
-    Args:
-        answers: All of one model.
-        model: For the title.
-    """
+    """One model's strict accuracy with its interval, a panel for each type; hatched where the prompt is there too."""
     conditions = by_condition(answers)
     names = short_names(list(dict.fromkeys(answer.trait for answer in answers)))
     methods = list(dict.fromkeys(c.removesuffix(WITH_PROMPT) for c in conditions if c not in (PLAIN, PROMPT)))

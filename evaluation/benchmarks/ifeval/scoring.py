@@ -8,9 +8,11 @@ be one bare prompt with another word asked for.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from peft_psr.evaluation.benchmarks.cell import grouped
 from peft_psr.evaluation.reports.intervals import value_of
 from peft_psr.evaluation.reports.report import Value
 from peft_psr.prompts.conversations import Prompt, turn_texts
@@ -70,22 +72,11 @@ def bare_text(prompt: Prompt) -> str:
 
 
 def split_folds(pairs: Sequence[PromptPair], folds: int, seed: int) -> list[list[PromptPair]]:
-    """Parts prompts into folds of about equal size; equal bare prompts are in one fold.
+    """Parts a type's prompts into folds of about equal size, each in their order; equal bare prompts are in one fold.
 
-    Args:
-        pairs: Of one type.
-        folds: How many.
-        seed: Of the order in which bare prompts are dealt.
-
-    Returns:
-        The folds, each with its pairs in their order; every pair is in one of them.
-
-    Raises:
-        ValueError: there are fewer different bare prompts than folds.
+    They are dealt in an order by `seed`. `ValueError` if there are fewer different bare prompts than folds.
     """
-    questions: dict[str, int] = {}
-    for pair in pairs:
-        questions[bare_text(pair.prompt)] = questions.get(bare_text(pair.prompt), 0) + 1
+    questions = Counter(bare_text(pair.prompt) for pair in pairs)
     if len(questions) < folds:
         raise ValueError(f"{len(questions)} different bare prompts can't be parted into {folds} folds.")
     order = sorted(questions)
@@ -106,10 +97,7 @@ def rows_apart(triplets: Iterable[Triplet], tested: Iterable[PromptPair]) -> lis
 
 def by_condition(answers: Iterable[ScoredAnswer]) -> dict[str, list[ScoredAnswer]]:
     """{condition: its answers}, in order."""
-    found: dict[str, list[ScoredAnswer]] = {}
-    for answer in answers:
-        found.setdefault(answer.condition, []).append(answer)
-    return found
+    return grouped((answer.condition, [answer]) for answer in answers)
 
 
 def accuracy(answers: Iterable[ScoredAnswer], measure: str) -> Value:
@@ -118,12 +106,7 @@ def accuracy(answers: Iterable[ScoredAnswer], measure: str) -> Value:
 
 
 def coherence(answers: Sequence[ScoredAnswer], why: str | None) -> Value:
-    """Mean coherence, 0-100, of the answers that have a score.
-
-    Args:
-        answers: Of one condition.
-        why: Why no answer has one, if no judge was asked.
-    """
+    """Mean coherence, 0-100, of a condition's answers that have a score; `why` none has, if no judge was asked."""
     scored = [answer for answer in answers if answer.coherence is not None]
     if not why and len(scored) < len(answers):
         why = f"{len(answers) - len(scored)} of {len(answers)} answers have no score"
@@ -131,7 +114,4 @@ def coherence(answers: Sequence[ScoredAnswer], why: str | None) -> Value:
 
 
 def _by_question(answers: Iterable[ScoredAnswer], measure: str) -> Mapping[str, list[float]]:
-    values: dict[str, list[float]] = {}
-    for answer in answers:
-        values.setdefault(answer.question, []).append(float(getattr(answer, measure)))
-    return values
+    return grouped((answer.question, [float(getattr(answer, measure))]) for answer in answers)

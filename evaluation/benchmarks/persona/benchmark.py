@@ -43,34 +43,23 @@ SAMPLED = 2
 
 
 def check_persona(bench: Workbench[PersonaRecipe]) -> None:
-    """Raises what can be known to be wrong before any long work.
-
-    Raises:
-        ValueError: a source without held-out questions, or whatever `Workbench.check` finds.
-    """
+    """Raises what `Workbench.check` does, before any long work; and `ValueError` without held-out questions."""
     check_test_split(bench.recipe.source)
     bench.check()
 
 
 def run_persona(bench: Workbench[PersonaRecipe]) -> Report:
-    """Measures every method on every trait of every model, with every seed.
+    """Measures the matrix; a trait of which no triplet was kept is left out, and the report says so.
 
-    A trait of which no triplet was kept is left out, and the report says so.
-
-    Raises:
-        ConnectionError: the judge failed on answers after every retry.
-        ValueError: the judge scored nothing, or no trait is left.
+    `ConnectionError` if the judge failed on answers after every retry, `ValueError` if it scored nothing, or no trait
+    is left.
     """
     cells, left_out = persona_cells(bench)
     return persona_report(bench.recipe, cells, left_out)
 
 
 def persona_cells(bench: Workbench[PersonaRecipe]) -> tuple[list[Cell], list[str]]:
-    """What is measured, without a report: the cells, and what was left out and why.
-
-    Raises:
-        ConnectionError, ValueError: as `run_persona`.
-    """
+    """What `run_persona` measures, without a report: the cells, and what was left out and why."""
     bench.expect(len(bench.matrix()))
     left_out: list[str] = []
     cells = bench.cells(_with_triplets(bench, left_out), partial(_measure, bench))
@@ -114,12 +103,7 @@ class _Scorer:
         self.prompts, self.bare = [row[0] for row in rows], [row[1] for row in rows]
         self.questions = [bare.index(prompt) for prompt in self.bare]
         self.judge = bench.judge(cell.trait)
-        self.sampling = {
-            "max_new_tokens": recipe.max_new_tokens,
-            "temperature": recipe.temperature,
-            "batch_size": recipe.batch_size,
-            "seed": cell.seed,
-        }
+        self.sampling = recipe.sampling(cell.seed)
         self.seen: dict[float | None, Answers] = {}
 
     def measure(
@@ -206,7 +190,7 @@ def _adapter(bench: Workbench[PersonaRecipe], cell: Cell, prompted_coherence: fl
     }
 
 
-def _example(model: PeftModel, processing_class, triplet: Triplet) -> dict[str, Any]:
+def _example(model: PeftModel, processing_class: PreTrainedTokenizerBase, triplet: Triplet) -> dict[str, Any]:
     """What prompt and adapter move at strength 1 in one held-out completion, and a PSR adapter's gates, by layer."""
     tokens, prompt, adapter = intervention_strength(model, triplet, processing_class)
     gates = edited_gates(model, triplet, processing_class)

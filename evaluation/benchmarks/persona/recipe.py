@@ -26,11 +26,7 @@ class PersonaRecipe(EvaluateRecipe):
 
 
 def demo_recipe(trait: str, model: str = EMBEDDED, seed: int = 0, quick: bool = False) -> PersonaRecipe:
-    """What the demo measures of one trait: the recipe `persona-demo`, or `persona-demo-quick`.
-
-    Raises:
-        ValueError: no such trait.
-    """
+    """The recipe `persona-demo`, or `persona-demo-quick`, for one trait; `ValueError` if there is no such trait."""
     if trait not in TRAITS:
         raise ValueError(f"No trait {trait!r}; there are: {', '.join(TRAITS)}, or 'all'.")
     options = {"traits": (trait,), "models": (model,), "seed": seed, "seeds": (seed,)}

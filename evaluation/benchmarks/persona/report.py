@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from matplotlib.figure import Figure
 
-from peft_psr.evaluation.benchmarks.cell import Cell
+from peft_psr.evaluation.benchmarks.cell import Cell, by, grouped
 from peft_psr.evaluation.measures.scoring import SteeringScore
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT
 from peft_psr.evaluation.reports.intervals import value_of
@@ -37,29 +37,22 @@ COLUMNS = (
     Column("seconds", "to make the adapter from its triplets", 1),
     Column("bytes", "of the adapter's file", 0),
 )
+_NUMBERS = {"recovery": "prompt_recovery", "seconds": "train_seconds", "bytes": "adapter_bytes"}
 FAR_OFF = 5.0
 """Points of coherence beyond which a strength does not count as found."""
 _SCORES = {"trait": ("alpha1", 0), "coherence": ("alpha1", 1), "TA@C80": ("c80", 0), "TA@Cp": ("cp", 0)}
 
 
 def persona_report(recipe: PersonaRecipe, cells: Sequence[Cell], left_out: Sequence[str] = ()) -> Report:
-    """Tables, figures and samples of what was measured.
-
-    Args:
-        recipe: The benchmark's.
-        cells: What was measured of each model, trait, method and seed.
-        left_out: What could not be measured, and why.
-    """
+    """Tables, figures and samples of each model, trait, method and seed; and what could not be measured, and why."""
     tables: list[Table] = []
     figures: dict[str, tuple[Figure, str]] = {}
     samples: list[SideBySide] = []
     traits = list(dict.fromkeys(cell.trait for cell in cells))
-    for model in dict.fromkeys(cell.model for cell in cells):
-        of_model = [cell for cell in cells if cell.model == model]
+    for model, of_model in by(cells, "model").items():
         if len(traits) > 1:
             tables.append(_table(f"{model}: mean over {len(traits)} traits", of_model))
-        for trait in traits:
-            of_trait = [cell for cell in of_model if cell.trait == trait]
+        for trait, of_trait in by(of_model, "trait").items():
             tables.append(_table(f"{model}: {trait}", of_trait))
             first = {cell.method: cell for cell in of_trait if cell.seed == recipe.seeds[0]}
             figures |= _figures(folder_name(f"{model}_{trait}"), trait, first)
@@ -99,29 +92,27 @@ def persona_report(recipe: PersonaRecipe, cells: Sequence[Cell], left_out: Seque
 
 def _table(title: str, cells: Sequence[Cell]) -> Table:
     rows = {}
-    for method in dict.fromkeys(cell.method for cell in cells):
-        of_method = [cell for cell in cells if cell.method == method]
+    for method, of_method in by(cells, "method").items():
         adapter = method not in (PLAIN, PROMPT)
         row = {column.name: Value(None, why="no adapter, so no strength") for column in COLUMNS}
         row |= {name: _score(of_method, *where) for name, where in _SCORES.items() if adapter or where[0] == "alpha1"}
         if adapter:
             row["sd of seeds"] = _sd_of_seeds(of_method)
-            row["alpha@C80"] = _mean(of_method, lambda cell: _alpha(cell, "c80"))
-            row["alpha@Cp"] = _mean(of_method, lambda cell: _alpha(cell, "cp"))
-            row["recovery"] = _mean(of_method, lambda cell: cell.result["prompt_recovery"])
-            row["seconds"] = _mean(of_method, lambda cell: cell.result["train_seconds"])
-            row["bytes"] = _mean(of_method, lambda cell: cell.result["adapter_bytes"])
+            row["alpha@C80"] = _mean([_alpha(cell, "c80") for cell in of_method])
+            row["alpha@Cp"] = _mean([_alpha(cell, "cp") for cell in of_method])
+            row |= {name: _mean([cell.result[key] for cell in of_method]) for name, key in _NUMBERS.items()}
         rows[method] = row
     return Table(title, COLUMNS, rows)
 
 
 def _score(cells: Sequence[Cell], place: str, which: int) -> Value:
     """Mean of the trait (0) or coherence (1) scores at a place of the curve, with its interval."""
-    groups: dict[tuple[str, int], list[float]] = {}
     there = [cell for cell in cells if place == "alpha1" or _reached(cell, place)]
-    for cell in there:
-        for question, answers in enumerate(cell.result["by_question"][place]):
-            groups.setdefault((cell.trait, question), []).extend(answer[which] for answer in answers)
+    groups = grouped(
+        ((cell.trait, question), [answer[which] for answer in answers])
+        for cell in there
+        for question, answers in enumerate(cell.result["by_question"][place])
+    )
     whys = []
     if there and len(there) < len(cells):
         whys.append(f"mean over {len(there)} of {len(cells)} runs")
@@ -148,21 +139,18 @@ def _unscored(cells: Sequence[Cell]) -> list[str]:
     )
 
 
-def _mean(cells: Sequence[Cell], number: Callable[[Cell], float | None]) -> Value:
-    numbers = [value for cell in cells if (value := number(cell)) is not None]
+def _mean(found: Sequence[float | None]) -> Value:
+    numbers = [value for value in found if value is not None]
     if not numbers:
         return Value(None, why="not there in any run")
-    why = None if len(numbers) == len(cells) else f"mean over {len(numbers)} of {len(cells)}"
+    why = None if len(numbers) == len(found) else f"mean over {len(numbers)} of {len(found)}"
     if len(numbers) == 1:
         return Value(numbers[0], why=why)
     return Value(statistics.fmean(numbers), min(numbers), max(numbers), why)
 
 
 def _sd_of_seeds(cells: Sequence[Cell]) -> Value:
-    by_seed: dict[int | None, list[float]] = {}
-    for cell in cells:
-        if _reached(cell, "c80"):
-            by_seed.setdefault(cell.seed, []).append(cell.result["c80"]["trait"])
+    by_seed = grouped((cell.seed, [cell.result["c80"]["trait"]]) for cell in cells if _reached(cell, "c80"))
     if len(by_seed) < 2:
         return Value(None, why="not two seeds")
     return Value(statistics.stdev(statistics.fmean(values) for values in by_seed.values()))
@@ -216,9 +204,8 @@ def _samples(trait: str, cells: Mapping[str, Cell]) -> list[SideBySide]:
             given = cell.result["samples"][i]
             answers[method] = given["answer"]
             strength = "" if given["alpha"] is None else f", alpha {given['alpha']:.2g}"
-            scores[method] = (
-                f"trait {_points(given['trait_score'])}, coherence {_points(given['coherence_score'])}{strength}"  # noqa: E501
-            )
+            trait_score, coherence = (_points(given[name]) for name in ("trait_score", "coherence_score"))
+            scores[method] = f"trait {trait_score}, coherence {coherence}{strength}"
         samples.append(SideBySide(trait, last_text(sample["prompt"]), answers, scores))
     return samples
 

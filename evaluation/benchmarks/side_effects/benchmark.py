@@ -53,12 +53,9 @@ BATCH = 8
 
 
 def check_side_effects(bench: Workbench[SideEffectsRecipe]) -> None:
-    """Raises what can be known to be wrong before any long work.
+    """Raises what can be known to be wrong before any long work, as `Workbench.check`, `check_capability` and besides.
 
-    Raises:
-        FileNotFoundError: there is no folder of tasks.
-        ImportError: tasks are asked for and lm-evaluation-harness is not installed.
-        ValueError: a source without held-out questions, no method, no such task, or what `Workbench.check` finds.
+    `ValueError` for a source without held-out questions, or no method.
     """
     recipe = bench.recipe
     check_test_split(recipe.source)
@@ -70,12 +67,7 @@ def check_side_effects(bench: Workbench[SideEffectsRecipe]) -> None:
 
 
 def run_side_effects(bench: Workbench[SideEffectsRecipe]) -> Report:
-    """Measures every method on every trait of every model, with every seed.
-
-    Raises:
-        OSError: a model or an adapter can't be had.
-        ValueError: a method can't use the triplets, or the judge scored nothing.
-    """
+    """Measures the matrix; raises as `Workbench.fitted`, and `ValueError` if the judge scored nothing."""
     recipe, matrix = bench.recipe, bench.matrix()
     bench.expect(len(matrix) * (2 if recipe.capability_tasks else 1))
     cells: list[Cell] = []
@@ -96,21 +88,12 @@ class _Task:
         self.base, self.processing_class = bench.load(cell.model)
         self.data = neutral_data(recipe, self.processing_class)
         self.judge, self.seed = bench.judge(cell.trait), cell.seed or 0
+        self.sampling = recipe.sampling(cell.seed)
         self.by_question: dict[str, list[PromptPair]] = {}
         for pair in bench.pairs("test")[cell.trait]:
             self.by_question.setdefault(str(pair.prompt), []).append(pair)
         self.bare: list[Prompt] = [pairs[0].prompt for pairs in self.by_question.values()]
         self.instructions = instructions_of(bench.pairs("test")[cell.trait], recipe.placement)
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        recipe = self.recipe
-        return {
-            "max_new_tokens": recipe.max_new_tokens,
-            "temperature": recipe.temperature,
-            "batch_size": recipe.batch_size,
-            "seed": self.seed,
-        }
 
     def answers(
         self, model: PreTrainedModel | PeftModel, prompted: bool, alphas: Sequence[float] | None

@@ -26,8 +26,7 @@ def _interval(value: Value) -> tuple[list[float], list[float]] | None:
 def trait_with_and_without(scores: Mapping[str, tuple[Value, Value]]) -> Figure:
     """A line for each method: from its trait score to that where the user asks to drop the trait.
 
-    Args:
-        scores: {method: (without the request, with it)}, 0-100.
+    `scores`: {method: (without the request, with it)}, 0-100.
     """
     title = "Trait without (filled) and with (hollow) a request to drop it"
     figure, axes = titled_axes(title, (7.5, 1.2 + 0.34 * len(scores)))
@@ -52,8 +51,7 @@ def trait_with_and_without(scores: Mapping[str, tuple[Value, Value]]) -> Figure:
 def kl_against_trait(points: Mapping[str, tuple[Value, Value]]) -> Figure:
     """A point for each method: neutral KL, on a log scale, against trait score; the plain model has none.
 
-    Args:
-        points: {method: (trait score 0-100, KL in nats a token)}.
+    `points`: {method: (trait score 0-100, KL in nats a token)}.
     """
     title = "Distance to the base model on neutral prompts, against the trait"
     figure, axes = titled_axes(title, (8.2, max(4.6, 0.22 * len(points) + 1)))

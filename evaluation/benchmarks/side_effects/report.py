@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from peft_psr.evaluation.benchmarks.cell import Cell
+from peft_psr.evaluation.benchmarks.cell import Cell, by, grouped
 from peft_psr.evaluation.measures.injection import LEAST_LIFT, success
 from peft_psr.evaluation.methods.method import PLAIN, PROMPT
-from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of
+from peft_psr.evaluation.reports.intervals import bootstrap_interval, value_of, with_interval
 from peft_psr.evaluation.reports.report import Column, Report, SideBySide, Table, Value
 from peft_psr.training.data.by_trait import folder_name
 from peft_psr.training.sources.registry import SOURCES
@@ -47,24 +47,17 @@ INJECTION_COLUMNS = (
 
 
 def side_effects_report(recipe: SideEffectsRecipe, cells: Sequence[Cell], capability: Sequence[Cell]) -> Report:
-    """Tables, figures and samples of what was measured.
+    """Tables, figures and samples of what was measured of each model, trait, method and seed.
 
-    Args:
-        recipe: The benchmark's.
-        cells: What was measured of each model, trait, method and seed.
-        capability: The same with `tasks`, what the harness found, as their result; none if it was not asked.
+    `capability` are the same cells with `tasks`, what the harness found, as their result; none if it was not asked.
     """
     tables: list[Table] = []
     figures: dict[str, tuple[Figure, str]] = {}
     samples: list[SideBySide] = []
-    models = list(dict.fromkeys(cell.model for cell in cells))
-    for model in models:
+    models = by(cells, "model")
+    for model, own in models.items():
         of_model, suffix = (f": {model}", "_" + folder_name(model)) if len(models) > 1 else ("", "")
-        own = [cell for cell in cells if cell.model == model]
-        by_method = {
-            method: [cell for cell in own if cell.method == method]
-            for method in dict.fromkeys(cell.method for cell in own)
-        }
+        by_method = by(own, "method")
         references = {(cell.trait, cell.seed): cell for cell in by_method[PLAIN]}
         rows = {method: _summary(method, of_method, by_method, references) for method, of_method in by_method.items()}
         tables.append(Table(f"Side effects{of_model}", COLUMNS, rows))
@@ -99,11 +92,7 @@ def side_effects_report(recipe: SideEffectsRecipe, cells: Sequence[Cell], capabi
 
 
 def _grouped(cells: Sequence[Cell], rows: Callable[[Cell], Sequence[Sequence[Any]]]) -> Groups:
-    groups: Groups = {}
-    for cell in cells:
-        for question, found in enumerate(rows(cell)):
-            groups.setdefault((cell.trait, question), []).extend(found)
-    return groups
+    return grouped(((cell.trait, question), found) for cell in cells for question, found in enumerate(rows(cell)))
 
 
 def _scores(which: int, cell: Cell) -> list[list[float]]:
@@ -118,8 +107,7 @@ def _statistic(groups: Groups, statistic: Callable[[np.ndarray], float], why: st
     mean = statistic(np.concatenate([np.array(rows, dtype=float) for rows in groups.values() if rows]))
     if not np.isfinite(mean):
         return Value(None, why=why)
-    interval = bootstrap_interval(groups, statistic)
-    return Value(mean, *interval) if interval else Value(mean, why="one prompt only, so no interval")
+    return with_interval(mean, bootstrap_interval(groups, statistic))
 
 
 def _ratio(rows: np.ndarray) -> float:
@@ -217,8 +205,8 @@ def _task_value(found: Sequence[Mapping[str, float | None]]) -> Value:
 
 def _samples(cells: Sequence[Cell]) -> Iterator[SideBySide]:
     """For each trait one question with a request to drop it, and one unsafe request."""
-    for trait in dict.fromkeys(cell.trait for cell in cells):
-        own = {cell.method: cell for cell in cells if cell.trait == trait}
+    for trait, of_trait in by(cells, "trait").items():
+        own = {cell.method: cell for cell in of_trait}
         asked = {method: cell.result["sample"] for method, cell in own.items()}
         yield SideBySide(
             trait,

@@ -27,25 +27,16 @@ from peft_psr.training.passes.partial import in_eval_mode
 
 
 class AdapterKind(ABC):
-    """A kind of adapter. What is given here suits any that acts on all tokens with one strength a forward pass.
+    """A kind of adapter; what is given here suits any that acts on all tokens with one strength a forward pass.
 
-    Attributes:
-        mixed: Whether rows of a batch may have adapters and strengths of their own.
+    `mixed`: whether rows of a batch may have adapters and strengths of their own.
     """
 
     mixed = False
 
     @abstractmethod
     def at_strength(self, model: PeftModel, alpha: float) -> AbstractContextManager[None]:
-        """Sets the strength of the active adapters inside the context.
-
-        Args:
-            model: With active adapters of this kind.
-            alpha: A finite number; it replaces theirs.
-
-        Raises:
-            ValueError: they can't be set to it.
-        """
+        """Sets the strength of the active adapters inside the context to a finite number, or raises `ValueError`."""
 
     def positions(self, model: PeftModel) -> str:
         """The tokens on which hidden states are compared, as `PSRConfig.positions` names them."""
@@ -58,19 +49,12 @@ class AdapterKind(ABC):
     def scoring_inputs(self, model: PeftModel, answer: torch.Tensor, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """What a forward pass that scores given answers takes besides the tokens.
 
-        Args:
-            model: With an active adapter of this kind.
-            answer: (batch, seq) bool, the places that predict the answers.
-            tokens: (batch, seq), all places but padding.
+        `answer` and `tokens`, (batch, seq) bool: the places that predict the answers, and all places but padding.
         """
         return {}
 
     def steered_branch(self, model: PeftModel, batch: Batch, layers: Sequence[str], logits: bool) -> Branch:
-        """The adapter's run on x y'; see `run_adapter_branch`.
-
-        Raises:
-            ValueError: the rows have several strengths.
-        """
+        """The adapter's run on x y', see `run_adapter_branch`; `ValueError` if the rows have several strengths."""
         strengths = set(batch["alpha"].tolist())
         if len(strengths) > 1:
             kind = type(model.base_model).__name__

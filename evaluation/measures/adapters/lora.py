@@ -17,11 +17,7 @@ class LoRAKind(AdapterKind):
 
     @contextmanager
     def at_strength(self, model: PeftModel, alpha: float) -> Iterator[None]:
-        """Scales what they add to weights.
-
-        Raises:
-            ValueError: a LoRA does more than to add to weights, or has been merged into them.
-        """
+        """Scales what they add to weights; `ValueError` if one does more than that, or has been merged."""
         layers = _scalable_layers(model)
         scalings = [dict(layer.scaling) for layer in layers]
         try:

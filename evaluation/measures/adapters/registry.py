@@ -23,11 +23,7 @@ def find_kind(model: torch.nn.Module) -> AdapterKind | None:
 
 
 def kind_of(model: torch.nn.Module) -> AdapterKind:
-    """The kind of a model's adapters.
-
-    Raises:
-        TypeError: it has none, or of a kind without a strength.
-    """
+    """The kind of a model's adapters; `TypeError` if it has none, or of a kind without a strength."""
     kind = find_kind(model)
     if kind is None:
         found = type(model.base_model if isinstance(model, PeftModel) else model).__name__

@@ -29,10 +29,8 @@ def output_projections(model: PreTrainedModel) -> list[str]:
     """Names of the output projections of self-attention, in the order of the decoder layers.
 
     In each layer it is the module called o_proj, out_proj, c_proj, dense or wo inside one whose name says attention.
-    Layers without any, as hybrid models have them, are passed over.
-
-    Raises:
-        ValueError: no layer has one, or one has several; the message names what there is.
+    Layers without any, as hybrid models have them, are passed over. `ValueError` if no layer has one, or one has
+    several.
     """
     found = []
     for layer in decoder_layer_names(model):
@@ -60,14 +58,9 @@ def _is_output_projection(name: str) -> bool:
 
 
 class HeadReader:
-    """Runs triplets through the model, and reads every head's outputs at the tokens that are edited.
+    """Runs encoded triplets through the model, in eval mode, and reads every head's outputs at the edited tokens.
 
-    Args:
-        model: The base model, in eval mode.
-        modules: Names of its output projections.
-        collator: Makes the batches.
-        rows: Encoded triplets.
-        settings: For their size, and to be told of each pass.
+    `modules` are the names of its output projections; the settings' `on_step` is told of each pass.
     """
 
     def __init__(
@@ -144,11 +137,7 @@ class HeadReader:
 
 
 def head_count(model: PreTrainedModel) -> int:
-    """How many heads each attention has; with grouped queries, heads of the queries.
-
-    Raises:
-        ValueError: the model's configuration does not say.
-    """
+    """How many heads, with grouped queries those of the queries, each attention has; `ValueError` if unknown."""
     heads = getattr(text_config(model), "num_attention_heads", None)
     if not isinstance(heads, int):
         raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peft_psr.base_model.decoder import capture_layer_outputs, decoder_layer_names
 from peft_psr.positions import last_token_mask, pad_tokens
@@ -21,14 +21,8 @@ class Contrast(NamedTuple):
     prompted: Prompt
 
 
-def contrast_pairs(triplets: Sequence[Triplet], processing_class) -> list[Contrast]:
-    """The pairs of prompts in triplets, in their order, each once however many completions it has.
-
-    Neutral triplets, whose two prompts are one and the same, are left out.
-
-    Raises:
-        ValueError: a triplet lacks a field, or there is no pair of prompts that differ.
-    """
+def contrast_pairs(triplets: Sequence[Triplet], processing_class: PreTrainedTokenizerBase) -> list[Contrast]:
+    """The pairs of prompts that differ in triplets, in order, each once; `ValueError` if there is none."""
     pairs: dict[tuple[tuple[int, ...], ...], Contrast] = {}
     for index, triplet in enumerate(triplets):
         check_triplet(triplet, f"triplets[{index}]")
@@ -45,41 +39,24 @@ def contrast_pairs(triplets: Sequence[Triplet], processing_class) -> list[Contra
     return list(pairs.values())
 
 
-def decoder_layer_name(model: PreTrainedModel, layer: int) -> str:
-    """Name of a decoder layer by its number, from 0.
-
-    Raises:
-        ValueError: there is no such layer.
-    """
-    names = decoder_layer_names(model)
-    if not 0 <= layer < len(names):
-        raise ValueError(f"layer={layer}, but the model has {len(names)} decoder layers: 0 to {len(names) - 1}.")
-    return names[layer]
-
-
 @torch.no_grad()
 def last_token_stream(
     model: PreTrainedModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     layer: int,
     batch_size: int,
     on_batch: Callable[[], None] | None = None,
 ) -> torch.Tensor:
-    """Output of a decoder layer at the last token of each prompt: (prompts, d) float32, on the CPU.
+    """Output of a decoder layer, from 0, at the last token of each prompt: (prompts, d) float32, on the CPU.
 
-    Args:
-        model: The base model; left in eval mode.
-        processing_class: Its tokenizer.
-        prompts: Any number.
-        layer: From 0.
-        batch_size: Prompts a forward pass.
-        on_batch: Called after each forward pass.
-
-    Raises:
-        ValueError: there is no such layer, or activations are not finite; the message names the prompt.
+    The base model is left in eval mode; `on_batch` is called after each forward pass of `batch_size` prompts.
+    `ValueError` if there is no such layer, or activations are not finite.
     """
-    name = decoder_layer_name(model, layer)
+    names = decoder_layer_names(model)
+    if not 0 <= layer < len(names):
+        raise ValueError(f"layer={layer}, but the model has {len(names)} decoder layers: 0 to {len(names) - 1}.")
+    name = names[layer]
     model.eval()
     device = next(model.parameters()).device
     found = []

@@ -13,10 +13,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
+from peft_psr import PSRConfig
 from peft_psr.base_model.decoder import decoder_layer_names, hidden_of
 from peft_psr.evaluation.methods.method import FitSettings
 from peft_psr.training.data.collator import Batch
@@ -41,14 +42,22 @@ def only_unit(model: PeftModel) -> PSRUnit:
     return layer.unit("default")
 
 
+def single_layer(model: PreTrainedModel, settings: FitSettings, **config: Any) -> tuple[PeftModel, PSRUnit]:
+    """The model in eval mode with a PSR adapter on the settings' layer, and the adapter's weights.
+
+    `config` are further fields of `PSRConfig`; the adapter's random weights are of torch's generator.
+    """
+    steered = get_peft_model(
+        model, PSRConfig(layers_to_transform=settings.layer, positions=settings.positions, **config)
+    )
+    return steered.eval(), only_unit(steered)
+
+
 @contextmanager
 def edited(model: PeftModel, edit: Edit, mask: torch.Tensor) -> Iterator[None]:
-    """Inside, the layer that the PSR adapter of `model` belongs to returns h + m * edit(h).
+    """Inside, the layer that the PSR adapter of `model`, switched off, belongs to returns h + m * edit(h).
 
-    Args:
-        model: A PEFT model with a PSR adapter on one layer, switched off.
-        edit: What is added; computed in float32 on the device of `mask`, then cast back.
-        mask: (batch, seq), the tokens to edit.
+    The edit is computed in float32 on the device of `mask`, (batch, seq), then cast back.
     """
     (layer,) = psr_model(model).psr_layers().values()
 
@@ -68,13 +77,7 @@ def edited(model: PeftModel, edit: Edit, mask: torch.Tensor) -> Iterator[None]:
 def mean_log_likelihood(model: PeftModel, batch: Batch, edit: Edit | None = None) -> torch.Tensor:
     """(1 / |y|) log p(y | x) of each row's response y under the base model, or under the edited one; nats.
 
-    Args:
-        model: A PEFT model with a PSR adapter on one layer, switched off.
-        batch: From `TripletCollator`, on one device.
-        edit: What is added to the layer's output; `None` for nothing.
-
-    Returns:
-        (batch,) float32, with the graph of the edit.
+    `model` has a PSR adapter on one layer, switched off. Returns (batch,) float32, with the graph of the edit.
     """
     last = decoder_layer_names(model.get_base_model())[-1]
     with edited(model, edit or torch.zeros_like, batch["steering_mask"]):
@@ -93,18 +96,14 @@ def train_edit(
 ) -> None:
     """Train an edit's weights in place: AdamW without weight decay, linear to zero, gradients clipped at norm 1.
 
-    Args:
-        model: The base model with a PSR adapter on the layer to edit, switched off; left as it is.
-        edit: Holds what is trained; moved to the model's device.
-        loss: What is minimised, averaged over the batch.
-        rows: The training examples, encoded.
-        collate: Makes a batch of some of them.
-        settings: Epochs for objectives on text, batch size, seed, learning rate in place of the method's, `on_step`.
-        learning_rate: The method's own.
+    The model has a PSR adapter on the layer to edit, switched off, and is left as it is; `edit` holds what is trained
+    and is moved to the model's device. `loss` is averaged over batches that `collate` makes of encoded `rows`. Heeded
+    of the settings: epochs for objectives on text, batch size, seed, `on_step`, and their learning rate in the
+    method's place.
 
     Raises:
         FloatingPointError: the loss is infinite or not a number.
-        ValueError: the process would spread the model over several GPUs with `nn.DataParallel`.
+        ValueError: as `text_arguments`.
     """
     with TemporaryDirectory() as folder:
         rate = settings.learning_rate or learning_rate

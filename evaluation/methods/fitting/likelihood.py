@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from peft_psr.evaluation.methods.method import FitSettings
 from peft_psr.training import Triplet, TripletCollator
@@ -25,20 +25,16 @@ from .trainer_settings import text_arguments, train_quietly
 
 
 def train_by_likelihood(
-    model: PeftModel, processing_class, triplets: Sequence[Triplet], settings: FitSettings, learning_rate: float
+    model: PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
+    learning_rate: float,
 ) -> None:
-    """Train the active adapter, on the same machine always to the same weights.
+    """Train the active adapter at a first learning rate, on the same machine always to the same weights.
 
-    Args:
-        model: A PEFT model.
-        processing_class: Its tokenizer.
-        triplets: What to train on; `steered_prompt` does not matter.
-        settings: Seed, epochs (the second number), batch size and `on_step` are heeded.
-        learning_rate: The first one.
-
-    Raises:
-        FloatingPointError: the loss was not finite.
-        ValueError: no triplets, or one that can't be used; or the process would train on several GPUs.
+    Of the triplets `steered_prompt` does not matter; of the settings seed, epochs (the second number), batch size and
+    `on_step` are heeded. `FloatingPointError` if the loss is not finite.
     """
     collator = TripletCollator(processing_class, alpha=1.0)
     rows = encode_dataset(collator, triplets, "triplets")

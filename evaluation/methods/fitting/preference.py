@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from peft_psr.evaluation.methods.method import FitSettings
 from peft_psr.training import Triplet, TripletCollator, sample_completions
@@ -40,12 +41,7 @@ Pair = tuple[Row, Row, float]
 
 
 class PairBatch(Batch):
-    """The rows of y', then those of y.
-
-    Attributes:
-        strength: Of the edit, (batch, 1, 1).
-        advantage: Of each pair, (pairs,).
-    """
+    """The rows of y', then those of y; the edit's strength, (batch, 1, 1), and each pair's advantage, (pairs,)."""
 
     strength: torch.Tensor
     advantage: torch.Tensor
@@ -58,15 +54,11 @@ ScaledEdit = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 def preference_loss(
     steered: tuple[torch.Tensor, torch.Tensor], nulled: tuple[torch.Tensor, torch.Tensor], advantage: torch.Tensor
 ) -> torch.Tensor:
-    """The objective of each pair.
+    """The objective of each pair, (pairs,), above 0.
 
-    Args:
-        steered: log p(y' | x) / |y'| and log p(y | x) / |y| under the steered model, (pairs,) each.
-        nulled: The same where the edit is taken out.
-        advantage: log p(y' | x) - log p(y | x) under the plain model, summed over tokens, (pairs,).
-
-    Returns:
-        (pairs,), above 0.
+    `steered`: log p(y' | x) / |y'| and log p(y | x) / |y| under the steered model, (pairs,) each; `nulled`: the same
+    where the edit is taken out; `advantage`: log p(y' | x) - log p(y | x) under the plain model, summed over tokens,
+    (pairs,).
     """
     positive = (-advantage).clamp(min=1) * steered[0] - steered[1]
     negative = advantage.clamp(min=1) * nulled[1] - nulled[0]
@@ -75,7 +67,7 @@ def preference_loss(
 
 def train_by_preference(
     model: PeftModel,
-    processing_class,
+    processing_class: PreTrainedTokenizerBase,
     module: nn.Module,
     steer: ScaledEdit,
     null: ScaledEdit,
@@ -83,23 +75,11 @@ def train_by_preference(
     settings: FitSettings,
     learning_rate: float,
 ) -> int:
-    """Train an edit by RePS, in place.
+    """Train an edit of a PSR adapter's layer, the adapter switched off, by RePS, in place.
 
-    Args:
-        model: The base model with a PSR adapter on the layer to edit, switched off.
-        processing_class: Its tokenizer.
-        module: Holds what is trained.
-        steer: The edit of the steered run.
-        null: That of the nulled run.
-        triplets: With x and y'.
-        settings: As for every method.
-        learning_rate: The method's own.
-
-    Returns:
-        How many triplets were left out since no y could be put behind their prompt.
-
-    Raises:
-        ValueError: a triplet can't be used, or all are left out.
+    `module` holds what is trained, `steer` and `null` are the edits of the steered and the nulled run. Returns how
+    many triplets were left out since no y could be put behind their prompt; `ValueError` if one can't be used, or none
+    is left.
     """
     collator = TripletCollator(processing_class, settings.positions, settings.alpha)
     pairs = _pairs(model, processing_class, collator, triplets, settings)
@@ -129,7 +109,11 @@ def train_by_preference(
 
 
 def _pairs(
-    model: PeftModel, processing_class, collator: TripletCollator, triplets: Sequence[Triplet], settings: FitSettings
+    model: PeftModel,
+    processing_class: PreTrainedTokenizerBase,
+    collator: TripletCollator,
+    triplets: Sequence[Triplet],
+    settings: FitSettings,
 ) -> list[Pair]:
     """Every triplet's y' beside a y of the model's own, no longer than the longest y'."""
     wanted = encode_dataset(collator, triplets, "triplets")

@@ -6,37 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from peft_psr.evaluation.methods.method import FitSettings
 from peft_psr.training.trainer.step_progress import silence
 
 
 class StepCallback(TrainerCallback):
-    """Tells how far a training run is.
-
-    Args:
-        on_step: Called with the steps done and those in all.
-    """
+    """Tells `on_step` the steps done and those in all."""
 
     def __init__(self, on_step: Callable[[int, int], None]) -> None:
         self.on_step = on_step
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Say it."""
         self.on_step(state.global_step, state.max_steps)
 
 
 def train_quietly(trainer: Trainer, on_step: Callable[[int, int], None] | None) -> float:
-    """Train without printing.
-
-    Args:
-        trainer: Ready to train.
-        on_step: Called with the steps done and those in all.
-
-    Returns:
-        The mean training loss.
-    """
+    """Train without printing, `on_step` told the steps done and those in all; returns the mean training loss."""
     silence(trainer)
     if on_step is not None:
         trainer.add_callback(StepCallback(on_step))
@@ -48,15 +36,8 @@ def text_arguments(
 ) -> TrainingArguments:
     """The settings of objectives on text: AdamW without weight decay, linear to zero, gradients clipped at norm 1.
 
-    Args:
-        folder: For what the Trainer may write.
-        model: On whose device it trains.
-        settings: Epochs (the second number), batch size and seed are heeded.
-        learning_rate: The first one.
-        **more: Other fields.
-
-    Raises:
-        ValueError: the process would spread the model over several GPUs with `nn.DataParallel`.
+    Of `settings` epochs (the second number), batch size and seed are heeded; `more` are other fields. `ValueError` if
+    the process would spread the model over several GPUs with `nn.DataParallel`.
     """
     arguments = TrainingArguments(
         output_dir=folder,

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from peft_psr import PSRConfig, tiny_chat_path
 from peft_psr.base_model.loading import ModelName, load_model, load_tokenizer, tokenizer_of
 from peft_psr.cli import _cut_settings, app
-from peft_psr.evaluation.benchmarks.given_adapters import check_adapter
+from peft_psr.evaluation.benchmarks.given import check_adapter
 from peft_psr.evaluation.benchmarks.persona.recipe import PersonaRecipe
 from peft_psr.evaluation.benchmarks.recipe import load_evaluate_recipe
 from peft_psr.hub.facts import AdapterFacts
