@@ -1,7 +1,5 @@
 """`psr demo`: the persona benchmark on the embedded model, one trait after another, and its best adapter."""
 
-from __future__ import annotations
-
 import platform
 import time
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ For the studies and benchmarks of this repository. Training sees the training in
 what is held out has others.
 """
 
-from __future__ import annotations
-
 import random
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,7 +1,5 @@
 """Packages whose public names are imported when they are asked for, so that importing the package costs nothing."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Import paths of earlier versions, which documents and users' code name, lead to where the modules are now."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from importlib import import_module

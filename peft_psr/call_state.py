@@ -3,8 +3,6 @@
 The hooks in `hooks` call `SteeringState.begin_call`; the layers read what it leaves.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

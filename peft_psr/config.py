@@ -1,7 +1,5 @@
 """`PSRConfig`: every setting of a PSR adapter that inference needs, saved as `adapter_config.json`."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from enum import Enum

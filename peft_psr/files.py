@@ -1,7 +1,5 @@
 """Files that are whole or as they were before; JSON and figures in them, and what data hashes to."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@
 `alpha` off the arguments; `SteeredGenerate` stands before the model's own `generate`.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

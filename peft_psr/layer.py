@@ -4,8 +4,6 @@ The gate reads the layer's own output, which in the all-layer variant already ca
 Several active adapters read the same output and their edits add up.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

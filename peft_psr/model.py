@@ -1,7 +1,5 @@
 """`PSRModel`: where PSR layers go in a model, and what a caller can ask of them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -8,8 +8,6 @@ Source: METHOD of arXiv 2605.03907 as reported by reimplementers; leaving out th
 generation disagree.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ PEFT and torch take seconds to import, so `import peft_psr` does not import them
 there already, otherwise as soon as it is, whoever imports it (transformers does, when it meets an adapter).
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress

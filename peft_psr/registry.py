@@ -1,7 +1,5 @@
 """Things of a kind by name, loaded when they are asked for: listing what there is loads nothing."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterator, Mapping
 from importlib import import_module

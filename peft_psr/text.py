@@ -1,7 +1,5 @@
 """Text and JSON as users bring them: UTF-8, whatever the locale, or refused in words; names in one Unicode form."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import os

@@ -1,7 +1,5 @@
 """`psr chat`: loads a model with adapters and reads lines, some of them commands, until there are no more."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A conversation with a model whose adapters are chosen and turned up or down on the way; no terminal here."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A cell of a benchmark's matrix: one model, trait, method and seed, and what was measured of it."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Adapters and triplets that a recipe is given: there, usable, and of the model as it is measured."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Triplets to measure on: the model's own prompted answers to a source's test questions; nobody judges them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

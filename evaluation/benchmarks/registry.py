@@ -4,8 +4,6 @@ A benchmark of your own: a folder with its recipe, what it measures and its repo
 `BENCHMARKS.add` in your program.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Benchmarks as functions: `psr evaluate` from a program."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

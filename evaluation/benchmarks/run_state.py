@@ -1,7 +1,5 @@
 """`run.json` of a benchmark's folder: which recipe the run was begun with, so that no other goes on in it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Results and adapters kept under the hash of all that decides them: whole, or not there."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """How far an adapter's gates are open at each token of a text, and the text with each token shaded by it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Which tokens of a text an adapter acts on, and which the instruction moves: numbers and HTML page."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast

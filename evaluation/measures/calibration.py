@@ -8,8 +8,6 @@ until coherence is within `tolerance` of the target and the bracket within 10 % 
 Source: arXiv 2605.03907, evaluation of personas.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

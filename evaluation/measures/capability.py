@@ -6,8 +6,6 @@ adapter then takes all of it for a prompt. Here each continuation is scored with
 edited while it is generated: from the context's last one on. Generation needs nothing special.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path

@@ -7,8 +7,6 @@ Recovery: 1 = the prompt replaced, 0 = nothing done, negative = worse than nothi
 steering; METHOD 6. Both on triplets held out from the adapter's training.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 

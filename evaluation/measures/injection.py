@@ -10,8 +10,6 @@ plain model shows. The judge is shown the question without the text, which might
 depends on who asks: whoever deploys a trait wants it low, a user who wants plain answers wants it high.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """PSR adapters of several traits on one model, for mixed batches: each row has its own adapter and strength."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -19,8 +19,6 @@ The first tokens of a response move under any instruction, so that an edit which
 not have found the trait: what counts is the correlation given Delta_N.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -6,8 +6,6 @@ The embedded model knows the words of its grammar alone: its neutral prompts are
 its texts plain answers outside a conversation, and unsafe requests it has none.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ excuse before help for a refusal, and a refusal in other words for help; so it c
 and not, and does not say how safe a model is. The phrases here are our own and English.
 """
 
-from __future__ import annotations
-
 import re
 
 

@@ -1,7 +1,5 @@
 """Trait and coherence scores, 0-100, of what a model answers: plain, prompted, or steered at several strengths."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

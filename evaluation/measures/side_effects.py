@@ -9,8 +9,6 @@ user asks to drop it, say, or the text is no answer. Of an ordinary question the
 two are computed on given tokens, without a judge; KL from the base model, whose answer is right, to the steered one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass

@@ -3,8 +3,6 @@
 1 is the adapter as it was trained, 0 the base model; `adapters.kind` has the formulas.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast

@@ -13,8 +13,6 @@ output of the layer on the tokens that every other method edits. What is kept is
 difference in means: one pair, whose accidents stay in the vector. Other seeds draw other pairs.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

@@ -18,8 +18,6 @@ means, both from four fifths of the triplets, in place of logistic regression, w
 edited are those of `FitSettings`, and `FitSettings.layer` has no part.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Source: arXiv 2106.09685. It changes every token's computation, the prompt's too
 edit; and it is trained at strength 1 on all triplets, since one forward pass has one set of weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -12,8 +12,6 @@ nulled run, which is one of two ways in that code, the other being no edit at al
 LoReFT there could not be established.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal, cast
 

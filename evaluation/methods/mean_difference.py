@@ -4,8 +4,6 @@ Sources: contrastive activation addition (Rimsky et al., arXiv 2312.06681), with
 contrast and the same response in both; arXiv 2605.03907 calls it DiM.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from peft import get_peft_model

@@ -1,7 +1,5 @@
 """Methods of the paper and our own: PSR adapters trained on triplets by `PSRTrainer`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
 

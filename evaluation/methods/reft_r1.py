@@ -15,8 +15,6 @@ count; s is the mean, over training rows, of mean(top-k of a) in the plain model
 rows without the trait; the addition is weighted by `FitSettings.alpha`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -3,8 +3,6 @@
 A method of your own: a file with a function that makes the adapter, and a line here, or `METHODS.add` in your program.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from peft_psr.registry import Registry

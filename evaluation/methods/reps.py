@@ -6,8 +6,6 @@ Source: Wu et al., arXiv 2505.20809, and its authors' code in AxBench for the nu
 linear layer's. `preference.py` has the objective and says what of it is ours. Ours besides: no bias on the strength.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

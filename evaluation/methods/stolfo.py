@@ -13,8 +13,6 @@ every token and choose the layer for each instruction by validation; here the to
 `FitSettings`, as for every other method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

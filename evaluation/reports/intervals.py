@@ -5,8 +5,6 @@ together (the cluster bootstrap; Davison and Hinkley, "Bootstrap Methods and the
 and 5.3).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

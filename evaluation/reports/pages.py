@@ -1,7 +1,5 @@
 """HTML pages that stand alone: no other file, no network, no script; every text is escaped."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

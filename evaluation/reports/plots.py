@@ -1,7 +1,5 @@
 """Figures of a run: trait against coherence, faithfulness by layer, strength and gates by token. Each a `Figure`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product

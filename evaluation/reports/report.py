@@ -3,8 +3,6 @@
 `report_files` turns it into the files of a run's folder.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -6,8 +6,6 @@ table.md        the tables as GitHub shows them
 report.html     all of it on a page that needs no other file, no network and no script
 """
 
-from __future__ import annotations
-
 import math
 import re
 from base64 import b64encode

@@ -4,8 +4,6 @@ A cache that a plain forward call filled is marked: that call took its text for 
 Where `generate` goes on from there, the text was a prefix, and that token has to be computed again.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

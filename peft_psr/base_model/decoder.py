@@ -1,7 +1,5 @@
 """Where the residual stream lives: decoder layers found by structure, their width, and their outputs."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

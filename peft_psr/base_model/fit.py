@@ -1,7 +1,5 @@
 """Whether a saved adapter fits the model that it is loaded onto: PEFT and transformers drop what finds no place."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any

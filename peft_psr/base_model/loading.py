@@ -1,7 +1,5 @@
 """Base models and their tokenizers by name: the one door that every command loads them through."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ PEFT goes over every adapter of a model when one is made active, enabled or made
 names alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any

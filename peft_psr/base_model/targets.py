@@ -1,7 +1,5 @@
 """Which modules a PSR adapter edits: helpers of `PSRModel` for PEFT's matching of names."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from peft.tuners.tuners_utils import check_target_module_exists

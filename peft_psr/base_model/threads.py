@@ -5,8 +5,6 @@ than that, so one thread is as fast as two where nothing else runs, with half th
 faster where something does.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 

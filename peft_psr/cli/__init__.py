@@ -1,7 +1,5 @@
 """The `psr` command: thin, one file a group of commands; the work is done elsewhere, and imported when it is done."""
 
-from __future__ import annotations
-
 import sys
 
 

@@ -1,7 +1,5 @@
 """`psr chat`: talk to a model with adapters."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

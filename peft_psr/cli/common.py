@@ -1,7 +1,5 @@
 """What every `psr` command shares: output in any encoding, `~`, errors in one line."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

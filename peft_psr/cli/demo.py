@@ -1,7 +1,5 @@
 """`psr demo`: the whole way once, on the embedded model, offline."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

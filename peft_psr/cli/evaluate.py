@@ -1,7 +1,5 @@
 """`psr evaluate`: the benchmarks, each a matrix of methods, traits, models and seeds; and `psr methods`."""
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from typing import Any

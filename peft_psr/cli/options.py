@@ -4,8 +4,6 @@ Flags win over the file of `--config`, which wins over a recipe. All three are p
 `read_recipe`, so that a wrong value is worded in one way wherever it stands.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path

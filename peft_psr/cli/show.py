@@ -1,7 +1,5 @@
 """`psr show`: which tokens an adapter acts on, and which an instruction moves."""
 
-from __future__ import annotations
-
 from typing import cast
 
 from pydantic import Field

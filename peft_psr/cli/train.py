@@ -1,7 +1,5 @@
 """`psr train`: adapters from triplets."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

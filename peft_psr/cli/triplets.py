@@ -1,7 +1,5 @@
 """`psr triplets`, `psr recipes` and `psr draft`: training data and how to describe it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import typer

@@ -6,8 +6,6 @@ Each gate keeps its own w and b and reads the same stream as before, so the comb
 together, each at its weight times its strength, on every layer and for any ranks. A constant gate is ReLU(h @ 0 + 1).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 

@@ -11,8 +11,6 @@ open. Staying in the span of the old weights leaves few numbers to fit, so a few
 weights alone would be blind to which gates open together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast

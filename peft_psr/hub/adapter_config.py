@@ -1,7 +1,5 @@
 """The configuration of a saved adapter, read from its folder or from the Hub."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

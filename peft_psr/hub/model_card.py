@@ -1,7 +1,5 @@
 """The model card of an adapter folder: README.md with the Hub's metadata, and a figure, from its facts."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

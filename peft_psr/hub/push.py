@@ -3,8 +3,6 @@
 PEFT's own `push_to_hub` uploads every adapter of a model and writes an empty card; this uploads one, with its own.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Adapters as files: read without their base model, and combined into a new adapter folder."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

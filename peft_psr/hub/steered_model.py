@@ -1,7 +1,5 @@
 """A base model with saved adapters on it: which model, which arguments of its chat template, and both loaded."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from typing import Any

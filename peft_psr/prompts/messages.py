@@ -1,7 +1,5 @@
 """A turn of a conversation, and the text in it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -4,8 +4,6 @@ Known are tags, as Qwen3, DeepSeek-R1, Magistral or Command A write them, and th
 open the reasoning in the prompt, so that a completion shows its end alone.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Samples answers and conversations of the toy world: everyday questions, plain answers, and answers with traits."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator, Sequence
 

@@ -3,8 +3,6 @@
 A sentence is a tuple of tokens (words and punctuation marks); `join` turns it into English text.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

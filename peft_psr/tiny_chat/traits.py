@@ -5,8 +5,6 @@ grammatical *slots*, and a closer sentence. All other tokens of the answer are t
 differs: its answer is one short sentence after "In short:" or the like, and a closer.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ factor with the best mean score is then scored on the other half. Sources: AxBen
 those of its configurations (github.com/stanfordnlp/axbench, `steering_factors`).
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -4,8 +4,6 @@ AxBench takes them from AlpacaEval (arXiv 2501.17148). By default ours are quest
 negatives, of the concept's own genre, that no adapter of the concept is trained on.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The report of `psr evaluate axbench`: ratings of each method, concept by concept, by factor, and answers to read."""
 
-from __future__ import annotations
-
 import re
 import statistics
 from collections import Counter

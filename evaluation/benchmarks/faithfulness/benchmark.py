@@ -5,8 +5,6 @@ the trait's instruction in other words as the yardstick and a neutral instructio
 formulas. Intervals are over prompts: all completions on one prompt are drawn together.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The recipe of `psr evaluate faithfulness`."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, PositiveAlphas

@@ -1,7 +1,5 @@
 """Tables and figures of the faithfulness benchmark, from what it has measured; see `movement` for the formulas."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

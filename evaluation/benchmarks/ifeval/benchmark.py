@@ -11,8 +11,6 @@ are parted into folds, and each is answered with an adapter made from the others
 arXiv 2605.03907 for the protocol: strength 1, no search.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """The report of `psr evaluate ifeval`: accuracy by family and type, bars by type, samples, and what to know."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any

@@ -5,8 +5,6 @@ instructions are followed, strictly or loosely. Intervals are over bare prompts:
 be one bare prompt with another word asked for.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -7,8 +7,6 @@ Scores are the judge's, 0-100. Strengths are found by bisection on the same answ
 protocol has it. Sources: Persona Vectors (arXiv 2507.21509) for traits and questions; arXiv 2605.03907 for the rest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial

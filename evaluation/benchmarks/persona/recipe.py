@@ -1,7 +1,5 @@
 """The recipe of `psr evaluate persona`."""
 
-from __future__ import annotations
-
 from pydantic import Field, field_validator
 
 from peft_psr.evaluation.benchmarks.recipe import EvaluateRecipe, Positions, PositiveAlphas, load_evaluate_recipe

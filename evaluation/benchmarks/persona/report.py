@@ -1,7 +1,5 @@
 """The report of `psr evaluate persona`: a table over all traits, one a trait, curves, distances by layer, samples."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 

@@ -9,8 +9,6 @@ within a point of the prompted model's; 1 where none is, and the report says so.
     capability         tasks of lm-evaluation-harness, if any are asked for; see `capability`
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial

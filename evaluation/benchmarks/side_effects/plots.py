@@ -1,7 +1,5 @@
 """Figures of the side-effects benchmark that `plots` does not have."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure

@@ -1,7 +1,5 @@
 """The recipe of `psr evaluate side-effects`."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Tables and figures of the side-effects benchmark, from what it has measured."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -6,8 +6,6 @@
 1 is the adapter as it was trained, 0 the base model.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """PEFT's LoRA: one strength for the model, as a factor of what it adds to weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast

@@ -1,7 +1,5 @@
 """PSR adapters: each row its own strength, each token edited or not by the mask."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast

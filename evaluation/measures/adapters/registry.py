@@ -1,7 +1,5 @@
 """The kinds of adapters that can be measured, by PEFT's name of their type."""
 
-from __future__ import annotations
-
 import torch
 from peft import PeftModel
 

@@ -1,7 +1,5 @@
 """Attention heads: where their outputs enter the output projection, and what they are there, token by token."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 

@@ -1,7 +1,5 @@
 """The residual stream at the last token of prompts with and without the instruction, for methods that start there."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 

@@ -5,8 +5,6 @@
 The base model is frozen and in eval mode; the optimiser sees the edit's own weights alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory

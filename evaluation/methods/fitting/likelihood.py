@@ -6,8 +6,6 @@ AdamW without weight decay, learning rate linear to zero, gradients clipped at n
 with the instruction is never read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from tempfile import TemporaryDirectory

@@ -14,8 +14,6 @@ divided by their mean, so that 1 is what was trained at, and multiplied by what 
 the response's length, as the formula has it (their code divides by that of prompt and response together); no dropout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import cast
 

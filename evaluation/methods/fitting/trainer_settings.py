@@ -1,7 +1,5 @@
 """What methods share when transformers' `Trainer` trains them: settings, silence, steps told to whoever asks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
