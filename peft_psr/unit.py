@@ -112,9 +112,17 @@ class PSRUnit(nn.Module):
             return torch.zeros_like(self.direction), torch.ones_like(self.direction[:, 0])
         return self.gate_weight, self.gate_bias
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         """Name the widths where weights are for a stream of another one."""
-        *_, error_msgs = others
         width, given = self.direction.shape[1], state_dict.get(f"{prefix}direction")
         if given is not None and given.shape[-1] != width:
             message = (
@@ -123,7 +131,9 @@ class PSRUnit(nn.Module):
             if message not in error_msgs:
                 error_msgs.append(message)
             return
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PSRUnit:
         """Follow the model to another device, but not to another dtype: the edit is computed in float32."""

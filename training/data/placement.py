@@ -5,14 +5,18 @@ themselves (Qwen2.5). An instruction in the system turn takes the place of such 
 to keep its text in x', give it to x as a system message of its own: x renders the same, and x' extends it.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, overload
+from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from peft_psr.prompts.conversations import Prompt, render_prompt
 from peft_psr.prompts.messages import Message, content_text
 from peft_psr.prompts.rendering import TemplateRefusal
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 Placement = Literal["system", "before", "after"]
