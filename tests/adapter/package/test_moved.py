@@ -24,6 +24,13 @@ def test_old_paths_first():
     assert found.strip() == "peft_psr.training.data.collator"
 
 
+def test_a_module_that_became_a_room_gives_what_it_gave():
+    from peft_psr.training.sampling import LocalSampler, sample_completions
+    from peft_psr.training.sampling.local import LocalSampler as Sampler
+
+    assert LocalSampler is Sampler and sample_completions.__module__ == Sampler.__module__
+
+
 def test_a_registry_loads_nothing_until_it_is_asked():
     registry: Registry = Registry("toy", {"encoder": "json:JSONEncoder", "lost": "no_such_module:thing"})
     assert list(registry) == ["encoder", "lost"] and len(registry) == 2 and "lost" in registry
