@@ -171,8 +171,14 @@ def relative_rmse(
 ) -> dict[int | str, float]:
     """How far the steered stream is from the prompted one at each decoder layer, in units of the prompt's own effect.
 
-    With `reworded_prompts`, one a triplet, the model under these is measured in place of the adapter: the yardstick,
-    how far two wordings of one instruction are apart. Other arguments as `prompt_recovery`.
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplets: Held-out triplets.
+        processing_class: The tokenizer.
+        alpha: Strength.
+        reworded_prompts: Measure the model under these prompts, one a triplet, in place of the adapter: the yardstick,
+            how far two wordings of one instruction are apart.
+        batch_size: Triplets a forward pass.
 
     Returns:
         {layer: RMSE >= 0}, over the tokens that a PSR adapter edits; for a LoRA, over the response.
@@ -209,7 +215,13 @@ def _by_layer(error: Mapping[str, float], effect: Mapping[str, float]) -> dict[i
 def intervention_strength(
     model: PeftModel, triplet: Triplet, processing_class: PreTrainedTokenizerBase, alpha: float = 1.0
 ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """How strongly the prompt, and the adapter, move each token's residual stream; arguments as `prompt_recovery`.
+    """How strongly the prompt, and the adapter, move each token's residual stream.
+
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplet: One triplet.
+        processing_class: The tokenizer.
+        alpha: Strength.
 
     Returns:
         The edited tokens as text, and for the prompt and for the adapter |difference to the plain run| / |plain run|,

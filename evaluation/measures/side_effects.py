@@ -175,7 +175,9 @@ def neutral_triplets(
 def text_triplets(texts: Sequence[str], instruction: str = "") -> list[Triplet]:
     """Plain texts to measure perplexity on: the first half of the words is context, the rest is to be predicted.
 
-    An `instruction` that elicits the trait stands before the context in `steered_prompt`.
+    Args:
+        texts: Each of at least two words.
+        instruction: Text that elicits the trait; stands before the context in `steered_prompt`.
 
     Raises:
         ValueError: a text has fewer than two words.
@@ -201,8 +203,16 @@ def neutral_kl(
 ) -> NeutralKL:
     """KL(base || steered) on answers that should not change, and KL(base || prompted) as the yardstick.
 
-    The triplets are the base model's answers, from `neutral_triplets` with instructions, or texts that are no answers,
-    from `text_triplets`. Other arguments, and what is raised, as `prompt_recovery`.
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplets: The base model's answers, from `neutral_triplets` with instructions; or texts that are no answers,
+            from `text_triplets`.
+        processing_class: The tokenizer.
+        alpha: Strength.
+        batch_size: Triplets a forward pass.
+
+    Raises:
+        ValueError: no triplets, or one that can't be used; the message names it.
     """
     kl, tokens = kl_by_row(model, triplets, processing_class, alpha, batch_size)
     total = sum(tokens)
@@ -270,9 +280,18 @@ def text_perplexity(
     alpha: float = 1.0,
     batch_size: int = 32,
 ) -> TextPerplexity:
-    """Perplexity of the completions of `triplets`, whoever wrote them; other arguments as `neutral_kl`.
+    """Perplexity of the completions of `triplets`, whoever wrote them.
 
-    Base and steered model read `prompt`, the prompted one reads `steered_prompt`.
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter, in eval mode.
+        triplets: Texts from `text_triplets`, or given answers: base and steered model read `prompt`, the prompted one
+            reads `steered_prompt`.
+        processing_class: The tokenizer.
+        alpha: Strength.
+        batch_size: Triplets a forward pass.
+
+    Raises:
+        ValueError: no triplets, or one that can't be used; the message names it.
     """
     losses, tokens = losses_by_row(model, triplets, processing_class, alpha, batch_size)
     total = sum(tokens)
@@ -288,10 +307,20 @@ def usable_alpha_range(
     max_alpha: float = 32.0,
     curve: Sequence[SteeringScore] = (),
 ) -> UsableRange:
-    """How far the strength can be turned up from 0 with mean coherence above a floor, 0-100, all the way.
+    """How far the strength can be turned up from 0 with mean coherence above a floor all the way.
 
-    Found by `calibrate_alpha`, which has the other arguments, with a search of `max_steps` for each dip more: where
-    coherence dips below the floor and recovers, the range ends at the dip. Raises as it does.
+    Found by `calibrate_alpha`; where coherence dips below the floor and recovers, the range ends at the dip.
+
+    Args:
+        score: Measures the model at a strength.
+        min_coherence: The floor, 0-100.
+        tolerance: How far coherence may be from the floor at the end of the range, in points.
+        max_steps: Cap on calls of `score` for each search: one, and one more for each dip.
+        max_alpha: Largest strength tried.
+        curve: Measurements already made; they cost nothing more.
+
+    Raises:
+        ValueError: as `calibrate_alpha`.
     """
     found = calibrate_alpha(score, min_coherence, tolerance, max_steps, max_alpha, curve)
     met = [point.coherence >= min_coherence - tolerance for point in found.curve]

@@ -24,10 +24,12 @@ from .adapters.registry import kind_of
 def at_strength(model: PeftModel, alpha: float) -> AbstractContextManager[None]:
     """Sets the strength of the active adapters inside the context; it replaces theirs, nested or not.
 
-    Negative ones steer away.
+    Args:
+        model: A PEFT model with an active PSR or LoRA adapter.
+        alpha: A finite number; negative ones steer away.
 
     Raises:
-        TypeError: the model has no PSR or LoRA adapter, or alpha is not a number.
+        TypeError: the model has neither adapter, or alpha is not a number.
         ValueError: alpha is not finite; or a LoRA does more than to add to weights, or has been merged into them.
     """
     return kind_of(model).at_strength(model, check_strength(alpha, "alpha"))
